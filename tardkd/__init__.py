@@ -1,0 +1,1 @@
+"""Distil object detectors: shared proposals, per-region adaptive gates, fused losses."""
