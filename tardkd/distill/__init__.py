@@ -1,0 +1,8 @@
+"""The distillation framework: proposal sharing, gates, schedules, and the :class:`Distiller`."""
+
+from .checks import load_teacher_weights
+from .distiller import Distiller
+from .schedule import Schedule
+from .settings import DistillSettings, ScheduleSettings
+
+__all__ = ["Distiller", "DistillSettings", "Schedule", "ScheduleSettings", "load_teacher_weights"]

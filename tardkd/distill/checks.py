@@ -1,0 +1,118 @@
+"""Ways in which a distillation could fail without a word, each turned into an error that says which."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+SHOWN = 5
+
+
+def load_teacher_weights(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> None:
+    """Load weights that must fit exactly.
+
+    Args:
+        model: the teacher, unwrapped.
+        source: a state dict or the path of one; a checkpoint that holds the state dict under ``"model"`` is read too.
+            No code in the file is executed (``weights_only=True``).
+
+    Raises:
+        ValueError: keys are missing, unexpected or of another shape; says how many matched and names the first.
+    """
+    where = "the given state dict"
+    state: Any = source
+    if not isinstance(source, Mapping):
+        where = str(source)
+        state = torch.load(source, map_location="cpu", weights_only=True)
+    if isinstance(state, Mapping) and isinstance(state.get("model"), Mapping):
+        state = state["model"]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{where} holds no state dict (names of tensors to tensors, at the top or under 'model')")
+
+    wanted = model.state_dict()
+    problems = {
+        "missing": [key for key in wanted if key not in state],
+        "unexpected": [key for key in state if key not in wanted],
+        "of another shape": [
+            f"{key} {tuple(state[key].shape)} for {tuple(value.shape)}"
+            for key, value in wanted.items()
+            if key in state and state[key].shape != value.shape
+        ],
+    }
+    if any(problems.values()):
+        matched = len(wanted) - len(problems["missing"]) - len(problems["of another shape"])
+        details = "; ".join(f"{len(keys)} {what}: {_first(keys)}" for what, keys in problems.items() if keys)
+        raise ValueError(
+            f"teacher weights from {where} do not fit {type(model).__name__}: {matched} of {len(wanted)} keys matched "
+            f"({matched / len(wanted):.0%}); {details}"
+        )
+    model.load_state_dict(state)
+
+
+def _first(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:SHOWN]) + (", ..." if len(keys) > SHOWN else "")
+
+
+def check_separate(student: nn.Module, teacher: nn.Module) -> None:
+    """Freezing the teacher must not freeze the student."""
+    theirs = {id(parameter) for parameter in teacher.parameters()}
+    shared = [name for name, parameter in student.named_parameters() if id(parameter) in theirs]
+    if shared:
+        raise ValueError(
+            f"student and teacher share {len(shared)} parameters ({_first(shared)}); the teacher is frozen, "
+            "so give it parameters of its own (copy.deepcopy)"
+        )
+
+
+def check_class_names(student: Sequence[str] | None, teacher: Sequence[str] | None) -> None:
+    """Where both label sets are named they must be the same, in the same order."""
+    if student is None or teacher is None or list(student) == list(teacher):
+        return
+    if len(student) != len(teacher):
+        raise ValueError(
+            f"student has {len(student)} classes ({_first(student)}), teacher has {len(teacher)} ({_first(teacher)})"
+        )
+    index = next(i for i, pair in enumerate(zip(student, teacher)) if pair[0] != pair[1])
+    raise ValueError(
+        f"class names differ at position {index}: student has {student[index]!r}, teacher has {teacher[index]!r}"
+    )
+
+
+def check_head_widths(student: tuple[int, int] | None, teacher: tuple[int, int] | None) -> None:
+    """Columns of (logits, deltas) must agree: column k means the same class on both sides."""
+    if student is None or teacher is None:
+        return
+    if student[0] != teacher[0]:
+        raise ValueError(
+            f"numbers of classes differ: the student's head has {student[0]} logits (background included), "
+            f"the teacher's has {teacher[0]}"
+        )
+    if student[1] != teacher[1]:
+        raise ValueError(
+            f"box regression differs: student's deltas are {_delta_kind(student[1])}, "
+            f"teacher's are {_delta_kind(teacher[1])}"
+        )
+
+
+def _delta_kind(width: int) -> str:
+    return "class-agnostic (4 columns)" if width == 4 else f"class-specific ({width} columns)"
+
+
+def check_gradients(terms: Mapping[str, Tensor]) -> None:
+    """A term that counts must be able to teach."""
+    dead = [name for name, value in terms.items() if not value.requires_grad]
+    if dead and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{', '.join(dead)}: weight > 0, but no gradient reaches the student (is the part it trains frozen?)"
+        )
+
+
+def check_finite(terms: Mapping[str, Tensor]) -> None:
+    """Raises FloatingPointError naming the terms that are NaN or infinite; waits for a GPU's results."""
+    finite = torch.isfinite(torch.stack([value.detach().double() for value in terms.values()])).tolist()
+    bad = [f"{name} is {float(value)}" for (name, value), ok in zip(terms.items(), finite) if not ok]
+    if bad:
+        raise FloatingPointError("; ".join(bad))

@@ -1,0 +1,236 @@
+"""A student that trains with a teacher's help."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, astuple
+from typing import Any, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tardkd import ops
+from tardkd.detectors import DetectorAdapter, for_model
+from tardkd.detectors.base import HeadOutputs, RoISettings, StudentPass, TeacherPass
+
+from . import checks
+from .adapters import make_adapters
+from .schedule import Schedule
+from .settings import DistillSettings
+from .sharing import foreground, region_stats, rescale_deltas, share_regions
+
+REGION_TERMS = ("feature", "classification", "regression")
+
+
+class Distiller(nn.Module):
+    """Student and channel adapters as one trainable module, beside a frozen teacher.
+
+    >>> distiller = Distiller(student, teacher, DistillSettings())
+    >>> losses = distiller(images, targets)
+    >>> sum(losses.values()).backward()
+
+    The teacher is a plain attribute: eval, without gradients (it is frozen in place), in no ``state_dict()``,
+    ``parameters()`` or ``modules()``; it follows the student's device by itself. So optimizers, DDP and checkpoints
+    see the student (``student.*``) and the adapters (``adapters.*``) only. Every parameter gets a gradient in every
+    step, also when the schedule has ended, as DDP wants it.
+
+    Args:
+        student: a detector of a family that :mod:`tardkd.detectors` knows.
+        teacher: another one, of the same classes. Its channels, levels, strides, input size and normalisation may
+            differ. May be None with ``enabled=False``.
+        settings: weights, gates, losses, schedule.
+        enabled: False makes this exactly the student: same losses, same random numbers, no teacher, no adapters.
+        student_classes, teacher_classes: class names in the order of the labels; compared where both are given.
+
+    Raises:
+        TypeError: a model of an unknown family.
+        ValueError: the two models cannot be paired; names both sides.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        settings: DistillSettings | None = None,
+        *,
+        enabled: bool = True,
+        student_classes: Sequence[str] | None = None,
+        teacher_classes: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.settings = settings if settings is not None else DistillSettings()
+        self.enabled = enabled
+        self.schedule = Schedule(self.settings.schedule)
+        self.stats: dict[str, Tensor] = {}
+        self.student = student
+        self.adapters = nn.ModuleDict()
+        self._teacher: DetectorAdapter | None = None
+        if enabled:
+            if teacher is None:
+                raise ValueError("a Distiller with enabled=True needs a teacher")
+            checks.check_class_names(student_classes, teacher_classes)
+            self._pair(for_model(student), for_model(teacher))
+
+    def _pair(self, student: DetectorAdapter, teacher: DetectorAdapter) -> None:
+        checks.check_separate(student.model, teacher.model)
+        checks.check_head_widths(student.head.widths, teacher.head.widths)
+        self._student, self._teacher = student, teacher
+        teacher.model.eval().requires_grad_(False)
+        self._ratio = self.settings.teacher_input_ratio or teacher.input_size / student.input_size
+        self._pooled = self._choose_path(student.roi, teacher.roi)
+        if self.settings.feature or self.settings.gaussian:
+            self.adapters = make_adapters(student.channels, teacher.channels)
+
+    def _choose_path(self, student: RoISettings, teacher: RoISettings) -> bool:
+        """Whether the feature term reads what the two box heads pooled; only alike poolings can be compared."""
+        alike = astuple(student)[:3] == astuple(teacher)[:3]
+        if self.settings.path == "pooled" and not alike:
+            raise ValueError(
+                f"path='pooled' needs equal output_size, sampling_ratio and aligned; student: {student}, "
+                f"teacher: {teacher}"
+            )
+        return alike and self.settings.path != "pyramid"
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The frozen teacher; None with ``enabled=False``."""
+        return None if self._teacher is None else self._teacher.model
+
+    @property
+    def weight(self) -> float:
+        """lambda, the schedule's weight of all distillation terms at the current position."""
+        return self.schedule.value
+
+    def start(self, total_epochs: int, steps_per_epoch: int) -> None:
+        """Tell the schedule how long the training is; without it lambda stays 1."""
+        self.schedule.start(total_epochs, steps_per_epoch)
+
+    def set_progress(self, epoch: int, step: int) -> None:
+        """Tell the schedule where the training is; ``step`` counts inside the epoch, both from 0."""
+        self.schedule.set_progress(epoch, step)
+
+    def task_state(self) -> dict[str, Any]:
+        """What a resumed distillation needs beside the student and the optimizer."""
+        return {"adapters": self.adapters.state_dict(), "schedule": self.schedule.state_dict()}
+
+    def load_task_state(self, state: dict[str, Any]) -> None:
+        self.adapters.load_state_dict(state["adapters"])
+        self.schedule.load_state_dict(state["schedule"])
+
+    def forward(self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None) -> Any:
+        """Losses of one step, or the student's detections in eval mode.
+
+        Args:
+            images: N x (3, H, W) in [0, 1], sizes may differ.
+            targets: N x dict with "boxes" (G, 4) xyxy pixels and "labels" (G,) int64, and what the detector needs.
+
+        Returns:
+            The detector's losses under its own names, then ``distill_<term>`` for every term with weight, each already
+            multiplied by its weight and lambda. Their sum is what to minimise.
+
+        Raises:
+            ValueError: the passes do not fit each other; names both sides.
+            RuntimeError: a term cannot reach the student.
+            FloatingPointError: a term is NaN or infinite.
+        """
+        if not self.training:
+            return self.student(images)
+        if not self.enabled:
+            return self.student(images, targets)
+        if self.weight == 0:
+            self.stats = {"lambda": torch.tensor(0.0)}
+            return {**self.student(images, targets), **self._ended()}
+        student = self._student.student_pass(images, targets)
+        terms = self._terms(images, student)
+        checks.check_gradients(terms)
+        if self.settings.check_finite:
+            checks.check_finite(terms)
+        weights = self.settings.weights
+        return {
+            **student.losses,
+            **{f"distill_{name}": self.weight * weights[name] * value for name, value in terms.items()},
+        }
+
+    def _ended(self) -> dict[str, Tensor]:
+        """Zeros that keep the adapters in the graph: DDP waits for a gradient of every parameter."""
+        zero = next(self.student.parameters()).new_zeros(())
+        for parameter in self.adapters.parameters():
+            zero = zero + 0 * parameter.sum()
+        return {f"distill_{name}": zero for name, weight in self.settings.weights.items() if weight}
+
+    def _terms(self, images: Sequence[Tensor], student: StudentPass) -> dict[str, Tensor]:
+        """The terms with weight, not yet weighted."""
+        with torch.no_grad():
+            self._teacher.model.eval().to(student.inputs.tensor.device)
+            teacher = self._teacher.teacher_pass(images, student, self._ratio)
+        self.stats = {"lambda": torch.tensor(self.weight)}
+        weights = self.settings.weights
+        terms: dict[str, Tensor] = {}
+        if any(weights[name] for name in REGION_TERMS):
+            losses = self._region_losses(student, teacher)
+            terms.update({name: getattr(losses, name) for name in REGION_TERMS if weights[name]})
+        if weights["gaussian"]:
+            terms["gaussian"] = self._gaussian_loss(student, teacher)
+        return terms
+
+    def _region_losses(self, student: StudentPass, teacher: TeacherPass) -> ops.RegionLosses:
+        settings, convention = self.settings, self._student.head
+        regions, head = share_regions(self._student, self._teacher, student, teacher, settings)
+        checks.check_head_widths(_widths(regions.head), _widths(head))
+        common = (
+            regions.proposals,
+            regions.head.logits,
+            head.logits,
+            regions.head.deltas,
+            rescale_deltas(head.deltas, self._teacher.head.box_weights, convention.box_weights),
+            regions.labels,
+            regions.gt_boxes,
+        )
+        options = {
+            "feature_loss": settings.feature_loss,
+            "bin_weight": settings.bin_weight,
+            "feature_gate": settings.feature_gate,
+            "classification_gate": settings.classification_gate,
+            "regression_gate": settings.regression_gate,
+            "temperature": settings.temperature,
+            "beta": settings.beta,
+            "box_weights": convention.box_weights,
+            "background": convention.background,
+            "activation": convention.activation,
+        }
+        if not settings.feature:
+            # The op wants features; one zero a region stands for them where only the heads transfer.
+            nothing = regions.gt_boxes.new_zeros((len(regions.labels), 1, 1, 1), dtype=regions.head.logits.dtype)
+            losses = ops.pooled_distill_loss(nothing, nothing, *common, **options)
+        elif self._pooled and regions.head.pooled is not None and head.pooled is not None:
+            adapted = self.adapters["feature"](regions.head.pooled)
+            losses = ops.pooled_distill_loss(adapted, head.pooled, *common, **options)
+        else:
+            losses = ops.region_distill_loss(
+                [self.adapters["feature"](level) for level in student.features],
+                teacher.features,
+                *common,
+                student_scales=student.scales,
+                teacher_scales=teacher.scales,
+                **asdict(self._student.roi),
+                **options,
+            )
+        self.stats.update(region_stats(losses, foreground(regions.labels, regions.head.logits, convention)))
+        return losses
+
+    def _gaussian_loss(self, student: StudentPass, teacher: TeacherPass) -> Tensor:
+        if student.scales != teacher.scales:
+            raise ValueError(
+                "the gaussian term compares maps position by position and needs equal scales; student: "
+                f"{student.scales}, teacher: {teacher.scales}"
+            )
+        return ops.gaussian_feature_loss(
+            [self.adapters["feature"](level) for level in student.features],
+            teacher.features,
+            [target["boxes"] for target in student.targets],
+            scales=student.scales,
+            sigma_squared=self.settings.sigma_squared,
+        )
+
+
+def _widths(head: HeadOutputs) -> tuple[int, int]:
+    return head.logits.shape[1], head.deltas.shape[1]

@@ -1,0 +1,81 @@
+"""The weight lambda(t) of the distillation over a training: full at first, fading as the objectives conflict."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .settings import ScheduleSettings
+
+
+class Schedule:
+    """lambda as a function of the position in the training.
+
+    With t = 1 .. t_max the current epoch (``per="epoch"``) or iteration (``per="iteration"``) and
+    x = (t - 1) / t_max the share of the training behind it:
+
+    - linear: 1 - x
+    - cosine: (1 + cos(pi x)) / 2
+    - step: gamma ** (number of milestones <= x)
+    - constant: 1
+
+    During the first ``warmup`` iterations this is multiplied by (iteration + 1) / warmup; from x >= ``stop`` < 1 on it
+    is 0. Before :meth:`start` the length is unknown and lambda is 1.
+    """
+
+    def __init__(self, settings: ScheduleSettings) -> None:
+        self.settings = settings
+        self.total_epochs: int | None = None
+        self.steps_per_epoch: int | None = None
+        self.epoch = 0
+        self.step = 0
+
+    def start(self, total_epochs: int, steps_per_epoch: int) -> None:
+        """Set the length of the training; the position stays."""
+        if total_epochs < 1 or steps_per_epoch < 1:
+            raise ValueError(
+                f"a training has at least one epoch and one step, got total_epochs={total_epochs}, "
+                f"steps_per_epoch={steps_per_epoch}"
+            )
+        self.total_epochs, self.steps_per_epoch = total_epochs, steps_per_epoch
+
+    def set_progress(self, epoch: int, step: int) -> None:
+        """Move to ``step`` (0-based) of ``epoch`` (0-based).
+
+        Raises:
+            RuntimeError: :meth:`start` was not called.
+        """
+        if self.total_epochs is None:
+            raise RuntimeError("call start(total_epochs, steps_per_epoch) before set_progress(epoch, step)")
+        if epoch < 0 or step < 0:
+            raise ValueError(f"epoch and step count from 0, got epoch={epoch}, step={step}")
+        self.epoch, self.step = epoch, step
+
+    @property
+    def value(self) -> float:
+        """lambda at the current position."""
+        if self.total_epochs is None:
+            return 1.0
+        settings = self.settings
+        iteration = self.epoch * self.steps_per_epoch + self.step
+        x = self.epoch / self.total_epochs
+        if settings.per == "iteration":
+            x = iteration / (self.total_epochs * self.steps_per_epoch)
+        x = min(x, 1.0)
+        if settings.stop < 1 and x >= settings.stop:
+            return 0.0
+        warm = min(1.0, (iteration + 1) / settings.warmup) if settings.warmup else 1.0
+        if settings.kind == "linear":
+            return warm * (1 - x)
+        if settings.kind == "cosine":
+            return warm * (1 + math.cos(math.pi * x)) / 2
+        if settings.kind == "step":
+            return warm * settings.gamma ** sum(milestone <= x for milestone in settings.milestones)
+        return warm
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: getattr(self, key) for key in ("total_epochs", "steps_per_epoch", "epoch", "step")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for key in self.state_dict():
+            setattr(self, key, state[key])

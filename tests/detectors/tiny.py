@@ -1,0 +1,107 @@
+"""Torchvision detectors that are quick on a CPU: every family, any channels, levels, strides and input size."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+
+FAMILIES = {"faster": FasterRCNN, "mask": MaskRCNN, "keypoint": KeypointRCNN}
+
+
+class TinyBackbone(nn.Module):
+    """Strided convolutions and an FPN; the first level has stride ``2 ** first``."""
+
+    def __init__(self, channels: int, levels: int, first: int) -> None:
+        super().__init__()
+        self.out_channels = channels
+        self.first = first
+        widths = [3] + [8] * (first + levels - 1)
+        self.body = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:])
+        )
+        self.fpn = FeaturePyramidNetwork([8] * levels, channels)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        maps: OrderedDict[str, Tensor] = OrderedDict()
+        for depth, layer in enumerate(self.body, start=1):
+            x = torch.relu(layer(x))
+            if depth >= self.first:
+                maps[str(depth - self.first)] = x
+        return self.fpn(maps)
+
+
+def tiny_detector(
+    family: str = "faster",
+    *,
+    seed: int = 0,
+    num_classes: int = 4,
+    channels: int = 8,
+    levels: int = 2,
+    first: int = 2,
+    size: int = 64,
+    output_size: int = 3,
+    sampling_ratio: int = 2,
+    **options: Any,
+) -> nn.Module:
+    """A detector with random weights; ``num_classes`` includes the background."""
+    torch.manual_seed(seed)
+    if family == "keypoint":
+        num_classes = 2
+        options["num_keypoints"] = 3
+    options = {
+        "min_size": size,
+        "max_size": 2 * size,
+        "rpn_anchor_generator": AnchorGenerator(
+            tuple((2.0 ** (first + level + 3),) for level in range(levels)), ((0.5, 1.0, 2.0),) * levels
+        ),
+        "box_roi_pool": MultiScaleRoIAlign([str(level) for level in range(levels)], output_size, sampling_ratio),
+        "box_head": TwoMLPHead(channels * output_size**2, 16),
+        "rpn_pre_nms_top_n_train": 120,
+        "rpn_post_nms_top_n_train": 60,
+        "rpn_pre_nms_top_n_test": 80,
+        "rpn_post_nms_top_n_test": 40,
+        "box_batch_size_per_image": 16,
+        "box_fg_iou_thresh": 0.3,
+        "box_bg_iou_thresh": 0.3,
+        **options,
+    }
+    model = FAMILIES[family](TinyBackbone(channels, levels, first), num_classes, **options)
+    heads = model.roi_heads
+    heads.box_predictor = FastRCNNPredictor(16, num_classes)
+    if family == "mask":
+        heads.mask_head = MaskRCNNHeads(channels, (8,), 1)
+        heads.mask_predictor = MaskRCNNPredictor(8, 8, num_classes)
+    if family == "keypoint":
+        heads.keypoint_head = KeypointRCNNHeads(channels, (8,))
+        heads.keypoint_predictor = KeypointRCNNPredictor(8, 3)
+    return model
+
+
+def tiny_batch(family: str = "faster", seed: int = 0, empty: bool = False) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Two images of different sizes with two boxes and one; with ``empty`` the second image has none."""
+    generator = torch.Generator().manual_seed(seed)
+    images = [torch.rand(3, 64, 80, generator=generator), torch.rand(3, 72, 64, generator=generator)]
+    boxes = [torch.tensor([[6.0, 8.0, 40.0, 44.0], [30.0, 20.0, 70.0, 60.0]]), torch.tensor([[10.0, 5.0, 50.0, 60.0]])]
+    labels = [torch.tensor([1, 3]), torch.tensor([2])]
+    if empty:
+        boxes[1], labels[1] = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    targets = [{"boxes": b, "labels": l} for b, l in zip(boxes, labels)]
+    for image, target in zip(images, targets):
+        count = len(target["boxes"])
+        if family == "mask":
+            target["masks"] = torch.ones((count, *image.shape[-2:]), dtype=torch.uint8)
+        if family == "keypoint":
+            target["labels"] = target["labels"].clamp(max=1)
+            center = (target["boxes"][:, :2] + target["boxes"][:, 2:]) / 2
+            visible = torch.ones(count, 3, 1)
+            target["keypoints"] = torch.cat([center[:, None].expand(count, 3, 2), visible], dim=2)
+    return images, targets
