@@ -1,0 +1,232 @@
+"""Detection data sets in COCO format: validated annotations, images as tensors, targets as torchvision wants them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from pycocotools.coco import COCO
+from torch import Tensor
+from torch.utils.data import Dataset
+
+MIN_SIDE = 0.1  # pixels; a thinner box carries no object and its log-width target would dominate the loss
+
+Target = dict[str, Any]
+Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
+
+
+class CocoDetection(Dataset):
+    """Images of ``image_folder`` with the boxes of a COCO ``annotation_file``.
+
+    An item is ``(image, target)``: image a uint8 tensor (3, H, W); target a dict with ``boxes`` (G, 4) float32 xyxy
+    pixels clipped to the image, ``labels`` (G,) int64 in 1..K, ``area`` (G,) float32, ``iscrowd`` (G,) int64 and the
+    int ``image_id``. Crowd boxes and boxes without extent are left out of the targets; images without boxes stay.
+
+    Attributes:
+        class_names: K names; label ``y`` is ``class_names[y - 1]``.
+        category_ids: K COCO category ids in ascending order; label ``y`` is ``category_ids[y - 1]``.
+        coco: the annotations as a :class:`pycocotools.coco.COCO`, crowds included, for evaluation.
+        sizes: (height, width) of every image in pixels.
+
+    Raises:
+        FileNotFoundError: the annotation file, the image folder or an image is missing.
+        ValueError: the annotations are malformed (names file and key), an image path leaves the folder, an image
+            cannot be decoded or has another size than its annotation says.
+    """
+
+    def __init__(self, image_folder: str | Path, annotation_file: str | Path, *,
+                 transform: Transform | None = None) -> None:
+        self.image_folder = Path(image_folder)
+        self.annotation_file = Path(annotation_file)
+        self.transform = transform
+        if not self.image_folder.is_dir():
+            raise FileNotFoundError(f"image folder not found: {self.image_folder}")
+        self._index(coco_index(read_annotations(self.annotation_file)))
+        missing = [name for name in self._file_names if not (self.image_folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{len(missing)} of {len(self._file_names)} images of {self.annotation_file} are "
+                                    f"missing, the first: {self.image_folder / missing[0]}")
+
+    def _index(self, coco: COCO) -> None:
+        self.coco = coco
+        self.category_ids: list[int] = sorted(coco.cats)
+        self.class_names: list[str] = [coco.cats[i]["name"] for i in self.category_ids]
+        self._label_of = {category: label for label, category in enumerate(self.category_ids, start=1)}
+        self._image_ids: list[int] = sorted(coco.imgs)
+        images = [coco.imgs[i] for i in self._image_ids]
+        self._file_names: list[str] = [image["file_name"] for image in images]
+        self.sizes: list[tuple[int, int]] = [(image["height"], image["width"]) for image in images]
+
+    def __len__(self) -> int:
+        return len(self._image_ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        image, target = self._image(index), self._target(index)
+        return self.transform(image, target) if self.transform else (image, target)
+
+    def _image(self, index: int) -> Tensor:
+        return read_image(self.image_folder / self._file_names[index], self.sizes[index])
+
+    def _target(self, index: int) -> Target:
+        height, width = self.sizes[index]
+        annotations = [a for a in self.coco.imgToAnns[self._image_ids[index]] if not a["iscrowd"]]
+        boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        boxes[:, 0::2] = boxes[:, 0::2].clamp(0, width)
+        boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
+        boxes = boxes.float()
+        keep = has_extent(boxes)
+        return {
+            "boxes": boxes[keep],
+            "labels": torch.tensor([self._label_of[a["category_id"]] for a in annotations], dtype=torch.int64)[keep],
+            "area": torch.tensor([a["area"] for a in annotations], dtype=torch.float32)[keep],
+            "iscrowd": torch.zeros(int(keep.sum()), dtype=torch.int64),
+            "image_id": self._image_ids[index],
+        }
+
+
+def has_extent(boxes: Tensor) -> Tensor:
+    """(G,) bool: boxes (G, 4) xyxy in pixels at least ``MIN_SIDE`` wide and high."""
+    return ((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(dim=1)
+
+
+def read_image(path: Path, size: tuple[int, int]) -> Tensor:
+    """The image at ``path`` as uint8 RGB (3, H, W); 16-bit grey is scaled to 8 bits.
+
+    The EXIF orientation is applied, as annotation tools do, unless only the stored pixel grid has the annotated
+    ``size`` = (height, width).
+    """
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            if (upright.height, upright.width) == size:
+                image = upright
+            array = np.array(_eight_bit(image).convert("RGB"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"image not found: {path}") from None
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... on broken files
+        raise ValueError(f"cannot read image {path}: {error}") from error
+    if array.shape[:2] != size:
+        raise ValueError(f"image {path} is {array.shape[1]}x{array.shape[0]}, its annotation says {size[1]}x{size[0]}")
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Grey images of 16 bits scaled to 8 (Pillow's own conversion would clip them to white)."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined range; convert the image to 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    array = np.asarray(image)
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > 65535:
+        raise ValueError(f"pixel values {low}..{high} do not fit 16 bits")
+    if image.mode == "I" and high <= 255:
+        return Image.fromarray(array.astype(np.uint8))
+    return Image.fromarray((array.astype(np.uint32) // 257).astype(np.uint8))
+
+
+def read_annotations(path: Path) -> dict[str, Any]:
+    """A COCO annotation file, checked; ``area`` and ``iscrowd`` filled in where absent.
+
+    Raises ValueError naming the file and the key that is wrong.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"annotation file not found: {path}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    try:
+        return _check(data)
+    except _Malformed as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+class _Malformed(Exception):
+    pass
+
+
+def _check(data: Any) -> dict[str, Any]:
+    _expect(isinstance(data, dict), "top level", "an object with images, annotations and categories", data)
+    for key in ("images", "annotations", "categories"):
+        _expect(isinstance(data.get(key), list), key, "a list of objects", data.get(key))
+        for i, entry in enumerate(data[key]):
+            _expect(isinstance(entry, dict), f"{key}[{i}]", "an object", entry)
+
+    for i, category in enumerate(data["categories"]):
+        _expect(_is_int(category.get("id")), f"categories[{i}].id", "an integer", category.get("id"))
+        _expect(isinstance(category.get("name"), str), f"categories[{i}].name", "a string", category.get("name"))
+    for i, image in enumerate(data["images"]):
+        _expect(_is_int(image.get("id")), f"images[{i}].id", "an integer", image.get("id"))
+        _expect(_inside(image.get("file_name")), f"images[{i}].file_name", "a path inside the image folder",
+                image.get("file_name"))
+        for side in ("width", "height"):
+            value = image.get(side)
+            _expect(_is_int(value) and value > 0, f"images[{i}].{side}", "a positive integer", value)
+    categories = _unique_ids(data["categories"], "categories")
+    images = _unique_ids(data["images"], "images")
+    _expect(len(categories) > 0, "categories", "at least one category", [])
+
+    annotations = [_check_annotation(f"annotations[{i}]", annotation, images, categories)
+                   for i, annotation in enumerate(data["annotations"])]
+    return {"images": data["images"], "annotations": annotations, "categories": data["categories"]}
+
+
+def _check_annotation(where: str, annotation: dict[str, Any], images: set[int],
+                      categories: set[int]) -> dict[str, Any]:
+    image_id, category_id, box = annotation.get("image_id"), annotation.get("category_id"), annotation.get("bbox")
+    _expect(_is_int(image_id) and image_id in images, f"{where}.image_id", "the id of one of images", image_id)
+    _expect(_is_int(category_id) and category_id in categories, f"{where}.category_id",
+            "the id of one of categories", category_id)
+    _expect(isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)), f"{where}.bbox",
+            "4 finite numbers [x, y, width, height]", box)
+    area, crowd = annotation.get("area", box[2] * box[3]), annotation.get("iscrowd", 0)
+    _expect(_is_number(area), f"{where}.area", "a finite number", area)
+    _expect(crowd in (0, 1), f"{where}.iscrowd", "0 or 1", crowd)
+    return {"image_id": image_id, "category_id": category_id, "bbox": box, "area": area, "iscrowd": int(crowd)}
+
+
+def _expect(good: bool, where: str, expected: str, found: Any) -> None:
+    if not good:
+        raise _Malformed(f"{where} must be {expected}, found {repr(found)[:80]}")
+
+
+def _unique_ids(entries: list[dict[str, Any]], key: str) -> set[int]:
+    seen: set[int] = set()
+    for i, entry in enumerate(entries):
+        _expect(entry["id"] not in seen, f"{key}[{i}].id", "unique", entry["id"])
+        seen.add(entry["id"])
+    return seen
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e12
+
+
+def _inside(name: Any) -> bool:
+    """True for a relative path without steps upwards, read as POSIX and as Windows would."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return False
+    paths = PurePosixPath(name), PureWindowsPath(name)
+    return not any(path.is_absolute() or path.anchor or ".." in path.parts for path in paths)
+
+
+def coco_index(data: dict[str, Any]) -> COCO:
+    """The quiet :class:`COCO` of ``data``; annotations are numbered from 1 (COCOeval takes id 0 for "no match")."""
+    coco = COCO()
+    coco.dataset = {**data, "annotations": [{**a, "id": i} for i, a in enumerate(data["annotations"], start=1)]}
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco

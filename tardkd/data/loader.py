@@ -1,0 +1,64 @@
+"""Batches whose order and augmentation are pure functions of (seed, epoch): what a resumed run needs to go on exactly."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .coco import Target
+
+
+def build_loader(dataset: Dataset, *, batch_size: int, shuffle: bool, seed: int, epoch: int, workers: int = 0,
+                 first_batch: int = 0) -> DataLoader:
+    """Batches ``(images, targets)``: N float images (3, H, W) in [0, 1] and N target dicts.
+
+    The order depends on (seed, epoch) alone and the random view of image ``index`` on (seed, epoch, index) alone, so
+    neither the number of workers nor what was drawn before matters, and torch's global generator is left as it was.
+    With ``shuffle`` an incomplete last batch is dropped (unless it is the only one); without, all images come, in order.
+
+    Args:
+        first_batch: how many batches of the epoch to leave out at its beginning, to resume within it.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+    count = len(dataset)
+    if count == 0:
+        raise ValueError("the data set has no images")
+    order = torch.randperm(count, generator=_generator(seed, epoch)) if shuffle else torch.arange(count)
+    batches = [batch.tolist() for batch in order.split(batch_size)]
+    if shuffle and len(batches) > 1 and len(batches[-1]) < batch_size:
+        batches.pop()
+    return DataLoader(_SeededItems(dataset, seed, epoch), batch_sampler=batches[first_batch:], collate_fn=collate,
+                      num_workers=workers, generator=_generator(seed, epoch))
+
+
+def collate(items: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
+    """Images of differing sizes stay a list; uint8 becomes float32 in [0, 1]."""
+    images = [image.float() / 255 if image.dtype == torch.uint8 else image for image, _ in items]
+    return images, [target for _, target in items]
+
+
+class _SeededItems(Dataset):
+    """``dataset`` with torch's CPU generator seeded for each item and restored after it."""
+
+    def __init__(self, dataset: Dataset, seed: int, epoch: int) -> None:
+        self.dataset, self.seed, self.epoch = dataset, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_mix(self.seed, self.epoch, index))
+            return self.dataset[index]
+
+
+def _mix(*numbers: int) -> int:
+    """One well-spread 64-bit seed from several small non-negative numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    return torch.Generator().manual_seed(_mix(*numbers))

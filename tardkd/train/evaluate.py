@@ -1,0 +1,99 @@
+"""COCO's average precision of a detector on a data set, by pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor, nn
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # in the order of COCOeval.stats
+
+
+class DetectionDataset(Protocol):
+    """What evaluation needs to know of a data set: ground truth, and what its labels 1..K mean."""
+
+    coco: COCO
+    class_names: list[str]
+    category_ids: list[int]
+
+
+def evaluate(model: nn.Module, loader: Iterable, dataset: DetectionDataset) -> dict[str, Any]:
+    """Runs ``model`` over ``loader`` and compares its detections with the ground truth of ``dataset``.
+
+    Returns ``AP`` (mean over IoU 0.50:0.05:0.95), ``AP50``, ``AP75``, and ``APs``, ``APm``, ``APl`` (objects under
+    32^2, up to 96^2, and over 96^2 pixels of area), all in percent and at most 100 detections per image, and
+    ``per_class``: name -> AP. A metric without ground truth is None. Only the images of ``loader`` count. The model
+    comes back in the mode it was in.
+
+    Raises:
+        RuntimeError: a detection is not finite; the message names the image.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    results: list[dict[str, Any]] = []
+    seen: list[int] = []
+    try:
+        with torch.inference_mode():
+            for images, targets in loader:
+                outputs = model([image.to(device) for image in images])
+                image_ids = [int(target["image_id"]) for target in targets]
+                results += detections_to_coco(outputs, image_ids, dataset.category_ids)
+                seen += image_ids
+    finally:
+        model.train(training)
+    return coco_metrics(results, seen, dataset)
+
+
+def detections_to_coco(outputs: Sequence[dict[str, Tensor]], image_ids: Sequence[int],
+                       category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """A detector's outputs, one dict of boxes (D, 4) xyxy, labels (D,) 1..K and scores (D,) per image, as COCO results
+    ``{image_id, category_id, bbox [x, y, w, h], score}``."""
+    results = []
+    for output, image_id in zip(outputs, image_ids, strict=True):
+        boxes, scores = output["boxes"].double().cpu(), output["scores"].double().cpu()
+        if not (boxes.isfinite().all() and scores.isfinite().all()):
+            raise RuntimeError(f"the model's detections on image {image_id} are not finite")
+        corners_to_sizes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
+        for box, label, score in zip(corners_to_sizes.tolist(), output["labels"].tolist(), scores.tolist(),
+                                     strict=True):
+            results.append({"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box,
+                            "score": score})
+    return results
+
+
+def coco_metrics(results: list[dict[str, Any]], image_ids: Sequence[int], dataset: DetectionDataset) -> dict[str, Any]:
+    """:func:`evaluate`'s numbers from COCO ``results`` on the images ``image_ids``."""
+    # COCO.loadRes refuses an empty list, so the detections are indexed here.
+    found = COCO()
+    found.dataset = {
+        "images": dataset.coco.dataset["images"], "categories": dataset.coco.dataset["categories"],
+        "annotations": [{**result, "id": i, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
+                        for i, result in enumerate(results, start=1)]}
+    with contextlib.redirect_stdout(io.StringIO()):
+        found.createIndex()
+        evaluation = COCOeval(dataset.coco, found, "bbox")
+        evaluation.params.imgIds = sorted(set(image_ids))
+        evaluation.params.catIds = list(dataset.category_ids)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (IoU, recall, class); -1 where there is no object
+    per_class = {name: _percent(_mean(precision[:, :, k])) for k, name in enumerate(dataset.class_names)}
+    return {**dict(zip(METRICS, map(_percent, evaluation.stats), strict=False)), "per_class": per_class}
+
+
+def _mean(precision: np.ndarray) -> float:
+    known = precision[precision > -1]
+    return float(known.mean()) if known.size else -1.0
+
+
+def _percent(value: float) -> float | None:
+    return None if value < 0 else 100 * float(value)

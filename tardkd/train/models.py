@@ -1,0 +1,225 @@
+"""Detectors from a small description: torchvision's own by name, and a light ResNet-FPN family for CPU work."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+from torchvision.models import detection, get_model_weights, resnet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
+from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+
+LIGHT = "resnet_fpn"
+LIGHT_ONLY = ("blocks", "width", "fpn_channels", "head_dim", "norm", "anchor_sizes", "canonical_scale")
+COMMON = ("min_size", "max_size", "rpn_pre_nms_top_n_train", "rpn_pre_nms_top_n_test", "rpn_post_nms_top_n_train",
+          "rpn_post_nms_top_n_test", "rpn_batch_size_per_image", "box_batch_size_per_image", "box_detections_per_img",
+          "box_score_thresh")
+STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
+
+
+class ModelSpec(BaseModel):
+    """What detector to build. Settings left at None are torchvision's.
+
+    The second group goes to torchvision's ``FasterRCNN`` under its own names; the third is for ``resnet_fpn`` alone.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    name: Literal["resnet_fpn", "fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "fasterrcnn_resnet101_fpn",
+                  "fasterrcnn_mobilenet_v3_large_fpn", "fasterrcnn_mobilenet_v3_large_320_fpn"] = LIGHT
+    weights: str | None = None  # the detector: a local state dict, or DEFAULT: torchvision downloads its own
+    new_head: bool = False  # weights of other classes: take all but the class and box predictor
+    backbone_weights: str | None = None  # the classifier a backbone starts from: a local state dict, or DEFAULT
+    freeze_norm: bool = False  # BatchNorm as constants, as detectors with small batches fine-tune
+    norm_eps: NonNegativeFloat | None = None  # of BatchNorm; 0 is what torchvision's COCO_V1 files were trained with
+    frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0  # leading ResNet stages without training: 1 = the stem
+
+    min_size: PositiveInt | tuple[PositiveInt, ...] | None = None  # several: drawn anew for each training image
+    max_size: PositiveInt | None = None
+    rpn_pre_nms_top_n_train: PositiveInt | None = None
+    rpn_pre_nms_top_n_test: PositiveInt | None = None
+    rpn_post_nms_top_n_train: PositiveInt | None = None
+    rpn_post_nms_top_n_test: PositiveInt | None = None
+    rpn_batch_size_per_image: PositiveInt | None = None
+    box_batch_size_per_image: PositiveInt | None = None  # regions per image in training
+    box_detections_per_img: PositiveInt | None = None
+    box_score_thresh: Annotated[float, Field(ge=0, lt=1)] | None = None
+
+    blocks: Annotated[tuple[PositiveInt, ...], Field(min_length=2, max_length=4)] = (2, 2, 2, 2)  # per stage
+    width: PositiveFloat = 1.0  # 1: 64, 128, 256, 512 channels
+    fpn_channels: PositiveInt = 256
+    head_dim: PositiveInt = 1024
+    norm: Literal["batch", "group"] = "batch"
+    anchor_sizes: tuple[PositiveInt, ...] = (32, 64, 128, 256, 512)  # pixels, one per pyramid level (stages + 1)
+    canonical_scale: PositiveInt = 224  # pixels; regions of this size are pooled from stride 16, half of it from 8
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelSpec:
+        if self.name != LIGHT:
+            foreign = [key for key in LIGHT_ONLY if key in self.model_fields_set
+                       and getattr(self, key) != type(self).model_fields[key].default]
+            if foreign:
+                raise ValueError(f"{', '.join(foreign)}: only {LIGHT} takes these, not {self.name}")
+        elif len(self.anchor_sizes) != len(self.blocks) + 1:
+            raise ValueError(f"anchor_sizes must have one size per pyramid level: {len(self.blocks)} stages give "
+                             f"{len(self.blocks) + 1} levels, found {len(self.anchor_sizes)} sizes")
+        if self.frozen_stages and "resnet" not in self.name:
+            raise ValueError(f"frozen_stages counts ResNet stages; {self.name} has none")
+        if self.frozen_stages > len(self.blocks) + 1:
+            raise ValueError(f"frozen_stages: {self.frozen_stages} of {len(self.blocks) + 1} stages")
+        if self.norm == "group" and (self.freeze_norm or self.norm_eps is not None):
+            raise ValueError("freeze_norm and norm_eps need norm batch, found group")
+        if self.frozen_stages and self.norm == "batch" and not self.freeze_norm:
+            raise ValueError("frozen_stages needs freeze_norm: true, else their BatchNorm statistics still move")
+        if self.weights and self.backbone_weights:
+            raise ValueError("weights already holds the backbone; leave backbone_weights out")
+        if "DEFAULT" in (self.weights, self.backbone_weights) and self.name == LIGHT:
+            raise ValueError(f"torchvision has no DEFAULT weights for {LIGHT}")
+        return self
+
+
+def build_model(spec: ModelSpec, num_classes: int) -> FasterRCNN:
+    """The detector ``spec`` describes, for ``num_classes`` classes without the background (labels 1..num_classes).
+
+    Nothing is downloaded unless ``weights`` or ``backbone_weights`` is ``DEFAULT``.
+
+    Raises:
+        FileNotFoundError, ValueError: weights that are absent or do not fit tensor by tensor.
+    """
+    options = {key: getattr(spec, key) for key in COMMON if getattr(spec, key) is not None}
+    if spec.name == LIGHT:
+        model = _light(spec, num_classes, options)
+    elif spec.name == "fasterrcnn_resnet101_fpn":
+        backbone = resnet_fpn_backbone(backbone_name="resnet101", weights=None, norm_layer=nn.BatchNorm2d,
+                                       trainable_layers=5)
+        model = FasterRCNN(backbone, num_classes + 1, **options)
+    else:
+        constructor = getattr(detection, spec.name)
+        model = constructor(weights=None, weights_backbone=None, num_classes=num_classes + 1, **options)
+    if spec.weights:
+        _load(model, _state(spec.name, spec.weights), spec.weights,
+              leave_out=("roi_heads.box_predictor.",) if spec.new_head else ())
+    if spec.backbone_weights:
+        state = _state(_classifier(spec.name), spec.backbone_weights)
+        if spec.name.startswith("fasterrcnn_mobilenet"):
+            state = {key.removeprefix("features."): value for key, value in state.items()}
+        body = set(model.backbone.body.state_dict())
+        _load(model.backbone.body, {key: value for key, value in state.items() if key in body}, spec.backbone_weights)
+    if spec.norm_eps is not None:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eps = spec.norm_eps
+    if spec.freeze_norm:
+        freeze_norm(model)
+    for name in (name for stage in STAGES[:spec.frozen_stages] for name in stage):
+        model.backbone.body[name].requires_grad_(False)
+    return model
+
+
+# ---- the light family ----------------------------------------------------------------------------------------------
+
+def _light(spec: ModelSpec, num_classes: int, options: dict[str, Any]) -> FasterRCNN:
+    channels = [_round8(64 * 2 ** i * spec.width) for i in range(len(spec.blocks))]
+    body = _light_body(spec.blocks, channels, nn.BatchNorm2d if spec.norm == "batch" else group_norm)
+    levels = {f"layer{i}": str(i - 1) for i in range(1, len(channels) + 1)}
+    backbone = BackboneWithFPN(body, levels, channels, spec.fpn_channels)
+    pooler = MultiScaleRoIAlign(list(levels.values()), output_size=7, sampling_ratio=2,
+                                canonical_scale=spec.canonical_scale)
+    return FasterRCNN(
+        backbone,
+        rpn_anchor_generator=AnchorGenerator(tuple((size,) for size in spec.anchor_sizes),
+                                             ((0.5, 1.0, 2.0),) * len(spec.anchor_sizes)),
+        box_roi_pool=pooler,
+        box_head=TwoMLPHead(spec.fpn_channels * 7 * 7, spec.head_dim),
+        box_predictor=FastRCNNPredictor(spec.head_dim, num_classes + 1),
+        **options)
+
+
+def _light_body(blocks: tuple[int, ...], channels: list[int], norm: Callable[[int], nn.Module]) -> nn.Sequential:
+    """A ResNet of BasicBlocks, with torchvision's names: at width 1 a ResNet-18's weights fit."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        conv1=nn.Conv2d(3, channels[0], 7, stride=2, padding=3, bias=False), bn1=norm(channels[0]),
+        relu=nn.ReLU(inplace=True), maxpool=nn.MaxPool2d(3, stride=2, padding=1))
+    before = channels[0]
+    for i, (count, after) in enumerate(zip(blocks, channels, strict=True)):
+        stride = 1 if i == 0 else 2
+        shortcut = None if i == 0 else nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), norm(after))
+        first = resnet.BasicBlock(before, after, stride, shortcut, norm_layer=norm)
+        rest = [resnet.BasicBlock(after, after, norm_layer=norm) for _ in range(count - 1)]
+        layers[f"layer{i + 1}"] = nn.Sequential(first, *rest)
+        before = after
+    body = nn.Sequential(layers)
+    for module in body.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return body
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Groups of 8 channels: statistics within an image, so that batches of any size train alike."""
+    return nn.GroupNorm(channels // 8, channels)
+
+
+def _round8(channels: float) -> int:
+    return max(8, round(channels / 8) * 8)
+
+
+# ---- weights -------------------------------------------------------------------------------------------------------
+
+def _state(name: str, source: str) -> dict[str, Tensor]:
+    """A state dict from a local file (a plain one, or one of our checkpoints), or torchvision's own for ``name``."""
+    if source == "DEFAULT":
+        try:
+            return get_model_weights(name).DEFAULT.get_state_dict(progress=True)
+        except ValueError:
+            raise ValueError(f"torchvision has no DEFAULT weights for {name}") from None
+    try:
+        state = torch.load(source, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"weights file not found: {source}") from None
+    except Exception as error:  # torch.load raises whatever its zip, pickle or tensor reader meets
+        raise ValueError(f"cannot read weights {source}: {error}") from error
+    state = state.get("model", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{source} does not hold a state dict of tensors")
+    return state
+
+
+def _load(module: nn.Module, state: dict[str, Tensor], source: str, leave_out: tuple[str, ...] = ()) -> None:
+    """Every tensor of ``module`` from ``state``, and none over, but for those under ``leave_out``."""
+    own = {key: value for key, value in module.state_dict().items() if not key.startswith(leave_out or "\0")}
+    state = {key: value for key, value in state.items() if not key.startswith(leave_out or "\0")}
+    # Files made with frozen BatchNorm lack this counter, which nothing reads.
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in own]
+    shapes = [f"{key} is {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the model"
+              for key in own if key in state and state[key].shape != own[key].shape]
+    if missing or unexpected or shapes:
+        found = [f"{len(keys)} {what}, such as {keys[0]}" for what, keys in
+                 (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)) if keys]
+        hint = "; for other classes set new_head: true" if any("box_predictor" in key for key in shapes) else ""
+        raise ValueError(f"weights {source} do not fit: {'; '.join(found)} (of {len(own)} tensors){hint}")
+    module.load_state_dict(state, strict=False)
+
+
+def _classifier(name: str) -> str:
+    if name == LIGHT:
+        return "resnet18"
+    return next(kind for kind in ("resnet50", "resnet101", "mobilenet_v3_large") if kind in name)
+
+
+def freeze_norm(model: nn.Module) -> None:
+    """Replaces every BatchNorm2d of ``model`` by a FrozenBatchNorm2d with the same statistics, scale and shift."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            frozen = FrozenBatchNorm2d(child.num_features, eps=child.eps)
+            frozen.load_state_dict(child.state_dict(), strict=False)
+            setattr(model, name, frozen)
+        else:
+            freeze_norm(child)
