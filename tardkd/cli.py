@@ -1,0 +1,174 @@
+"""The command line: ``tardkd train | eval | export | demo | info``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROLES = ("teacher", "baseline", "distilled")
+
+
+class UsageError(ValueError):
+    """A command that cannot be carried out as it was given."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 2 for what the user can mend, 130 when interrupted."""
+    options = _parse(arguments)
+    try:
+        options.run(options)
+    except ModuleNotFoundError as error:
+        if options.traceback or (error.name or "tardkd").startswith("tardkd"):
+            raise
+        return _fail(f'this command needs the package {error.name}: pip install "tardkd[train]"')
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # keep the interpreter's last flush quiet
+        return 0
+    except (ValueError, OSError, RuntimeError) as error:
+        # Out of memory and failures inside torch are RuntimeErrors, too; only ours carry a message for the user.
+        ours = isinstance(error, (ValueError, OSError)) or type(error).__module__.startswith("tardkd")
+        if options.traceback or not ours:
+            raise
+        return _fail(str(error))
+    return 0
+
+
+def train(options: argparse.Namespace) -> None:
+    from tardkd.train.config import load_config
+    from tardkd.train.logs import describe
+    from tardkd.train.loop import train as run
+
+    config = load_config(options.config, options.overrides)
+    if options.role:
+        config = config.for_role(options.role)
+    result = run(config, resume=options.resume, overwrite=options.overwrite)
+    print(f"{result.folder}: {describe(result.metrics)} after {result.seconds:.0f} s; best AP {result.best_ap:.1f}")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    import json
+
+    from tardkd.train import checkpoint
+    from tardkd.train.build import build_dataset, load_student, pick_device, stored_config
+    from tardkd.train.evaluate import METRICS
+    from tardkd.train.evaluate import evaluate as run
+    from tardkd.train.logs import describe
+    from tardkd.train.loop import build_batches, check_classes
+
+    path = _checkpoint(options.checkpoint)
+    state = checkpoint.load(path)
+    config = stored_config(state, path, options.overrides)
+    dataset = build_dataset(config, options.split)
+    check_classes(path, state["classes"], f"data.{options.split}", dataset.class_names)
+    model = load_student(state, path).to(pick_device(config.train.device))
+    metrics = run(model, build_batches(config, dataset), dataset)
+    print(f"{path} on {options.split}, {len(dataset)} images: {describe(metrics)}")
+    for name, value in metrics["per_class"].items():
+        print(f"  {name}: {'-' if value is None else format(value, '.1f')}")
+    if options.json:
+        Path(options.json).write_text(json.dumps({name: metrics[name] for name in (*METRICS, "per_class")}, indent=2))
+
+
+def export(options: argparse.Namespace) -> None:
+    import torch
+
+    from tardkd.train import checkpoint
+
+    path = _checkpoint(options.checkpoint)
+    out = Path(options.out)
+    if out.exists() and not options.overwrite:
+        raise UsageError(f"{out} exists; --overwrite replaces it")
+    state = checkpoint.load(path)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state["model"], out)
+    print(f"{out}: {len(state['model'])} tensors, {len(state['classes'])} classes ({', '.join(state['classes'])})")
+
+
+def demo(options: argparse.Namespace) -> None:
+    from tardkd.train.demo import run_demo
+
+    run_demo(Path(options.out), seeds=options.seeds, quick=options.quick, overwrite=options.overwrite)
+
+
+def info(options: argparse.Namespace) -> None:
+    import tardkd
+
+    for name, value in tardkd.build_info().items():
+        print(f"{name}: {value}")
+
+
+def _checkpoint(given: str) -> Path:
+    """A checkpoint file, or a run's folder, whose last checkpoint is meant."""
+    path = Path(given)
+    return path / "last.pt" if path.is_dir() else path
+
+
+def _fail(message: str) -> int:
+    print(f"tardkd: {message}", file=sys.stderr)
+    return 2
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand anywhere among the options, which argparse alone does not allow in subcommands."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    unknown = [word for word in rest if word not in overrides or not hasattr(options, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if overrides:
+        options.overrides = [*options.overrides, *overrides]
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tardkd", description="Distil object detectors.")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(run, summary: str) -> argparse.ArgumentParser:
+        name = {evaluate: "eval"}.get(run, run.__name__)
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command(train, "train a detector, alone or with a teacher")
+    sub.add_argument("--config", required=True, metavar="FILE", help="a recipe in YAML")
+    sub.add_argument("--role", choices=ROLES, help="which part of the recipe to train; adds its name to output")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as optimizer.lr=0.01")
+    start = sub.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="go on exactly from the last checkpoint in output")
+    start.add_argument("--overwrite", action="store_true", help="remove an earlier run from output and start again")
+
+    sub = command(evaluate, "average precision of a trained student")
+    sub.add_argument("checkpoint", help="a checkpoint, or a run's folder for its last one")
+    sub.add_argument("--split", choices=("train", "val", "test"), default="val")
+    sub.add_argument("--json", metavar="FILE", help="write the numbers there, too")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.root=elsewhere")
+
+    sub = command(export, "write the student as a plain torchvision state dict")
+    sub.add_argument("checkpoint", help="a checkpoint, or a run's folder for its last one")
+    sub.add_argument("--out", required=True, metavar="FILE")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
+
+    sub = command(demo, "teacher, student alone and distilled student on the built-in scenes")
+    sub.add_argument("--out", required=True, metavar="DIR")
+    sub.add_argument("--seeds", type=_positive, default=1, metavar="N", help="repeat with N seeds (default 1)")
+    sub.add_argument("--quick", action="store_true", help="tiny budgets: everything runs, nothing is learned")
+    sub.add_argument("--overwrite", action="store_true", help="remove an earlier demo from the folder")
+
+    command(info, "version and what the native module was built with")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number

@@ -1,0 +1,1 @@
+"""Training: one lean loop, its configuration, evaluation, checkpoints, logs and plots."""

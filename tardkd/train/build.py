@@ -1,0 +1,93 @@
+"""From a configuration to the parts of a run: data sets, models, and the distiller that trains."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from tardkd.data import CocoDetection, Scenes
+from tardkd.data.transforms import build_transform
+from tardkd.distill import Distiller
+from tardkd.train import checkpoint
+from tardkd.train.config import Config, ConfigError, SceneData, Teacher, parse_config
+from tardkd.train.models import ModelSpec, build_model
+
+
+def build_dataset(config: Config, split: str, *, augment: bool = False) -> Dataset:
+    """The `train`, `val` or `test` split; `augment` adds the training transforms."""
+    chosen = getattr(config.data, split)
+    if chosen is None:
+        raise ConfigError(f"data.{split}: required here, but not given")
+    transform = build_transform(**config.augment.model_dump()) if augment else None
+    if isinstance(config.data, SceneData):
+        return Scenes(chosen, config.data.image_size, config.data.seed, transform, split=split)
+    root = Path(config.data.root)
+    return CocoDetection(root / chosen.images, root / chosen.annotations, transform=transform)
+
+
+def build_distiller(config: Config, class_names: list[str]) -> Distiller:
+    """Student, frozen teacher and adapters.
+
+    The student's first weights depend on the seed alone, and the generators are left in the same state whether or
+    not there is a teacher, so that a baseline and a distilled run differ by nothing but the distillation.
+    """
+    seed_generators(config.train.seed)
+    student = build_model(config.student, len(class_names))
+    teacher, teacher_classes = None, None
+    if config.distill.enabled:
+        teacher, teacher_classes = load_teacher(config.teacher, class_names)
+    distiller = Distiller(student, teacher, config.distill, enabled=config.distill.enabled,
+                          student_classes=class_names, teacher_classes=teacher_classes)
+    seed_generators(config.train.seed + 1)
+    return distiller
+
+
+def load_teacher(teacher: Teacher, class_names: list[str]) -> tuple[nn.Module, list[str]]:
+    """The teacher with its trained weights, and its classes: the data set's where the file does not say."""
+    if teacher.weights is None:
+        raise ConfigError("teacher.weights: required, a distilled run needs a trained teacher")
+    spec, classes = teacher.model, class_names
+    if teacher.weights != "DEFAULT":
+        state = checkpoint.load_any(teacher.weights)
+        if state.get("format") == checkpoint.FORMAT:
+            spec, classes = stored_config(state, teacher.weights).student, state["classes"]
+    if spec is None:
+        raise ConfigError(f"teacher.model: required, because {teacher.weights} does not say what model it belongs to")
+    return build_model(_with_weights(spec, teacher.weights), len(classes)), classes
+
+
+def load_student(state: dict[str, Any], path: str | Path) -> nn.Module:
+    """The trained model of one of our checkpoints."""
+    model = build_model(_with_weights(stored_config(state, path).student, None), len(state["classes"]))
+    model.load_state_dict(state["model"])
+    return model
+
+
+def stored_config(state: dict[str, Any], path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The configuration that a checkpoint was trained with."""
+    return parse_config(state["config"], overrides, source=str(path))
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device is cuda, but torch finds no CUDA device")
+    return torch.device(name)
+
+
+def seed_generators(seed: int) -> None:
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _with_weights(spec: ModelSpec, weights: str | None) -> ModelSpec:
+    """`spec` starting from all of `weights` in place of what a training starts from."""
+    return spec.model_copy(update={"weights": weights, "new_head": False, "backbone_weights": None})

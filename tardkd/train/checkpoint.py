@@ -1,0 +1,91 @@
+"""Checkpoints: the plain student under ``model``, everything else that resuming needs beside it.
+
+They are written to a temporary file in the same folder, synced and renamed, so that a crash leaves the previous one
+whole, and read with ``weights_only=True``, so that nothing in them is ever executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+FORMAT = "tardkd checkpoint 1"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read or used; the message names the file and the reason."""
+
+
+def save(path: str | Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors and plain Python values) so that `path` always holds a complete checkpoint."""
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself must survive a power cut
+    finally:
+        os.close(folder)
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read one of our checkpoints onto the CPU; raises CheckpointError for anything else."""
+    state = load_any(path)
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of this version of tardkd: its format is "
+                              f"{state.get('format')!r}, expected {FORMAT!r}")
+    return state
+
+
+def load_any(path: str | Path) -> dict[str, Any]:
+    """Read a dict that torch.save wrote, one of our checkpoints or a plain state dict, without executing anything."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no checkpoint at {path}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"cannot read {path} as a checkpoint: {reason}") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a dict of tensors")
+    return state
+
+
+def random_state() -> dict[str, Any]:
+    """The states of all generators that a run draws from, as tensors and plain values."""
+    kind, keys, position, has_gauss, gauss = numpy.random.get_state()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": (kind, torch.from_numpy(keys.astype("int64")), position, has_gauss, gauss),
+        "python": random.getstate(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    torch.set_rng_state(state["torch"])
+    numpy.random.set_state((kind, keys.numpy().astype("uint32"), position, has_gauss, gauss))
+    version, values, gauss_next = state["python"]
+    random.setstate((version, tuple(values), gauss_next))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

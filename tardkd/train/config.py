@@ -1,0 +1,256 @@
+"""The description of one run: a YAML file, dotted overrides, and the checked settings they give.
+
+A wrong key or value is an error that names the key, the file or override it came from, and what was expected.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import TypeAdapter, ValidationError, model_validator
+
+from tardkd.distill import DistillSettings
+from tardkd.train.models import ModelSpec
+
+Role = Literal["teacher", "baseline", "distilled"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and where it was set."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Split(Section):
+    """One split of a COCO-format data set; both paths are relative to ``data.root``."""
+
+    images: str
+    annotations: str
+
+
+class CocoData(Section):
+    kind: Literal["coco"]
+    root: str
+    train: Split
+    val: Split
+    test: Split | None = None
+
+
+class SceneData(Section):
+    """The built-in scenes; train, val and test are numbers of images."""
+
+    kind: Literal["scenes"]
+    image_size: PositiveInt = 192
+    train: PositiveInt = 400
+    val: PositiveInt = 200
+    test: PositiveInt | None = None
+    seed: NonNegativeInt = 0
+
+
+class Augment(Section):
+    """Random views of the training images; see tardkd.data.transforms.build_transform."""
+
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
+    shift: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    photometric: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Augment:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale must be [smallest, largest], got {list(self.scale)}")
+        return self
+
+
+class Teacher(Section):
+    """The frozen model. `weights`: one of our checkpoints, a plain state dict, or DEFAULT for torchvision's own.
+
+    `model` is what the role `teacher` trains, and what a plain state dict or DEFAULT belongs to; one of our
+    checkpoints says itself what it is.
+    """
+
+    weights: str | None = None
+    model: ModelSpec | None = None
+
+
+@dataclass(frozen=True)
+class Distill(DistillSettings):
+    """`DistillSettings` and a switch: ``enabled: false`` trains exactly the plain detector."""
+
+    enabled: bool = True
+
+
+class Optimizer(Section):
+    kind: Literal["sgd", "adamw"] = "sgd"
+    lr: PositiveFloat = 0.02
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegativeFloat = 1e-4
+    clip_norm: PositiveFloat | None = None
+    warmup: NonNegativeInt = 0  # iterations
+    warmup_factor: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    schedule: Literal["constant", "multistep", "cosine"] = "constant"
+    milestones: tuple[PositiveInt, ...] = ()  # epochs
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _milestones_match(self) -> Optimizer:
+        if (self.schedule == "multistep") != bool(self.milestones):
+            raise ValueError(f"milestones go with schedule multistep: got schedule {self.schedule} "
+                             f"and milestones {list(self.milestones)}")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones must increase, got {list(self.milestones)}")
+        return self
+
+
+class Train(Section):
+    epochs: PositiveInt
+    batch_size: PositiveInt = 2
+    seed: NonNegativeInt = 0
+    amp: Literal["none", "bf16"] = "none"
+    channels_last: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: PositiveInt | None = None  # None: as many as torch takes
+    workers: NonNegativeInt = 0
+    eval_every: PositiveInt = 1  # epochs; the last epoch is always evaluated
+    log_every: PositiveInt = 20  # iterations between lines when the output is not a terminal
+
+
+class Config(Section):
+    data: Annotated[CocoData | SceneData, Field(discriminator="kind")]
+    augment: Augment = Augment()
+    student: ModelSpec
+    teacher: Teacher | None = None
+    distill: Distill = Distill()
+    optimizer: Optimizer = Optimizer()
+    train: Train
+    output: str
+
+    @model_validator(mode="after")
+    def _teacher_present(self) -> Config:
+        if self.distill.enabled and self.teacher is None:
+            raise ValueError("distill.enabled is true but there is no teacher section; "
+                             "add one, or set distill.enabled: false")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """As nested dicts, lists and plain values: what a checkpoint or a YAML file can hold."""
+        return self.model_dump(mode="json")
+
+    def for_role(self, role: Role) -> Config:
+        """The same recipe with one of its three parts to play.
+
+        ``teacher`` trains the teacher's model alone, ``baseline`` the student alone, ``distilled`` the student with
+        the teacher. Each gets its own folder under `output`; a recipe that names no teacher weights takes those
+        that its own teacher run leaves there.
+        """
+        parts = self.plain()
+        parts["output"] = str(Path(self.output) / role)
+        if role != "distilled":
+            parts["distill"]["enabled"] = False
+            parts["teacher"] = None
+        if role == "teacher":
+            if self.teacher is None or self.teacher.model is None:
+                raise ConfigError("role teacher needs teacher.model in the recipe")
+            parts["student"] = self.teacher.model.model_dump(mode="json")
+        if role == "distilled":
+            if self.teacher is None:
+                raise ConfigError("role distilled needs a teacher section in the recipe")
+            parts["distill"]["enabled"] = True
+            parts["teacher"]["weights"] = self.teacher.weights or str(Path(self.output) / "teacher" / "last.pt")
+        return Config.model_validate(parts)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a recipe and apply overrides such as ``optimizer.lr=0.01``; raises ConfigError."""
+    path = Path(path)
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    return parse_config(tree, overrides, source=str(path))
+
+
+def parse_config(tree: Any, overrides: list[str] | tuple[str, ...] = (), *, source: str) -> Config:
+    """Check a tree of plain dicts, with overrides applied; `source` names it in errors."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source} must hold a mapping of sections, got {type(tree).__name__}")
+    overridden = [_apply_override(tree, override) for override in overrides]
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [_describe(problem, source, overridden) for problem in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys without a word; here the second one is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _apply_override(tree: dict, override: str) -> str:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"override {override!r} must have the form section.key=value")
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    *parents, last = key.split(".")
+    for name in parents:
+        if tree.get(name) is None:
+            tree[name] = {}
+        tree = tree[name]
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {name} is not a section")
+    tree[last] = value
+    return key
+
+
+def _describe(problem: Any, source: str, overridden: list[str]) -> str:
+    # The kind of data set that pydantic puts into the path is not a key that the user wrote.
+    location = [str(part) for i, part in enumerate(problem["loc"]) if not (i == 1 and part in ("coco", "scenes"))]
+    key = ".".join(location)
+    where = "override" if any(key == name or key.startswith(name + ".") for name in overridden) else source
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _known_keys(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known keys here: {', '.join(known)}"
+        return f"{where}: {key}: unknown key; {hint}"
+    if problem["type"] == "missing":
+        return f"{where}: {key}: required, but not given"
+    message = problem["msg"].removeprefix("Value error, ")
+    got = "" if isinstance(problem["input"], dict) or not key else f", got {problem['input']!r}"
+    return f"{where}: {key}: {message}{got}" if key else f"{where}: {message}"
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    """The keys that a section of the configuration takes, from the schema."""
+    schema = TypeAdapter(Config).json_schema()
+    options = [schema]
+    for part in location:
+        options = [_resolve(schema, option["properties"][part]) for option in options if part in option["properties"]]
+        options = [option for group in options for option in group]
+    return sorted({key for option in options for key in option["properties"]})
+
+
+def _resolve(schema: dict, node: dict) -> list[dict]:
+    if "$ref" in node:
+        node = schema["$defs"][node["$ref"].split("/")[-1]]
+    if "properties" in node:
+        return [node]
+    return [found for option in node.get("anyOf", node.get("oneOf", [])) for found in _resolve(schema, option)]

@@ -1,0 +1,127 @@
+"""What a run leaves behind and shows: CSV tables, TensorBoard scalars, and a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from tardkd.train.evaluate import METRICS
+
+SHORT_NAMES = {
+    "loss_classifier": "cls", "loss_box_reg": "box", "loss_objectness": "obj", "loss_rpn_box_reg": "rpn",
+    "distill_feature": "d.feat", "distill_classification": "d.cls", "distill_regression": "d.reg",
+    "distill_gaussian": "d.gauss", "gate_feature": "g.feat", "gate_classification": "g.cls",
+    "gate_regression": "g.reg",
+}
+
+
+class Table:
+    """A CSV file with the columns of its first row; on resume the rows after the checkpoint's step are dropped."""
+
+    def __init__(self, path: Path, *, resume_step: int | None) -> None:
+        self._path = path
+        self._columns: list[str] | None = None
+        if resume_step is not None and path.exists():
+            self._truncate(resume_step)
+        self._file = open(path, "a" if resume_step is not None else "w", newline="", encoding="utf-8")
+
+    def write(self, row: dict[str, float | None]) -> None:
+        if self._columns is None:
+            self._columns = list(row)
+            csv.writer(self._file).writerow(self._columns)
+        unknown = sorted(row.keys() - set(self._columns))
+        if unknown:
+            raise ValueError(f"{self._path} has no column for {', '.join(unknown)}; it has {', '.join(self._columns)}")
+        csv.writer(self._file).writerow([_cell(row.get(name)) for name in self._columns])
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _truncate(self, last_step: int) -> None:
+        with open(self._path, newline="", encoding="utf-8") as file:
+            header, *rows = list(csv.reader(file)) or [[]]
+        self._columns = header or None
+        # A row that a crash cut short is one after the checkpoint, too.
+        kept = [row for row in rows if len(row) == len(header) and int(row[header.index("step")]) <= last_step]
+        temporary = self._path.with_suffix(".tmp")
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *kept] if header else [])
+        os.replace(temporary, self._path)
+
+
+class RunLog:
+    """Everything that one run reports; use as a context manager.
+
+    Steps and epochs are numbered from 1 as a reader counts them: step n is the n-th update.
+    """
+
+    def __init__(self, folder: Path, *, epochs: int, steps_per_epoch: int, resume_step: int | None,
+                 log_every: int, console: Console | None = None, label: str = "") -> None:
+        self.console = console or Console()
+        self._epochs, self._total, self._log_every, self._label = epochs, epochs * steps_per_epoch, log_every, label
+        self._steps = Table(folder / "train.csv", resume_step=resume_step)
+        self._evaluations = Table(folder / "eval.csv", resume_step=resume_step)
+        purge = None if resume_step is None else resume_step + 1
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[rate]:.1f} img/s {task.fields[terms]}"),
+            console=self.console, transient=True, disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task(label, total=self._total, completed=resume_step or 0, rate=0.0, terms="")
+        self._seconds = self._images = 0.0  # smoothed, for the rate shown
+
+    def __enter__(self) -> RunLog:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self._progress.stop()
+        self._board.close()
+        self._steps.close()
+        self._evaluations.close()
+
+    def step(self, epoch: int, step: int, values: dict[str, float], *, images: int, seconds: float) -> None:
+        self._steps.write({"epoch": epoch, "step": step, **values, "seconds": seconds})
+        for name, value in values.items():
+            self._board.add_scalar(f"train/{name}", value, step)
+        self._seconds, self._images = 0.95 * self._seconds + seconds, 0.95 * self._images + images
+        rate = self._images / max(self._seconds, 1e-9)
+        head = f"{self._label} epoch {epoch}/{self._epochs}".strip()
+        terms = " ".join(f"{SHORT_NAMES.get(name, name)} {value:.3g}" for name, value in values.items()
+                         if name == "loss" or name in SHORT_NAMES)
+        self._progress.update(self._task, completed=step, description=head, rate=rate, terms=terms)
+        if not self.console.is_terminal and (step % self._log_every == 0 or step == self._total):
+            self.say(f"{head} step {step}/{self._total} {rate:.1f} img/s {terms}")
+
+    def evaluation(self, epoch: int, step: int, metrics: dict[str, Any], *, best: bool) -> None:
+        """Log what `evaluate` returned: percent, None where there is no such object."""
+        classes = {f"AP/{name}": value for name, value in metrics["per_class"].items()}
+        values = {name: value for name, value in {**metrics, **classes}.items() if name != "per_class"}
+        self._evaluations.write({"epoch": epoch, "step": step, **values})
+        for name, value in values.items():
+            if value is not None:
+                self._board.add_scalar(f"eval/{name}", value, step)
+        self.say(f"{self._label} epoch {epoch}/{self._epochs} {describe(metrics)}{' (best)' if best else ''}".strip())
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def describe(metrics: dict[str, Any]) -> str:
+    return " ".join(f"{name} {'-' if metrics[name] is None else format(metrics[name], '.1f')}" for name in METRICS)
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.6g}"

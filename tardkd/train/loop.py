@@ -1,0 +1,187 @@
+"""The training loop: epochs of steps, a log, an evaluation and a checkpoint after each."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from torch import Tensor
+
+from tardkd.data.loader import build_loader
+from tardkd.train import checkpoint
+from tardkd.train.build import build_dataset, build_distiller, pick_device
+from tardkd.train.config import Config, ConfigError
+from tardkd.train.evaluate import evaluate
+from tardkd.train.logs import RunLog
+from tardkd.train.optim import build_optimizer, learning_rate, set_learning_rate
+
+OUTPUTS = ("last.pt", "best.pt", "train.csv", "eval.csv", "config.yaml", "tensorboard")
+# What may differ on resume, because no weight depends on it.
+FREE_ON_RESUME = {"output", "train.threads", "train.workers", "train.log_every", "train.device"}
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss term became infinite or NaN; the message names it, the step and the images."""
+
+
+@dataclass
+class Result:
+    """What a finished run has reached: the last epoch's metrics, the best AP, and where the files are."""
+
+    metrics: dict[str, Any]
+    best_ap: float
+    folder: Path
+    seconds: float
+
+
+def train(config: Config, *, resume: bool = False, overwrite: bool = False, console: Console | None = None,
+          label: str = "") -> Result:
+    """Train as `config` says, into ``config.output``; `resume` goes on from its ``last.pt``, exactly."""
+    began = time.perf_counter()
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    device = pick_device(config.train.device)
+    folder = Path(config.output)
+    state = _resumed_state(folder, config) if resume else None
+
+    train_set, val_set = build_dataset(config, "train", augment=True), build_dataset(config, "val")
+    check_classes("data.train", train_set.class_names, "data.val", val_set.class_names)
+    distiller = build_distiller(config, train_set.class_names).to(device)
+    if config.train.channels_last:
+        distiller.to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(config.optimizer, distiller)
+    steps_per_epoch = len(build_batches(config, train_set, epoch=0))
+    distiller.start(config.train.epochs, steps_per_epoch)
+    epoch, step, best_ap, metrics = 0, 0, -1.0, {}
+    if state is None:
+        _claim(folder, overwrite)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config.plain(), sort_keys=False), encoding="utf-8")
+    else:
+        epoch, step, best_ap, metrics = _restore(state, distiller, optimizer)
+
+    with RunLog(folder, epochs=config.train.epochs, steps_per_epoch=steps_per_epoch, label=label, console=console,
+                resume_step=None if state is None else step, log_every=config.train.log_every) as log:
+        while epoch < config.train.epochs:
+            step = train_epoch(config, distiller, optimizer, train_set, log, epoch=epoch, step=step, device=device)
+            epoch += 1
+            best = False
+            if epoch % config.train.eval_every == 0 or epoch == config.train.epochs:
+                metrics = evaluate(distiller.student, build_batches(config, val_set), val_set)
+                if metrics["AP"] is None:
+                    raise ConfigError("data.val holds no object, so nothing can be evaluated")
+                best, best_ap = metrics["AP"] > best_ap, max(metrics["AP"], best_ap)
+                log.evaluation(epoch, step, metrics, best=best)
+            state = {
+                "model": distiller.student.state_dict(), "classes": train_set.class_names, "config": config.plain(),
+                "task": distiller.task_state(), "optimizer": optimizer.state_dict(), "epoch": epoch, "step": step,
+                "best_ap": best_ap, "metrics": metrics, "random": checkpoint.random_state(),
+            }
+            if best:
+                checkpoint.save(folder / "best.pt", state)
+            checkpoint.save(folder / "last.pt", state)
+    return Result(metrics, best_ap, folder, time.perf_counter() - began)
+
+
+def train_epoch(config: Config, distiller: Any, optimizer: torch.optim.Optimizer, dataset: Any, log: RunLog, *,
+                epoch: int, step: int, device: torch.device) -> int:
+    """One pass over the data set from global step `step`; returns the global step after it."""
+    distiller.train()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    loader = build_batches(config, dataset, epoch=epoch)
+    tick = time.perf_counter()
+    for index, (images, targets) in enumerate(loader):
+        images = [image.to(device, non_blocking=True) for image in images]
+        targets = [{key: value.to(device) if isinstance(value, Tensor) else value for key, value in target.items()}
+                   for target in targets]
+        rate = learning_rate(config.optimizer, step, len(loader), config.train.epochs)
+        set_learning_rate(optimizer, rate)
+        distiller.set_progress(epoch, index)
+        try:
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.train.amp == "bf16"):
+                losses = distiller(images, targets)
+            loss = sum(losses.values())
+            values = _finite({"loss": loss, **losses})
+        except FloatingPointError as error:
+            names = ", ".join(str(target["image_id"]) for target in targets)
+            raise NonFiniteLoss(f"{error} at step {step + 1}, images {names}; no update was made") from None
+
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm or math.inf)
+        optimizer.step()
+
+        step += 1
+        now = time.perf_counter()
+        stats = {name: float(value) for name, value in distiller.stats.items()}
+        log.step(epoch + 1, step, {"lr": rate, **values, "grad_norm": float(norm), **stats},
+                 images=len(images), seconds=now - tick)
+        tick = now
+    return step
+
+
+def build_batches(config: Config, dataset: Any, *, epoch: int | None = None) -> Any:
+    """Training batches of `epoch`, or the whole data set in order."""
+    return build_loader(dataset, batch_size=config.train.batch_size, shuffle=epoch is not None,
+                        seed=config.train.seed, epoch=epoch or 0, workers=config.train.workers)
+
+
+def _finite(losses: dict[str, Tensor]) -> dict[str, float]:
+    """The losses as numbers, in one copy from the device; raises FloatingPointError naming those that are none."""
+    numbers = torch.stack([value.detach().float() for value in losses.values()]).tolist()
+    values = dict(zip(losses, numbers))
+    broken = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+    if broken:
+        raise FloatingPointError("; ".join(broken))
+    return values
+
+
+def _claim(folder: Path, overwrite: bool) -> None:
+    """Make the output folder, refusing one in use; `overwrite` removes an earlier run's files and nothing else."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output {folder} is a file, not a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    used = [name for name in OUTPUTS if (folder / name).exists()]
+    if used and not overwrite:
+        raise ConfigError(f"output folder {folder} is in use (it holds {', '.join(used)}); "
+                          "--resume continues that run, --overwrite starts again, or choose another output=")
+    for name in used:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _resumed_state(folder: Path, config: Config) -> dict[str, Any]:
+    """The checkpoint to go on from; one of a different run is refused, naming the keys that differ."""
+    state = checkpoint.load(folder / "last.pt")
+    before, now = _flat(state["config"]), _flat(config.plain())
+    changed = [f"{key} ({before.get(key)!r} -> {now.get(key)!r})" for key in sorted(before.keys() | now.keys())
+               if before.get(key) != now.get(key) and key not in FREE_ON_RESUME]
+    if changed:
+        raise ConfigError(f"{folder / 'last.pt'} belongs to a run with other settings: {', '.join(changed)}")
+    return state
+
+
+def _restore(state: dict[str, Any], distiller: Any, optimizer: torch.optim.Optimizer) -> tuple[int, int, float, dict]:
+    distiller.student.load_state_dict(state["model"])
+    distiller.load_task_state(state["task"])
+    optimizer.load_state_dict(state["optimizer"])
+    checkpoint.set_random_state(state["random"])
+    return state["epoch"], state["step"], state["best_ap"], state["metrics"]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def check_classes(left: str, left_names: list[str], right: str, right_names: list[str]) -> None:
+    if left_names != right_names:
+        raise ConfigError(f"{left} has the classes {left_names}, {right} has {right_names}")
