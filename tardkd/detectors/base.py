@@ -1,7 +1,7 @@
 """What tardkd needs of a detector, whatever its family.
 
-Coordinates are pixels of the *student's* input unless said otherwise: the image as the student's backbone sees it,
-after its own resizing. N images, R regions of all images together, K classes, C channels, L pyramid levels.
+Coordinates are pixels of the *student's* input unless said otherwise: the image as the student's backbone
+sees it, after its own resizing. N images, R regions of all images together, K classes, C channels, L levels.
 """
 
 from __future__ import annotations
@@ -40,11 +40,22 @@ class HeadOutputs:
 
     logits: Tensor  # (R, K+1), or (R, K) with sigmoid activation
     deltas: Tensor  # (R, 4) class-agnostic, or (R, 4 * classes)
-    pooled: Tensor | None  # (R, C, p, p) input of the head; None where the family does not hold one
+    pooled: Tensor  # (R, C, p, p) what the head was given
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Columns of (logits, deltas)."""
+        return self.logits.shape[1], self.deltas.shape[1]
 
     def __getitem__(self, index: Tensor) -> HeadOutputs:
-        pooled = None if self.pooled is None else self.pooled[index]
-        return HeadOutputs(self.logits[index], self.deltas[index], pooled)
+        return HeadOutputs(self.logits[index], self.deltas[index], self.pooled[index])
+
+    def cat(self, other: HeadOutputs) -> HeadOutputs:
+        return HeadOutputs(
+            torch.cat([self.logits, other.logits]),
+            torch.cat([self.deltas, other.deltas]),
+            torch.cat([self.pooled, other.pooled]),
+        )
 
 
 @dataclass
@@ -73,25 +84,14 @@ class Regions:
 
     def union(self, other: Regions) -> Regions:
         """Both sets together: in each image first these regions, then the other's."""
-        device = self.labels.device
-        image = torch.cat(
-            [
-                torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-                for counts in (self.counts, other.counts)
-            ]
-        )
-        order = torch.argsort(image, stable=True).to(device)
-        pooled = None
-        if self.head.pooled is not None and other.head.pooled is not None:
-            pooled = torch.cat([self.head.pooled, other.head.pooled])
-        head = HeadOutputs(
-            torch.cat([self.head.logits, other.head.logits]), torch.cat([self.head.deltas, other.head.deltas]), pooled
-        )
+        images = torch.arange(len(self.proposals)).repeat(2)
+        image_of_row = images.repeat_interleave(torch.tensor(self.counts + other.counts))
+        order = image_of_row.argsort(stable=True).to(self.labels.device)
         return Regions(
             [torch.cat(pair) for pair in zip(self.proposals, other.proposals)],
             torch.cat([self.labels, other.labels])[order],
             torch.cat([self.gt_boxes, other.gt_boxes])[order],
-            head[order],
+            self.head.cat(other.head)[order],
         )
 
 

@@ -1,4 +1,4 @@
-"""torchvision's GeneralizedRCNN (Faster, Mask, Keypoint R-CNN and what is built from them) as student or teacher."""
+"""torchvision's GeneralizedRCNN (Faster, Mask, Keypoint R-CNN) as student or teacher."""
 
 from __future__ import annotations
 
@@ -70,23 +70,22 @@ class GeneralizedRCNNAdapter:
         )
 
     def student_pass(self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> StudentPass:
-        model, roi_heads = self.model, self.model.roi_heads
-        with first_calls(model.transform, roi_heads.box_roi_pool, roi_heads.box_predictor) as calls:
+        model, transform, roi_heads = self.model, self.model.transform, self.model.roi_heads
+        with first_calls(transform, roi_heads.box_roi_pool, roi_heads.box_predictor) as calls:
             losses = model(images, targets)
-        _, (batch, targets) = calls[model.transform]
+        _, (batch, targets) = calls[transform]
         (maps, proposals, _), pooled = calls[roi_heads.box_roi_pool]
         _, (logits, deltas) = calls[roi_heads.box_predictor]
         labels, gt_boxes = self._match(proposals, targets)
-        regions = Regions([_exact(p) for p in proposals], labels, gt_boxes, HeadOutputs(logits, deltas, pooled))
+        head = HeadOutputs(logits, deltas, pooled)
+        mean, std = tuple(transform.image_mean), tuple(transform.image_std)
         return StudentPass(
             losses=losses,
-            inputs=InputBatch(
-                batch.tensors, batch.image_sizes, tuple(model.transform.image_mean), tuple(model.transform.image_std)
-            ),
+            inputs=InputBatch(batch.tensors, batch.image_sizes, mean, std),
             targets=targets,
             features=self._pooled_levels(maps),
             scales=list(roi_heads.box_roi_pool.scales),
-            regions=regions,
+            regions=Regions([_exact(boxes) for boxes in proposals], labels, gt_boxes, head),
         )
 
     def student_regions(self, student: StudentPass, proposals: list[Tensor]) -> Regions:
@@ -109,7 +108,9 @@ class GeneralizedRCNNAdapter:
     def teacher_proposals(self, teacher: TeacherPass) -> list[Tensor]:
         batch, maps, student_sizes, ratio = teacher.state
         proposals, _ = self.model.rpn(batch, maps)
-        return [clip_boxes_to_image(_exact(p) / ratio, size) for p, size in zip(proposals, student_sizes)]
+        return [
+            clip_boxes_to_image(_exact(boxes) / ratio, size) for boxes, size in zip(proposals, student_sizes)
+        ]
 
     def teacher_head(self, teacher: TeacherPass, proposals: list[Tensor]) -> HeadOutputs:
         batch, _, _, ratio = teacher.state
@@ -117,7 +118,7 @@ class GeneralizedRCNNAdapter:
         return self._run_head(teacher.features, boxes, batch.image_sizes)
 
     def _teacher_batch(self, images: Sequence[Tensor], inputs: InputBatch, ratio: float) -> ImageList:
-        """The student's own batch where it is what the teacher would have made, else one made from the images."""
+        """The student's own batch where the teacher would have made the same, else one of its own."""
         transform = self.model.transform
         dtype = next(self.model.parameters()).dtype
         same_values = (tuple(transform.image_mean), tuple(transform.image_std)) == (inputs.mean, inputs.std)
@@ -126,10 +127,11 @@ class GeneralizedRCNNAdapter:
             return ImageList(inputs.tensor.to(dtype), inputs.sizes)
         sizes = [(round(height * ratio), round(width * ratio)) for height, width in inputs.sizes]
         resized = [
-            F.interpolate(transform.normalize(image)[None], size=size, mode="bilinear", align_corners=False)[0]
+            F.interpolate(transform.normalize(image)[None], size, mode="bilinear", align_corners=False)[0]
             for image, size in zip(images, sizes)
         ]
-        return ImageList(transform.batch_images(resized, size_divisible=transform.size_divisible).to(dtype), sizes)
+        batch = transform.batch_images(resized, size_divisible=transform.size_divisible)
+        return ImageList(batch.to(dtype), sizes)
 
     def _pooled_levels(self, maps: dict[str, Tensor]) -> list[Tensor]:
         names = self.model.roi_heads.box_roi_pool.featmap_names
@@ -139,11 +141,12 @@ class GeneralizedRCNNAdapter:
         """The pool infers its scales on its first call; one without regions makes it do so."""
         pool = self.model.roi_heads.box_roi_pool
         if pool.scales is None:
-            pool(dict(zip(pool.featmap_names, features)), [features[0].new_zeros((0, 4))] * len(sizes), sizes)
+            none = [features[0].new_zeros((0, 4)) for _ in sizes]
+            pool(dict(zip(pool.featmap_names, features)), none, sizes)
         return list(pool.scales)
 
     def _match(self, proposals: list[Tensor], targets: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Labels (R,) and matched ground truth (R, 4): the assignment has no randomness, so it can be repeated."""
+        """Labels (R,) and matched ground truth (R, 4); nothing is random here, so it can be repeated."""
         gt_boxes = [target["boxes"] for target in targets]
         indices, labels = self.model.roi_heads.assign_targets_to_proposals(
             proposals,
@@ -151,15 +154,17 @@ class GeneralizedRCNNAdapter:
             [target["labels"] for target in targets],
         )
         matched = [
-            boxes[index] if len(boxes) else boxes.new_zeros((len(index), 4)) for boxes, index in zip(gt_boxes, indices)
+            boxes[index] if len(boxes) else boxes.new_zeros((len(index), 4))
+            for boxes, index in zip(gt_boxes, indices)
         ]
         return torch.cat(labels), _exact(torch.cat(matched))
 
-    def _run_head(self, features: list[Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]) -> HeadOutputs:
+    def _run_head(
+        self, features: list[Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]
+    ) -> HeadOutputs:
         roi_heads = self.model.roi_heads
-        pooled = roi_heads.box_roi_pool(
-            dict(zip(roi_heads.box_roi_pool.featmap_names, features)), proposals, sizes
-        )
+        pool = roi_heads.box_roi_pool
+        pooled = pool(dict(zip(pool.featmap_names, features)), proposals, sizes)
         logits, deltas = roi_heads.box_predictor(roi_heads.box_head(pooled))
         return HeadOutputs(logits, deltas, pooled)
 

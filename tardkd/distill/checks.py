@@ -11,16 +11,20 @@ from torch import Tensor, nn
 SHOWN = 5
 
 
-def load_teacher_weights(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> None:
+StateSource = Mapping[str, Any] | str | PathLike[str]
+
+
+def load_teacher_weights(model: nn.Module, source: StateSource) -> None:
     """Load weights that must fit exactly.
 
     Args:
         model: the teacher, unwrapped.
-        source: a state dict or the path of one; a checkpoint that holds the state dict under ``"model"`` is read too.
-            No code in the file is executed (``weights_only=True``).
+        source: a state dict or the path of one; a checkpoint that holds the state dict under ``"model"`` is
+            read too. No code in the file is executed (``weights_only=True``).
 
     Raises:
-        ValueError: keys are missing, unexpected or of another shape; says how many matched and names the first.
+        ValueError: keys are missing, unexpected or of another shape; says how many matched and names the
+            first.
     """
     where = "the given state dict"
     state: Any = source
@@ -30,7 +34,7 @@ def load_teacher_weights(model: nn.Module, source: Mapping[str, Any] | str | Pat
     if isinstance(state, Mapping) and isinstance(state.get("model"), Mapping):
         state = state["model"]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{where} holds no state dict (names of tensors to tensors, at the top or under 'model')")
+        raise ValueError(f"{where} holds no state dict (names to tensors, at the top or under 'model')")
 
     wanted = model.state_dict()
     problems = {
@@ -46,8 +50,8 @@ def load_teacher_weights(model: nn.Module, source: Mapping[str, Any] | str | Pat
         matched = len(wanted) - len(problems["missing"]) - len(problems["of another shape"])
         details = "; ".join(f"{len(keys)} {what}: {_first(keys)}" for what, keys in problems.items() if keys)
         raise ValueError(
-            f"teacher weights from {where} do not fit {type(model).__name__}: {matched} of {len(wanted)} keys matched "
-            f"({matched / len(wanted):.0%}); {details}"
+            f"teacher weights from {where} do not fit {type(model).__name__}: "
+            f"{matched} of {len(wanted)} keys matched ({matched / len(wanted):.0%}); {details}"
         )
     model.load_state_dict(state)
 
@@ -73,11 +77,13 @@ def check_class_names(student: Sequence[str] | None, teacher: Sequence[str] | No
         return
     if len(student) != len(teacher):
         raise ValueError(
-            f"student has {len(student)} classes ({_first(student)}), teacher has {len(teacher)} ({_first(teacher)})"
+            f"student has {len(student)} classes ({_first(student)}), "
+            f"teacher has {len(teacher)} ({_first(teacher)})"
         )
     index = next(i for i, pair in enumerate(zip(student, teacher)) if pair[0] != pair[1])
     raise ValueError(
-        f"class names differ at position {index}: student has {student[index]!r}, teacher has {teacher[index]!r}"
+        f"class names differ at position {index}: student has {student[index]!r}, "
+        f"teacher has {teacher[index]!r}"
     )
 
 
@@ -101,18 +107,23 @@ def _delta_kind(width: int) -> str:
     return "class-agnostic (4 columns)" if width == 4 else f"class-specific ({width} columns)"
 
 
-def check_gradients(terms: Mapping[str, Tensor]) -> None:
-    """A term that counts must be able to teach."""
+def check_gradients(terms: Mapping[str, Tensor], student_features: Sequence[Tensor]) -> None:
+    """A term that counts must be able to teach the student; that an adapter learns is not enough."""
+    if not torch.is_grad_enabled():
+        return
     dead = [name for name, value in terms.items() if not value.requires_grad]
-    if dead and torch.is_grad_enabled():
+    if not any(level.requires_grad for level in student_features):
+        dead += [name for name in ("feature", "gaussian") if name in terms and name not in dead]
+    if dead:
+        names = ", ".join(f"distill_{name}" for name in dead)
         raise RuntimeError(
-            f"{', '.join(dead)}: weight > 0, but no gradient reaches the student (is the part it trains frozen?)"
+            f"{names}: weight > 0, but no gradient reaches the student (is the part it trains frozen?)"
         )
 
 
-def check_finite(terms: Mapping[str, Tensor]) -> None:
-    """Raises FloatingPointError naming the terms that are NaN or infinite; waits for a GPU's results."""
-    finite = torch.isfinite(torch.stack([value.detach().double() for value in terms.values()])).tolist()
-    bad = [f"{name} is {float(value)}" for (name, value), ok in zip(terms.items(), finite) if not ok]
+def check_finite(values: Mapping[str, Tensor]) -> None:
+    """Raises FloatingPointError naming the tensors with a NaN or infinity; waits for a GPU's results."""
+    finite = torch.stack([torch.isfinite(value).all() for value in values.values()]).tolist()
+    bad = [name for name, ok in zip(values, finite) if not ok]
     if bad:
-        raise FloatingPointError("; ".join(bad))
+        raise FloatingPointError(f"NaN or infinity in {', '.join(bad)}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tardkd import ops
 from tardkd.detectors import DetectorAdapter, for_model
-from tardkd.detectors.base import HeadOutputs, RoISettings, StudentPass, TeacherPass
+from tardkd.detectors.base import HeadOutputs, Regions, RoISettings, StudentPass, TeacherPass
 
 from . import checks
 from .adapters import make_adapters
@@ -28,18 +28,20 @@ class Distiller(nn.Module):
     >>> losses = distiller(images, targets)
     >>> sum(losses.values()).backward()
 
-    The teacher is a plain attribute: eval, without gradients (it is frozen in place), in no ``state_dict()``,
-    ``parameters()`` or ``modules()``; it follows the student's device by itself. So optimizers, DDP and checkpoints
-    see the student (``student.*``) and the adapters (``adapters.*``) only. Every parameter gets a gradient in every
-    step, also when the schedule has ended, as DDP wants it.
+    The teacher is a plain attribute: eval, without gradients (it is frozen in place), in no
+    ``state_dict()``, ``parameters()`` or ``modules()``; it follows the student's device by itself. So
+    optimizers, DDP and checkpoints see the student (``student.*``) and the adapters (``adapters.*``) only.
+    Every parameter gets a gradient in every step, also when the schedule has ended, as DDP wants it.
 
     Args:
         student: a detector of a family that :mod:`tardkd.detectors` knows.
-        teacher: another one, of the same classes. Its channels, levels, strides, input size and normalisation may
-            differ. May be None with ``enabled=False``.
+        teacher: another one, of the same classes. Its channels, levels, strides, input size and normalisation
+            may differ. May be None with ``enabled=False``.
         settings: weights, gates, losses, schedule.
-        enabled: False makes this exactly the student: same losses, same random numbers, no teacher, no adapters.
-        student_classes, teacher_classes: class names in the order of the labels; compared where both are given.
+        enabled: False makes this exactly the student: same losses, same random numbers, no teacher, no
+            adapters.
+        student_classes, teacher_classes: class names in the order of the labels; compared where both are
+            given.
 
     Raises:
         TypeError: a model of an unknown family.
@@ -78,15 +80,16 @@ class Distiller(nn.Module):
         self._ratio = self.settings.teacher_input_ratio or teacher.input_size / student.input_size
         self._pooled = self._choose_path(student.roi, teacher.roi)
         if self.settings.feature or self.settings.gaussian:
-            self.adapters = make_adapters(student.channels, teacher.channels)
+            like = next(student.model.parameters())
+            self.adapters = make_adapters(student.channels, teacher.channels, like)
 
     def _choose_path(self, student: RoISettings, teacher: RoISettings) -> bool:
-        """Whether the feature term reads what the two box heads pooled; only alike poolings can be compared."""
+        """Whether the feature term reads what the two box heads pooled: possible if they pool alike."""
         alike = astuple(student)[:3] == astuple(teacher)[:3]
         if self.settings.path == "pooled" and not alike:
             raise ValueError(
-                f"path='pooled' needs equal output_size, sampling_ratio and aligned; student: {student}, "
-                f"teacher: {teacher}"
+                "path='pooled' needs equal output_size, sampling_ratio and aligned; "
+                f"student: {student}, teacher: {teacher}"
             )
         return alike and self.settings.path != "pyramid"
 
@@ -116,16 +119,19 @@ class Distiller(nn.Module):
         self.adapters.load_state_dict(state["adapters"])
         self.schedule.load_state_dict(state["schedule"])
 
-    def forward(self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None) -> Any:
+    def forward(
+        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """Losses of one step, or the student's detections in eval mode.
 
         Args:
             images: N x (3, H, W) in [0, 1], sizes may differ.
-            targets: N x dict with "boxes" (G, 4) xyxy pixels and "labels" (G,) int64, and what the detector needs.
+            targets: N x dict with "boxes" (G, 4) xyxy pixels and "labels" (G,) int64, and what else the
+                detector needs.
 
         Returns:
-            The detector's losses under its own names, then ``distill_<term>`` for every term with weight, each already
-            multiplied by its weight and lambda. Their sum is what to minimise.
+            The detector's losses under its own names, then ``distill_<term>`` for every term with weight,
+            each already multiplied by its weight and lambda. Their sum is what to minimise.
 
         Raises:
             ValueError: the passes do not fit each other; names both sides.
@@ -141,9 +147,7 @@ class Distiller(nn.Module):
             return {**self.student(images, targets), **self._ended()}
         student = self._student.student_pass(images, targets)
         terms = self._terms(images, student)
-        checks.check_gradients(terms)
-        if self.settings.check_finite:
-            checks.check_finite(terms)
+        checks.check_gradients(terms, student.features)
         weights = self.settings.weights
         return {
             **student.losses,
@@ -160,22 +164,37 @@ class Distiller(nn.Module):
     def _terms(self, images: Sequence[Tensor], student: StudentPass) -> dict[str, Tensor]:
         """The terms with weight, not yet weighted."""
         with torch.no_grad():
-            self._teacher.model.eval().to(student.inputs.tensor.device)
+            self._ready_teacher(student.inputs.tensor.device)
             teacher = self._teacher.teacher_pass(images, student, self._ratio)
         self.stats = {"lambda": torch.tensor(self.weight)}
         weights = self.settings.weights
         terms: dict[str, Tensor] = {}
+        # A gate closes on a NaN of the teacher's, so that the terms alone would not show it.
+        suspects: dict[str, Tensor] = {}
         if any(weights[name] for name in REGION_TERMS):
-            losses = self._region_losses(student, teacher)
+            regions, head = share_regions(self._student, self._teacher, student, teacher, self.settings)
+            losses = self._region_losses(student, teacher, regions, head)
             terms.update({name: getattr(losses, name) for name in REGION_TERMS if weights[name]})
+            suspects = {"the teacher's logits": head.logits, "the teacher's deltas": head.deltas}
         if weights["gaussian"]:
             terms["gaussian"] = self._gaussian_loss(student, teacher)
+        if self.settings.check_finite:
+            checks.check_finite({**{f"distill_{name}": value for name, value in terms.items()}, **suspects})
         return terms
 
-    def _region_losses(self, student: StudentPass, teacher: TeacherPass) -> ops.RegionLosses:
+    def _ready_teacher(self, device: torch.device) -> None:
+        """Undo what may have happened to the teacher since the last step."""
+        model = self._teacher.model
+        if model.training:
+            model.eval()
+        if next(model.parameters()).device != device:
+            model.to(device)
+
+    def _region_losses(
+        self, student: StudentPass, teacher: TeacherPass, regions: Regions, head: HeadOutputs
+    ) -> ops.RegionLosses:
         settings, convention = self.settings, self._student.head
-        regions, head = share_regions(self._student, self._teacher, student, teacher, settings)
-        checks.check_head_widths(_widths(regions.head), _widths(head))
+        checks.check_head_widths(regions.head.widths, head.widths)
         common = (
             regions.proposals,
             regions.head.logits,
@@ -199,9 +218,9 @@ class Distiller(nn.Module):
         }
         if not settings.feature:
             # The op wants features; one zero a region stands for them where only the heads transfer.
-            nothing = regions.gt_boxes.new_zeros((len(regions.labels), 1, 1, 1), dtype=regions.head.logits.dtype)
+            nothing = regions.head.logits.new_zeros((len(regions.labels), 1, 1, 1))
             losses = ops.pooled_distill_loss(nothing, nothing, *common, **options)
-        elif self._pooled and regions.head.pooled is not None and head.pooled is not None:
+        elif self._pooled:
             adapted = self.adapters["feature"](regions.head.pooled)
             losses = ops.pooled_distill_loss(adapted, head.pooled, *common, **options)
         else:
@@ -230,7 +249,3 @@ class Distiller(nn.Module):
             scales=student.scales,
             sigma_squared=self.settings.sigma_squared,
         )
-
-
-def _widths(head: HeadOutputs) -> tuple[int, int]:
-    return head.logits.shape[1], head.deltas.shape[1]

@@ -1,4 +1,4 @@
-"""The weight lambda(t) of the distillation over a training: full at first, fading as the objectives conflict."""
+"""The weight lambda(t) of the distillation: full at first, fading as the two objectives conflict."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Schedule:
     - step: gamma ** (number of milestones <= x)
     - constant: 1
 
-    During the first ``warmup`` iterations this is multiplied by (iteration + 1) / warmup; from x >= ``stop`` < 1 on it
-    is 0. Before :meth:`start` the length is unknown and lambda is 1.
+    During the first ``warmup`` iterations this is multiplied by (iteration + 1) / warmup; from x >= ``stop``
+    on it is 0, where ``stop`` < 1. Before :meth:`start` the length is unknown and lambda is 1.
     """
 
     def __init__(self, settings: ScheduleSettings) -> None:

@@ -35,20 +35,20 @@ def _number(owner: Any, key: str, low: float, high: float = math.inf, *, open_lo
 
 @dataclass(frozen=True)
 class ScheduleSettings:
-    """How the weight lambda of all distillation terms moves; see :class:`tardkd.distill.schedule.Schedule`."""
+    """How the weight lambda of all terms moves; see :class:`tardkd.distill.schedule.Schedule`."""
 
     kind: str = "linear"
     per: str = "epoch"  # lambda moves once an epoch, or once an iteration
     warmup: int = 0  # iterations over which lambda rises to its value
     stop: float = 1.0  # share of the training after which lambda is 0; 1 is never
-    milestones: tuple[float, ...] = (2 / 3, 8 / 9)  # "step": shares of the training at which lambda is multiplied ...
-    gamma: float = 0.1  # ... by this
+    milestones: tuple[float, ...] = (2 / 3, 8 / 9)  # "step": shares of the training at which ...
+    gamma: float = 0.1  # ... lambda is multiplied by this
 
     def __post_init__(self) -> None:
         _one_of(self, "kind", SCHEDULES)
         _one_of(self, "per", STEP_SIZES)
         if isinstance(self.warmup, bool) or not isinstance(self.warmup, int):
-            raise TypeError(f"ScheduleSettings.warmup must be a whole number of iterations, got {self.warmup!r}")
+            raise TypeError(f"ScheduleSettings.warmup must be an int (iterations), got {self.warmup!r}")
         _number(self, "warmup", 0)
         _number(self, "stop", 0.0, 1.0, open_low=True)
         _number(self, "gamma", 0.0, 1.0)
@@ -105,7 +105,8 @@ class DistillSettings:
             raise TypeError(f"DistillSettings.schedule must be a ScheduleSettings, got {self.schedule!r}")
         if not any(self.weights.values()):
             raise ValueError(
-                f"DistillSettings: {', '.join(self.weights)} are all 0; for plain training use Distiller(enabled=False)"
+                f"DistillSettings: {', '.join(self.weights)} are all 0; "
+                "for plain training use Distiller(enabled=False)"
             )
 
     @property

@@ -1,4 +1,4 @@
-"""Torchvision detectors that are quick on a CPU: every family, any channels, levels, strides and input size."""
+"""Torchvision detectors that are quick on a CPU: any family, channels, levels, strides and input size."""
 
 from __future__ import annotations
 
@@ -57,13 +57,14 @@ def tiny_detector(
     if family == "keypoint":
         num_classes = 2
         options["num_keypoints"] = 3
+    pool = MultiScaleRoIAlign([str(level) for level in range(levels)], output_size, sampling_ratio)
     options = {
         "min_size": size,
         "max_size": 2 * size,
         "rpn_anchor_generator": AnchorGenerator(
             tuple((2.0 ** (first + level + 3),) for level in range(levels)), ((0.5, 1.0, 2.0),) * levels
         ),
-        "box_roi_pool": MultiScaleRoIAlign([str(level) for level in range(levels)], output_size, sampling_ratio),
+        "box_roi_pool": pool,
         "box_head": TwoMLPHead(channels * output_size**2, 16),
         "rpn_pre_nms_top_n_train": 120,
         "rpn_post_nms_top_n_train": 60,
@@ -86,11 +87,16 @@ def tiny_detector(
     return model
 
 
-def tiny_batch(family: str = "faster", seed: int = 0, empty: bool = False) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+def tiny_batch(
+    family: str = "faster", seed: int = 0, empty: bool = False
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """Two images of different sizes with two boxes and one; with ``empty`` the second image has none."""
     generator = torch.Generator().manual_seed(seed)
     images = [torch.rand(3, 64, 80, generator=generator), torch.rand(3, 72, 64, generator=generator)]
-    boxes = [torch.tensor([[6.0, 8.0, 40.0, 44.0], [30.0, 20.0, 70.0, 60.0]]), torch.tensor([[10.0, 5.0, 50.0, 60.0]])]
+    boxes = [
+        torch.tensor([[6.0, 8.0, 40.0, 44.0], [30.0, 20.0, 70.0, 60.0]]),
+        torch.tensor([[10.0, 5.0, 50.0, 60.0]]),
+    ]
     labels = [torch.tensor([1, 3]), torch.tensor([2])]
     if empty:
         boxes[1], labels[1] = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
