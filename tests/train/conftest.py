@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tardkd.train.loop import train
+
+from .recipe import recipe
+
+
+@pytest.fixture(autouse=True)
+def keep_threads():
+    """A run sets torch's threads; the next test should not notice."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which teacher, baseline and distilled of the tiny recipe have been trained once; do not change it."""
+    output = tmp_path_factory.mktemp("runs")
+    for role in ("teacher", "baseline", "distilled"):
+        train(recipe(output).for_role(role))
+    return output
