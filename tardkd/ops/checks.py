@@ -7,7 +7,8 @@ only: no device synchronisation and no control flow on data, so a call stays com
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -326,6 +327,31 @@ def check_region_inputs(
     if gt_boxes.shape[1] != 4:
         raise ValueError(f"gt_boxes must have shape (R, 4), got {tuple(gt_boxes.shape)}")
     return num_classes
+
+
+def check_region_loss(
+    like: Tensor,
+    num_images: int | None,
+    proposals: Tensor | Sequence[Tensor],
+    per_region: Sequence[Tensor | None],
+    options: Mapping[str, str],
+    numbers: Mapping[str, Any],
+) -> Tensor:
+    """Everything a region loss is given but its features; returns the regions (R, 5).
+
+    ``like``: a student feature. ``per_region``: student and teacher logits, student and teacher deltas, labels,
+    gt boxes, region weights or None.
+    """
+    check_choices(**options)
+    check_loss_numbers(**numbers)
+    regions = as_regions(proposals, num_images, like.device)
+    num_classes = check_region_inputs(regions, *per_region, activation=options["activation"], like=like)
+    if checking_values():
+        *_, labels, gt_boxes, _ = per_region
+        check_region_values(
+            regions, num_images, labels, gt_boxes, num_classes=num_classes, background=options["background"]
+        )
+    return regions
 
 
 # --- values, on request ---------------------------------------------------------------------------

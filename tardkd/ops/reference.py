@@ -49,7 +49,7 @@ def region_levels(
 def sample_axis(
     start: Tensor, extent: Tensor, bins: int, grid: int, size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The samples of every bin along one axis: pixel below, pixel above, weight of the latter, inside the map.
+    """The samples of every bin along one axis: pixel below, pixel above, weight of the latter, inside or not.
 
     start, extent: (r,) region in map pixels; returns (r, bins * grid) each.
     """

@@ -1,0 +1,71 @@
+// RoIAlign along one axis, and the FPN level rule.
+//
+// torchvision's RoIAlign averages bilinear samples on a grid. A sample's bilinear weights, its validity test and
+// its clamp at the border are each a product of an x part and a y part, so a region's output is Wy F Wx^T with one
+// small weight matrix per axis. The functions below give the samples that make up those matrices.
+#pragma once
+
+#include <cmath>
+
+#include "common.h"
+
+namespace tardkd {
+
+struct RoiAxis {
+  double start;     // region start, map pixels
+  double bin;       // bin size, map pixels
+  int32_t grid;     // samples per bin; <= 0 for an inverted region under adaptive sampling: no samples
+  int32_t size;     // map extent
+};
+
+TARDKD_HD RoiAxis roi_axis(double lo, double hi, double scale, int32_t pooled, int32_t size,
+                           const RoiAlignSpec& spec) {
+  const double offset = spec.aligned ? 0.5 : 0.0;
+  const double start = lo * scale - offset;
+  double extent = (hi * scale - offset) - start;
+  if (!spec.aligned && extent < 1.0) extent = 1.0;
+  RoiAxis axis;
+  axis.start = start;
+  axis.bin = extent / pooled;
+  axis.size = size;
+  // A grid denser than 2^20 samples a bin only arises from absurd boxes; the bound keeps the integer defined.
+  const double adaptive = fmin(ceil(extent / pooled), 1048576.0);
+  axis.grid = spec.sampling_ratio > 0 ? spec.sampling_ratio : (adaptive > 0.0 ? static_cast<int32_t>(adaptive) : 0);
+  return axis;
+}
+
+// Two pixels and their weights; weights already divided by the grid so that a bin is a mean.
+struct AxisSample {
+  int32_t lo, hi;
+  double weight_lo, weight_hi;
+};
+
+// False when the sample lies outside [-1, size] and contributes nothing.
+TARDKD_HD bool axis_sample(const RoiAxis& axis, int32_t bin, int32_t k, AxisSample& sample) {
+  double at = axis.start + bin * axis.bin + (k + 0.5) * axis.bin / axis.grid;
+  if (!(at >= -1.0 && at <= axis.size)) return false;
+  if (at < 0.0) at = 0.0;
+  sample.lo = static_cast<int32_t>(at);
+  if (sample.lo >= axis.size - 1) {
+    sample.lo = sample.hi = axis.size - 1;
+    at = sample.lo;
+  } else {
+    sample.hi = sample.lo + 1;
+  }
+  const double fraction = at - sample.lo;
+  sample.weight_lo = (1.0 - fraction) / axis.grid;
+  sample.weight_hi = fraction / axis.grid;
+  return true;
+}
+
+// Equation 1 of the FPN paper as torchvision evaluates it. `scale0` is the scale of the finest level; for scales
+// that are not powers of two this is the rule applied in that side's own pixels.
+TARDKD_HD int32_t assign_level(const double* box, double scale0, int32_t levels, const RoiAlignSpec& spec) {
+  const double area = (box[2] - box[0]) * (box[3] - box[1]);
+  if (!(area > 0.0)) return 0;
+  const double level =
+      floor(spec.canonical_level + log2(sqrt(area) / spec.canonical_scale) + 1e-6 + log2(scale0));
+  return level <= 0.0 ? 0 : (level >= levels - 1 ? levels - 1 : static_cast<int32_t>(level));
+}
+
+}  // namespace tardkd

@@ -1,0 +1,83 @@
+// What is decided about one region before any feature is read: is it valid, what do the heads say, which gates open.
+#pragma once
+
+#include <cmath>
+
+#include "box.h"
+#include "common.h"
+
+namespace tardkd {
+
+TARDKD_HD int32_t num_classes(int32_t logit_columns, Activation activation) {
+  return activation == Activation::softmax ? logit_columns - 1 : logit_columns;
+}
+
+TARDKD_HD bool is_background(int64_t label, int32_t classes, Background background) {
+  return label == (background == Background::first ? 0 : classes);
+}
+
+// Column of a foreground label among sigmoid logits, which have no background column.
+TARDKD_HD int64_t sigmoid_column(int64_t label, Background background) {
+  return background == Background::first ? label - 1 : label;
+}
+
+// First of the four columns of a foreground label's deltas.
+TARDKD_HD int64_t delta_column(int64_t label, int32_t delta_columns, int32_t classes, Background background) {
+  if (delta_columns == 4) return 0;
+  const bool has_background = delta_columns == 4 * (classes + 1);
+  return 4 * (background == Background::first && !has_background ? label - 1 : label);
+}
+
+struct RegionState {
+  bool valid, foreground;
+};
+
+// `images` < 0: the image index is not looked at.
+TARDKD_HD RegionState region_state(const double* proposal, int32_t images, int64_t label, const double* gt_box,
+                                   int32_t classes, Background background) {
+  RegionState state{false, false};
+  if (!is_finite(proposal + 1) || label < 0 || label > classes) return state;
+  if (images >= 0 && !(proposal[0] >= 0.0 && proposal[0] < images)) return state;
+  state.foreground = !is_background(label, classes, background);
+  state.valid = !state.foreground || is_finite(gt_box);
+  state.foreground = state.foreground && state.valid;
+  return state;
+}
+
+struct Gates {
+  bool feature, classification, regression;
+};
+
+// Ties are closed; a NaN score closes the gate that reads it.
+template <class A>
+TARDKD_HD Gates decide_gates(const RegionState& state, const A* scores, const LossSpec& spec) {
+  Gates gates{false, false, false};
+  if (!state.valid) return gates;
+  gates.classification = spec.classification_gate == ClassificationGate::all ||
+                         (state.foreground && (spec.classification_gate == ClassificationGate::foreground ||
+                                               scores[0] > scores[1]));
+  gates.regression =
+      state.foreground && (spec.regression_gate == RegressionGate::foreground || scores[2] > scores[3]);
+  switch (spec.feature_gate) {
+    case FeatureGate::all: gates.feature = true; break;
+    case FeatureGate::foreground: gates.feature = state.foreground; break;
+    case FeatureGate::classification: gates.feature = gates.classification; break;
+    case FeatureGate::regression: gates.feature = gates.regression; break;
+    case FeatureGate::either: gates.feature = state.foreground && (gates.classification || gates.regression); break;
+  }
+  return gates;
+}
+
+// scores[2] and scores[3]: IoU of the teacher's decoded box, and of what it is compared with.
+template <class A>
+TARDKD_HD void box_scores(const double* proposal_xyxy, const double* gt_xyxy, const A* student_deltas,
+                          const A* teacher_deltas, const LossSpec& spec, A* scores) {
+  const Box proposal = make_box(proposal_xyxy), gt = make_box(gt_xyxy);
+  scores[2] = static_cast<A>(box_iou(decode_box(teacher_deltas, proposal, spec.box_weights), gt));
+  const Box other = spec.regression_gate == RegressionGate::vs_student
+                        ? decode_box(student_deltas, proposal, spec.box_weights)
+                        : proposal;
+  scores[3] = static_cast<A>(box_iou(other, gt));
+}
+
+}  // namespace tardkd

@@ -1,0 +1,474 @@
+// The inner loops, compiled once per instruction set (see hot.h).
+//
+// A region is pooled as Wy F Wx^T, one output row at a time: its few feature rows are collapsed into one row (Wy),
+// which is then collapsed into the row's bins (Wx). Channels are the vector lanes of the second step. The first step
+// reads whatever layout the map has: NCHW rows are vectors along x, transposed in registers after the collapse;
+// channels_last pixels are lanes already. The gradient runs the same steps backwards. A task owns a block of
+// channels of one image and level, gradient map included, so nothing needs atomics and every sum has a fixed order.
+#include "hot.h"
+
+#include <cstring>
+#include <type_traits>
+
+#include "../core/penalty.h"
+#include "simd.h"
+
+#ifndef TARDKD_ISA
+#error "TARDKD_ISA names the instruction set this file is compiled for"
+#endif
+
+namespace tardkd::cpu {
+namespace {
+
+// Calls f with a null pointer of the stored type. Inputs are all float64, or none is.
+template <class A, class F>
+auto with_type(DType dtype, const F& f) {
+  if constexpr (sizeof(A) == 8) {
+    return f(static_cast<const double*>(nullptr));
+  } else {
+    switch (dtype) {
+      case DType::float16: return f(static_cast<const float16*>(nullptr));
+      case DType::bfloat16: return f(static_cast<const bfloat16*>(nullptr));
+      default: return f(static_cast<const float*>(nullptr));
+    }
+  }
+}
+
+enum class Layout { planar, lanes, strided };
+
+Layout layout_of(const FeatureMap& map, int lanes, int channels, int span) {
+  if (channels == lanes && map.stride_c == 1) return Layout::lanes;
+  if (channels == lanes && map.stride_w == 1 && span % kLanes == 0) return Layout::planar;
+  return Layout::strided;
+}
+
+// ---- Wy: rows of the map to one row of `span` pixels x L channels ------------------------------------------------
+
+// s and t point at the block's first channel of the image; with kSubtract the rows of s - t are collapsed.
+template <class T, class A, int L, bool kSubtract>
+void collapse_rows(const FeatureMap& map, const T* s, const T* t, const Window<A>& window, int bin, int channels,
+                   A* row) {
+  const int begin = window.y.begin[bin], end = window.y.begin[bin + 1], span = window.x.span;
+  const int64_t origin = window.y.first * map.stride_h + window.x.first * map.stride_w;
+  switch (layout_of(map, L, channels, span)) {
+    case Layout::planar:
+      for (int x = 0; x < span; x += kLanes)
+        for (int c0 = 0; c0 < L; c0 += kLanes) {
+          Vec<A> sum[kLanes] = {};
+          for (int k = begin; k < end; ++k) {
+            const int64_t at = origin + window.y.pixel[k] * map.stride_h + x + c0 * map.stride_c;
+            const Vec<A> weight = broadcast(window.y.weight[k]);
+#pragma GCC unroll 8
+            for (int c = 0; c < kLanes; ++c) {
+              Vec<A> value = Loader<A, T>::load8(s + at + c * map.stride_c);
+              if (kSubtract) value -= Loader<A, T>::load8(t + at + c * map.stride_c);
+              sum[c] += weight * value;
+            }
+          }
+          transpose8<A>(sum);
+          for (int k = 0; k < kLanes; ++k) store(row + (x + k) * L + c0, sum[k]);
+        }
+      break;
+    case Layout::lanes:
+      for (int x = 0; x < span; ++x) {
+        Vec<A> sum[L / kLanes] = {};
+        for (int k = begin; k < end; ++k) {
+          const int64_t at = origin + window.y.pixel[k] * map.stride_h + x * map.stride_w;
+          const Vec<A> weight = broadcast(window.y.weight[k]);
+          for (int v = 0; v < L / kLanes; ++v) {
+            Vec<A> value = Loader<A, T>::load8(s + at + v * kLanes);
+            if (kSubtract) value -= Loader<A, T>::load8(t + at + v * kLanes);
+            sum[v] += weight * value;
+          }
+        }
+        for (int v = 0; v < L / kLanes; ++v) store(row + x * L + v * kLanes, sum[v]);
+      }
+      break;
+    case Layout::strided:
+      std::memset(row, 0, sizeof(A) * span * L);
+      for (int k = begin; k < end; ++k)
+        for (int c = 0; c < channels; ++c) {
+          const int64_t at = origin + window.y.pixel[k] * map.stride_h + c * map.stride_c;
+          for (int x = 0; x < span; ++x) {
+            A value = load_as<A>(s + at + x * map.stride_w);
+            if (kSubtract) value -= load_as<A>(t + at + x * map.stride_w);
+            row[x * L + c] += window.y.weight[k] * value;
+          }
+        }
+      break;
+  }
+}
+
+// Adds one row's gradient to the rows it was collapsed from.
+template <class A, int L>
+void spread_rows(const FeatureMap& map, A* grad, const Window<A>& window, int bin, int channels, const A* row) {
+  const int begin = window.y.begin[bin], end = window.y.begin[bin + 1], span = window.x.span;
+  const int64_t origin = window.y.first * map.stride_h + window.x.first * map.stride_w;
+  switch (layout_of(map, L, channels, span)) {
+    case Layout::planar:
+      for (int x = 0; x < span; x += kLanes)
+        for (int c0 = 0; c0 < L; c0 += kLanes) {
+          Vec<A> value[kLanes];
+          for (int k = 0; k < kLanes; ++k) value[k] = load(row + (x + k) * L + c0);
+          transpose8<A>(value);
+          for (int k = begin; k < end; ++k) {
+            A* at = grad + origin + window.y.pixel[k] * map.stride_h + x + c0 * map.stride_c;
+            const Vec<A> weight = broadcast(window.y.weight[k]);
+#pragma GCC unroll 8
+            for (int c = 0; c < kLanes; ++c)
+              store(at + c * map.stride_c, load(at + c * map.stride_c) + weight * value[c]);
+          }
+        }
+      break;
+    case Layout::lanes:
+      for (int k = begin; k < end; ++k) {
+        A* at = grad + origin + window.y.pixel[k] * map.stride_h;
+        const Vec<A> weight = broadcast(window.y.weight[k]);
+        for (int x = 0; x < span; ++x, at += map.stride_w)
+          for (int v = 0; v < L; v += kLanes) store(at + v, load(at + v) + weight * load(row + x * L + v));
+      }
+      break;
+    case Layout::strided:
+      for (int k = begin; k < end; ++k)
+        for (int c = 0; c < channels; ++c) {
+          A* at = grad + origin + window.y.pixel[k] * map.stride_h + c * map.stride_c;
+          for (int x = 0; x < span; ++x) at[x * map.stride_w] += window.y.weight[k] * row[x * L + c];
+        }
+      break;
+  }
+}
+
+// ---- Wx: a row of pixels to a row of bins, and back ----------------------------------------------------------------
+
+template <class A, int L>
+void collapse_columns(const Axis<A>& axis, int bins, const A* row, A* out) {
+  for (int j = 0; j < bins; ++j) {
+    Vec<A> sum[L / kLanes] = {};
+    for (int k = axis.begin[j]; k < axis.begin[j + 1]; ++k) {
+      const Vec<A> weight = broadcast(axis.weight[k]);
+      for (int v = 0; v < L / kLanes; ++v) sum[v] += weight * load(row + axis.pixel[k] * L + v * kLanes);
+    }
+    for (int v = 0; v < L / kLanes; ++v) store(out + j * L + v * kLanes, sum[v]);
+  }
+}
+
+template <class A, int L>
+void spread_columns(const Axis<A>& axis, int bins, const A* out, A* row) {
+  std::memset(row, 0, sizeof(A) * axis.span * L);
+  for (int j = 0; j < bins; ++j)
+    for (int k = axis.begin[j]; k < axis.begin[j + 1]; ++k) {
+      const Vec<A> weight = broadcast(axis.weight[k]);
+      A* at = row + axis.pixel[k] * L;
+      for (int v = 0; v < L; v += kLanes) store(at + v, load(at + v) + weight * load(out + j * L + v));
+    }
+}
+
+// ---- one region ----------------------------------------------------------------------------------------------------
+
+template <class A, int L>
+using PoolRegion = void (*)(const PoolJob<A>&, const FeatureMap&, const void*, const void*, int64_t, int64_t,
+                            const Window<A>&, int, A*, A*);
+
+template <class T, class A, int L, bool kSubtract>
+void pool_region(const PoolJob<A>& job, const FeatureMap& map, const void* s, const void* t, int64_t offset_s,
+                 int64_t offset_t, const Window<A>& window, int channels, A* row, A* out) {
+  for (int i = 0; i < job.pooled_h; ++i) {
+    collapse_rows<T, A, L, kSubtract>(map, static_cast<const T*>(s) + offset_s,
+                                      static_cast<const T*>(t) + (kSubtract ? offset_t : 0), window, i, channels,
+                                      row);
+    collapse_columns<A, L>(window.x, job.pooled_w, row, out + i * job.pooled_w * L);
+  }
+}
+
+template <class A, int L, bool kSubtract>
+PoolRegion<A, L> pool_region_for(DType dtype) {
+  return with_type<A>(dtype, [](auto* t) -> PoolRegion<A, L> {
+    return pool_region<std::decay_t<decltype(*t)>, A, L, kSubtract>;
+  });
+}
+
+// Sum of b rho(d) over bins x lanes; d becomes slope * b * rho'(d).
+template <class A, int L, FeatureLoss kKind>
+A penalise(A* d, int bins, const A* bin_weights, A beta, A slope) {
+  A sums[L] = {};
+  for (int k = 0; k < bins; ++k, d += L) {
+    const A b = bin_weights ? bin_weights[k] : A(1);
+    for (int l = 0; l < L; ++l) {
+      sums[l] += b * penalty(kKind, d[l], beta);
+      d[l] = slope * b * penalty_slope(kKind, d[l], beta);
+    }
+  }
+  A total = 0;
+  for (int l = 0; l < L; ++l) total += sums[l];
+  return total;
+}
+
+template <class A, int L>
+A penalise(FeatureLoss kind, A* d, int bins, const A* bin_weights, A beta, A slope) {
+  switch (kind) {
+    case FeatureLoss::squared: return penalise<A, L, FeatureLoss::squared>(d, bins, bin_weights, beta, slope);
+    case FeatureLoss::absolute: return penalise<A, L, FeatureLoss::absolute>(d, bins, bin_weights, beta, slope);
+    default: return penalise<A, L, FeatureLoss::smooth_l1>(d, bins, bin_weights, beta, slope);
+  }
+}
+
+// ---- a task: one channel block of one image and level ---------------------------------------------------------------
+
+template <class A>
+void zero_block(const FeatureMap& map, A* grad, int channels) {
+  if (map.stride_c == 1 && map.stride_w >= channels) {
+    for (int y = 0; y < map.height; ++y)
+      for (int x = 0; x < map.width; ++x)
+        std::memset(grad + y * map.stride_h + x * map.stride_w, 0, sizeof(A) * channels);
+    return;
+  }
+  for (int c = 0; c < channels; ++c)  // the driver's gradient maps are dense: anything else is NCHW
+    std::memset(grad + c * map.stride_c, 0, sizeof(A) * map.height * map.width);
+}
+
+template <class A, int L>
+void pool_task(const PoolJob<A>& job, int32_t image, int32_t level, int32_t block, A* scratch) {
+  const Pyramid& student = *job.student;
+  const FeatureMap& map = student.level[level];
+  const int c0 = block * L, bins = job.pooled_h * job.pooled_w;
+  const int channels = student.channels - c0 < L ? student.channels - c0 : L;
+  const int64_t group = int64_t(image) * student.levels + level;
+  const int64_t begin = job.group_begin[group], end = job.group_begin[group + 1];
+
+  A* grad = nullptr;
+  const FeatureMap* grad_map = nullptr;
+  if (job.grad) {
+    grad_map = &job.grad->level[level];
+    grad = static_cast<A*>(grad_map->data) + image * grad_map->stride_n + c0 * grad_map->stride_c;
+    zero_block(*grad_map, grad, channels);
+  }
+
+  A* out = scratch;
+  A* other = out + bins * L;
+  A* row = other + bins * L;
+  const auto pool_student = job.same_geometry ? pool_region_for<A, L, true>(student.dtype)
+                                              : pool_region_for<A, L, false>(student.dtype);
+  const auto pool_teacher =
+      job.teacher && !job.same_geometry ? pool_region_for<A, L, false>(job.teacher->dtype) : nullptr;
+  const int64_t offset_s = image * map.stride_n + c0 * map.stride_c;
+
+  for (int64_t r = begin; r < end; ++r) {
+    const PooledRegion<A>& region = job.regions[r];
+    A slope = 0;
+    if (job.grad_pooled) {
+      const A* from = job.grad_pooled + (region.region * student.channels + c0) * bins;
+      std::memset(out, 0, sizeof(A) * bins * L);
+      for (int c = 0; c < channels; ++c)
+        for (int k = 0; k < bins; ++k) out[k * L + c] = from[c * bins + k];
+    } else {
+      const FeatureMap* twin = job.same_geometry ? &job.teacher->level[level] : nullptr;
+      pool_student(job, map, map.data, twin ? twin->data : nullptr, offset_s,
+                   twin ? image * twin->stride_n + c0 * twin->stride_c : 0, region.student, channels, row, out);
+      if (pool_teacher) {
+        const FeatureMap& there = job.teacher->level[region.teacher.level];
+        pool_teacher(job, there, there.data, nullptr, image * there.stride_n + c0 * there.stride_c, 0,
+                     region.teacher, channels, row, other);
+        for (int k = 0; k < bins * L; ++k) out[k] -= other[k];
+      }
+      if (job.pooled) {
+        A* to = job.pooled + (region.region * student.channels + c0) * bins;
+        for (int c = 0; c < channels; ++c)
+          for (int k = 0; k < bins; ++k) to[c * bins + k] = out[k * L + c];
+      }
+      if (job.partial) {
+        slope = job.slope[r];
+        job.partial[block * job.group_begin[int64_t(student.images) * student.levels] + r] =
+            penalise<A, L>(job.feature_loss, out, bins, job.bin_weights ? job.bin_weights + r * bins : nullptr,
+                           job.beta, slope);
+      }
+    }
+    if (grad && (job.grad_pooled || slope != A(0)))
+      for (int i = 0; i < job.pooled_h; ++i) {
+        spread_columns<A, L>(region.student.x, job.pooled_w, out + i * job.pooled_w * L, row);
+        spread_rows<A, L>(*grad_map, grad, region.student, i, channels, row);
+      }
+  }
+}
+
+template <class A>
+void pool_task_any(const PoolJob<A>& job, int32_t image, int32_t level, int32_t block, A* scratch) {
+  if (job.lanes == 16)
+    pool_task<A, 16>(job, image, level, block, scratch);
+  else
+    pool_task<A, 8>(job, image, level, block, scratch);
+}
+
+template <class A>
+int64_t pool_scratch(const PoolJob<A>& job) {
+  return int64_t(job.lanes) * (2 * job.pooled_h * job.pooled_w + job.max_span);
+}
+
+// ---- losses on pooled regions ---------------------------------------------------------------------------------------
+
+// `count` consecutive elements; bin_weights, where given, run along with them.
+template <class S, class T, class A, FeatureLoss kKind>
+A pooled_run(const S* s, const T* t, A* grad, int count, const A* bin_weights, A beta, A slope) {
+  A sums[16] = {};
+  int k = 0;
+  for (; k + 16 <= count; k += 16)
+    for (int l = 0; l < 16; ++l) {
+      const A d = load_as<A>(s + k + l) - load_as<A>(t + k + l), b = bin_weights ? bin_weights[k + l] : A(1);
+      sums[l] += b * penalty(kKind, d, beta);
+      if (grad) grad[k + l] = slope * b * penalty_slope(kKind, d, beta);
+    }
+  for (; k < count; ++k) {
+    const A d = load_as<A>(s + k) - load_as<A>(t + k), b = bin_weights ? bin_weights[k] : A(1);
+    sums[0] += b * penalty(kKind, d, beta);
+    if (grad) grad[k] = slope * b * penalty_slope(kKind, d, beta);
+  }
+  A total = 0;
+  for (int l = 0; l < 16; ++l) total += sums[l];
+  return total;
+}
+
+template <class S, class T, class A, FeatureLoss kKind>
+void pooled_region(const PooledLossJob<A>& job, int64_t r) {
+  const S* s = static_cast<const S*>(job.student) + r * job.student_strides[0];
+  const T* t = static_cast<const T*>(job.teacher) + r * job.teacher_strides[0];
+  A* grad = job.grad ? job.grad + r * job.grad_strides[0] : nullptr;
+  const A* bin_weights = job.bin_weights ? job.bin_weights + r * job.bins : nullptr;
+  if (!job.open[3 * r]) {
+    job.sums[r] = 0;
+    // Dense in either layout, so one fill covers the region.
+    if (grad) std::memset(grad, 0, sizeof(A) * job.channels * job.bins);
+    return;
+  }
+  // The driver hands over tensors whose channels (NCHW) or bins (channels_last) are the outer of two dense loops.
+  const bool bins_inside = job.student_strides[2] == 1;
+  const int inner = bins_inside ? job.bins : job.channels, outer = bins_inside ? job.channels : job.bins;
+  A total = 0;
+  if (!bin_weights)
+    total = pooled_run<S, T, A, kKind>(s, t, grad, inner * outer, nullptr, job.beta, job.slope[r]);
+  else
+    for (int k = 0; k < outer; ++k, s += inner, t += inner, grad += grad ? inner : 0) {
+      const A weight = bins_inside ? A(1) : bin_weights[k];
+      total += weight * pooled_run<S, T, A, kKind>(s, t, grad, inner, bins_inside ? bin_weights : nullptr, job.beta,
+                                                   job.slope[r] * weight);
+    }
+  job.sums[r] = total;
+}
+
+template <class S, class T, class A>
+void pooled_region_kind(const PooledLossJob<A>& job, int64_t r) {
+  switch (job.feature_loss) {
+    case FeatureLoss::squared: return pooled_region<S, T, A, FeatureLoss::squared>(job, r);
+    case FeatureLoss::absolute: return pooled_region<S, T, A, FeatureLoss::absolute>(job, r);
+    case FeatureLoss::smooth_l1: return pooled_region<S, T, A, FeatureLoss::smooth_l1>(job, r);
+  }
+}
+
+template <class A>
+void pooled_loss_region(const PooledLossJob<A>& job, int64_t region) {
+  with_type<A>(job.student_dtype, [&](auto* s) {
+    with_type<A>(job.teacher_dtype, [&](auto* t) {
+      pooled_region_kind<std::decay_t<decltype(*s)>, std::decay_t<decltype(*t)>, A>(job, region);
+    });
+  });
+}
+
+// ---- Gaussian-mask loss ----------------------------------------------------------------------------------------------
+
+// Columns [x0, x1) of one row of one channel; stride-1 rows run in vectors.
+template <class S, class T, class A>
+A gaussian_run(const S* s, const T* t, A* grad, const A* mask, int count, A slope) {
+  A sums[kLanes] = {};
+  int x = 0;
+  for (; x + kLanes <= count; x += kLanes) {
+    A d[kLanes];
+    for (int l = 0; l < kLanes; ++l) {
+      const A difference = load_as<A>(s + x + l) - load_as<A>(t + x + l);
+      d[l] = mask[x + l] == A(0) ? A(0) : difference;  // NaN between two boxes stays out
+    }
+    for (int l = 0; l < kLanes; ++l) sums[l] += mask[x + l] * d[l] * d[l];
+    if (grad)
+      for (int l = 0; l < kLanes; ++l) grad[x + l] = slope * mask[x + l] * d[l];
+  }
+  for (; x < count; ++x) {
+    const A d = mask[x] == A(0) ? A(0) : load_as<A>(s + x) - load_as<A>(t + x);
+    sums[0] += mask[x] * d * d;
+    if (grad) grad[x] = slope * mask[x] * d;
+  }
+  A total = 0;
+  for (int l = 0; l < kLanes; ++l) total += sums[l];
+  return total;
+}
+
+template <class S, class T, class A>
+double gaussian_rows(const GaussianJob<A>& job, int32_t image, int32_t row, int32_t rows, const A* mask,
+                     const int32_t* extent) {
+  const FeatureMap &sm = job.student, &tm = job.teacher, &gm = job.grad;
+  const S* s = static_cast<const S*>(sm.data) + image * sm.stride_n + row * sm.stride_h;
+  const T* t = static_cast<const T*>(tm.data) + image * tm.stride_n + row * tm.stride_h;
+  A* g = job.want_grad ? static_cast<A*>(gm.data) + image * gm.stride_n + row * gm.stride_h : nullptr;
+  const int width = sm.width, channels = job.channels;
+  double total = 0;
+
+  if (sm.stride_c == 1 && tm.stride_c == 1 && (!g || gm.stride_c == 1)) {  // channels_last
+    for (int y = 0; y < rows; ++y)
+      for (int x = 0; x < width; ++x) {
+        const A m = mask[y * width + x];
+        A* to = g ? g + y * gm.stride_h + x * gm.stride_w : nullptr;
+        if (m != A(0))
+          total += m * pooled_run<S, T, A, FeatureLoss::squared>(s + y * sm.stride_h + x * sm.stride_w,
+                                                                 t + y * tm.stride_h + x * tm.stride_w, to, channels,
+                                                                 nullptr, A(0), A(0.5) * job.slope * m);
+        else if (to)
+          std::memset(to, 0, sizeof(A) * channels);
+      }
+    return total;
+  }
+
+  const bool rows_dense = sm.stride_w == 1 && tm.stride_w == 1 && (!g || gm.stride_w == 1);
+  for (int c = 0; c < channels; ++c)
+    for (int y = 0; y < rows; ++y) {
+      const int x0 = extent[2 * y], x1 = extent[2 * y + 1];
+      const S* from_s = s + c * sm.stride_c + y * sm.stride_h + x0 * sm.stride_w;
+      const T* from_t = t + c * tm.stride_c + y * tm.stride_h + x0 * tm.stride_w;
+      A* to = g ? g + c * gm.stride_c + y * gm.stride_h : nullptr;
+      if (to) {
+        if (gm.stride_w == 1) {
+          std::memset(to, 0, sizeof(A) * x0);
+          std::memset(to + x1, 0, sizeof(A) * (width - x1));
+        } else {
+          for (int x = 0; x < width; ++x) to[x * gm.stride_w] = 0;
+        }
+        to += x0 * gm.stride_w;
+      }
+      const A* m = mask + y * width + x0;
+      if (rows_dense)
+        total += gaussian_run(from_s, from_t, to, m, x1 - x0, job.slope);
+      else
+        for (int x = 0; x < x1 - x0; ++x)
+          total += gaussian_run(from_s + x * sm.stride_w, from_t + x * tm.stride_w, to ? to + x * gm.stride_w : to,
+                                m + x, 1, job.slope);
+    }
+  return total;
+}
+
+template <class A>
+double gaussian_band(const GaussianJob<A>& job, int32_t image, int32_t row, int32_t rows, const A* mask,
+                     const int32_t* extent) {
+  return with_type<A>(job.student_dtype, [&](auto* s) {
+    return with_type<A>(job.teacher_dtype, [&](auto* t) {
+      return gaussian_rows<std::decay_t<decltype(*s)>, std::decay_t<decltype(*t)>, A>(job, image, row, rows, mask,
+                                                                                     extent);
+    });
+  });
+}
+
+}  // namespace
+
+namespace TARDKD_ISA {
+
+extern const Kernels<float> float_kernels{pool_scratch<float>, pool_task_any<float>, pooled_loss_region<float>,
+                                          gaussian_band<float>};
+extern const Kernels<double> double_kernels{pool_scratch<double>, pool_task_any<double>, pooled_loss_region<double>,
+                                            gaussian_band<double>};
+
+}  // namespace TARDKD_ISA
+}  // namespace tardkd::cpu

@@ -1,0 +1,71 @@
+#include <vector>
+
+#include "bin_weights.h"
+#include "kernels.h"
+#include "plan.h"
+#include "pool.h"
+#include "region_terms.h"
+
+namespace tardkd::cpu {
+namespace {
+
+bool same_map(const FeatureMap& a, const FeatureMap& b) {
+  return a.height == b.height && a.width == b.width && a.scale == b.scale && a.stride_n == b.stride_n &&
+         a.stride_c == b.stride_c && a.stride_h == b.stride_h && a.stride_w == b.stride_w;
+}
+
+bool same_geometry(const Pyramid& a, const Pyramid& b) {
+  if (a.levels != b.levels || a.dtype != b.dtype) return false;
+  for (int32_t level = 0; level < a.levels; ++level)
+    if (!same_map(a.level[level], b.level[level])) return false;
+  return true;
+}
+
+}  // namespace
+
+template <class A>
+void region_distill(const Pyramid& student, const Pyramid& teacher, const Pyramid* grad, const RegionInputs<A>& in,
+                    const RegionOutputs<A>& out, const RoiAlignSpec& align, const LossSpec& spec, int threads) {
+  const RegionTerms<A> terms(in, out, spec, threads);
+  const bool shared = same_geometry(student, teacher);
+  const PoolPlan<A> plan(student, shared ? nullptr : &teacher, in.proposals, in.regions, out.gates, align, threads);
+  const int64_t open = plan.regions.size();
+  const int32_t bins = align.pooled_h * align.pooled_w;
+  const A per_region = A(1) / (A(student.channels) * A(bins));
+
+  std::vector<A> slope(open), bin_weights(spec.bin_weight == BinWeight::gaussian ? open * bins : 0);
+  for (int64_t r = 0; r < open; ++r) {
+    const int64_t region = plan.regions[r].region;
+    slope[r] = terms.feature_factor(region) * per_region;
+    if (!bin_weights.empty())
+      write_bin_weights(in, region, spec, align.pooled_h, align.pooled_w, &bin_weights[r * bins]);
+  }
+
+  PoolJob<A> job = pool_job(student, plan, align);
+  job.teacher = &teacher;
+  job.grad = grad;
+  job.same_geometry = shared;
+  job.feature_loss = spec.feature_loss;
+  job.beta = static_cast<A>(spec.beta);
+  job.bin_weights = bin_weights.empty() ? nullptr : bin_weights.data();
+  job.slope = slope.data();
+  const int32_t blocks = channel_blocks(job);
+  std::vector<A> partial(blocks * open);
+  job.partial = partial.data();
+  run_pool(job, threads);
+
+  std::vector<A> feature(in.regions);
+  for (int64_t r = 0; r < open; ++r) {
+    double sum = 0;
+    for (int32_t block = 0; block < blocks; ++block) sum += partial[block * open + r];
+    feature[plan.regions[r].region] = static_cast<A>(sum * per_region);
+  }
+  terms.write_losses(feature);
+}
+
+template void region_distill<float>(const Pyramid&, const Pyramid&, const Pyramid*, const RegionInputs<float>&,
+                                    const RegionOutputs<float>&, const RoiAlignSpec&, const LossSpec&, int);
+template void region_distill<double>(const Pyramid&, const Pyramid&, const Pyramid*, const RegionInputs<double>&,
+                                     const RegionOutputs<double>&, const RoiAlignSpec&, const LossSpec&, int);
+
+}  // namespace tardkd::cpu

@@ -1,0 +1,171 @@
+#include "region_terms.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "../core/classification.h"
+#include "../core/penalty.h"
+#include "../core/region.h"
+#include "parallel.h"
+
+namespace tardkd::cpu {
+namespace {
+
+constexpr int64_t kGrain = 32;
+
+// log softmax(z / temperature) into `log_p`.
+template <class A>
+void log_softmax(const A* z, int32_t columns, A temperature, A* log_p) {
+  A top = z[0];
+  for (int32_t k = 1; k < columns; ++k) top = std::max(top, z[k]);
+  A sum = 0;
+  for (int32_t k = 0; k < columns; ++k) {
+    log_p[k] = (z[k] - top) / temperature;
+    sum += std::exp(log_p[k]);
+  }
+  const A log_sum = std::log(sum);
+  for (int32_t k = 0; k < columns; ++k) log_p[k] -= log_sum;
+}
+
+// Classification term of one region, T^2 KL(teacher || student), and its gradient T (q - p) where `grad` is given.
+// `teacher` and `student` hold log-probabilities for softmax, logits for sigmoid; `temperature` is T.
+template <class A>
+A classification_term(const A* teacher, const A* student, int32_t columns, Activation activation, A temperature,
+                      A* grad) {
+  A sum = 0;
+  for (int32_t k = 0; k < columns; ++k) {
+    A p, q = 0;
+    if (activation == Activation::softmax) {
+      p = std::exp(teacher[k]);
+      sum += kl_term(p, teacher[k], student[k]);
+      if (grad) q = std::exp(student[k]);
+    } else {
+      const A t = teacher[k] / temperature, s = student[k] / temperature;
+      sum += binary_kl(t, s);
+      p = sigmoid(t);
+      if (grad) q = sigmoid(s);
+    }
+    if (grad) grad[k] = temperature * (q - p);
+  }
+  return temperature * temperature * sum;
+}
+
+}  // namespace
+
+template <class A>
+RegionTerms<A>::RegionTerms(const RegionInputs<A>& in, const RegionOutputs<A>& out, const LossSpec& spec,
+                            int threads)
+    : in_(in), out_(out), spec_(spec), classification_(in.regions), regression_(in.regions) {
+  for_each_range(in.regions, kGrain, threads, [&](int64_t begin, int64_t end) { decide(begin, end); });
+  for (int term = 0; term < 3; ++term) {
+    int64_t open = 0;
+    for (int64_t r = 0; r < in.regions; ++r) open += out.gates[3 * r + term];
+    normaliser_[term] = spec.reduction == Reduction::mean ? static_cast<A>(std::max<int64_t>(open, 1)) : A(1);
+  }
+  if (out.grad_logits || out.grad_deltas)
+    for_each_range(in.regions, 4 * kGrain, threads,
+                   [&](int64_t begin, int64_t end) { scale_gradients(begin, end); });
+}
+
+template <class A>
+A RegionTerms<A>::factor(int term, int64_t r) const {
+  const A upstream = in_.upstream ? in_.upstream[term * in_.regions + r] : A(1);
+  return upstream * weight(r) / normaliser_[term];
+}
+
+template <class A>
+void RegionTerms<A>::decide(int64_t begin, int64_t end) {
+  const int32_t columns = in_.logit_columns, classes = num_classes(columns, spec_.activation);
+  const A temperature = static_cast<A>(spec_.temperature), beta = static_cast<A>(spec_.beta);
+  const bool softmax = spec_.activation == Activation::softmax;
+  std::vector<A> log_t(columns), log_s(columns);
+  for (int64_t r = begin; r < end; ++r) {
+    const double* proposal = in_.proposals + 5 * r;
+    const double* gt = in_.gt_boxes + 4 * r;
+    const A* z_s = in_.student_logits + r * columns;
+    const A* z_t = in_.teacher_logits + r * columns;
+    const int64_t label = in_.labels[r];
+    A* scores = out_.scores + 4 * r;
+    std::fill(scores, scores + 4, A(0));
+
+    const RegionState state = region_state(proposal, in_.images, label, gt, classes, spec_.background);
+    if (state.valid && softmax) {
+      log_softmax(z_t, columns, A(1), log_t.data());
+      log_softmax(z_s, columns, A(1), log_s.data());
+      scores[0] = std::exp(log_t[label]);
+      scores[1] = std::exp(log_s[label]);
+    } else if (state.foreground) {
+      const int64_t own = sigmoid_column(label, spec_.background);
+      scores[0] = sigmoid(z_t[own]);
+      scores[1] = sigmoid(z_s[own]);
+    }
+    const int32_t width = in_.student_delta_columns;
+    const auto column = [&](int32_t of) {
+      return state.foreground ? delta_column(label, of, classes, spec_.background) : 0;
+    };
+    const int64_t first = column(width);
+    const A* r_s = in_.student_deltas + r * width + first;
+    const A* r_t = in_.teacher_deltas + r * in_.teacher_delta_columns + column(in_.teacher_delta_columns);
+    if (state.foreground) box_scores(proposal + 1, gt, r_s, r_t, spec_, scores);
+
+    const Gates gates = decide_gates(state, scores, spec_);
+    out_.gates[3 * r] = gates.feature;
+    out_.gates[3 * r + 1] = gates.classification;
+    out_.gates[3 * r + 2] = gates.regression;
+
+    A* grad = out_.grad_logits ? out_.grad_logits + r * columns : nullptr;
+    if (gates.classification) {
+      if (softmax && temperature != A(1)) {
+        log_softmax(z_t, columns, temperature, log_t.data());
+        log_softmax(z_s, columns, temperature, log_s.data());
+      }
+      classification_[r] = classification_term(softmax ? log_t.data() : z_t, softmax ? log_s.data() : z_s, columns,
+                                               spec_.activation, temperature, grad);
+    } else if (grad) {
+      std::fill(grad, grad + columns, A(0));
+    }
+
+    grad = out_.grad_deltas ? out_.grad_deltas + r * width : nullptr;
+    if (grad) std::fill(grad, grad + width, A(0));
+    if (gates.regression)
+      for (int k = 0; k < 4; ++k) {
+        const A d = r_s[k] - r_t[k];
+        regression_[r] += penalty(FeatureLoss::smooth_l1, d, beta);
+        if (grad) grad[first + k] = penalty_slope(FeatureLoss::smooth_l1, d, beta);
+      }
+  }
+}
+
+template <class A>
+void RegionTerms<A>::scale_gradients(int64_t begin, int64_t end) const {
+  const auto scale = [](A* row, int32_t columns, A by) {
+    for (int32_t k = 0; k < columns; ++k) row[k] *= by;
+  };
+  for (int64_t r = begin; r < end; ++r) {
+    // Rows of closed gates are zero already, and stay so whatever the upstream gradient holds there.
+    if (out_.grad_logits && out_.gates[3 * r + 1])
+      scale(out_.grad_logits + r * in_.logit_columns, in_.logit_columns, factor(1, r));
+    if (out_.grad_deltas && out_.gates[3 * r + 2])
+      scale(out_.grad_deltas + r * in_.student_delta_columns, in_.student_delta_columns, factor(2, r));
+  }
+}
+
+template <class A>
+void RegionTerms<A>::write_losses(const std::vector<A>& feature) const {
+  const A* terms[3] = {feature.data(), classification_.data(), regression_.data()};
+  for (int term = 0; term < 3; ++term) {
+    double sum = 0;
+    for (int64_t r = 0; r < in_.regions; ++r) {
+      // A closed region's weight is not looked at: it may be NaN.
+      const A value = out_.gates[3 * r + term] ? weight(r) * terms[term][r] : A(0);
+      if (spec_.reduction == Reduction::none) out_.losses[term][r] = value;
+      sum += value;
+    }
+    if (spec_.reduction != Reduction::none) *out_.losses[term] = static_cast<A>(sum / normaliser_[term]);
+  }
+}
+
+template class RegionTerms<float>;
+template class RegionTerms<double>;
+
+}  // namespace tardkd::cpu

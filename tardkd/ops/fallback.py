@@ -1,0 +1,30 @@
+"""Which devices have kernels; the others are served by the plain PyTorch reference."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+KERNEL_DEVICES = frozenset({"cpu"})
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the native kernels run on ``device``. Warns once per device type if not."""
+    if device.type in KERNEL_DEVICES:
+        return True
+    if not torch.compiler.is_compiling():
+        _warn(device.type)
+    return False
+
+
+_warned: set[str] = set()
+
+
+def _warn(device_type: str) -> None:
+    if device_type not in _warned:
+        _warned.add(device_type)
+        warnings.warn(
+            f"this build of tardkd has no {device_type} kernels: its ops run as plain PyTorch there, which is slower",
+            stacklevel=4,
+        )

@@ -1,0 +1,121 @@
+"""The ops as modules: options in the constructor, tensors in the call."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import checks
+from .gaussian import gaussian_feature_loss
+from .region import pooled_distill_loss, region_distill_loss
+from .roi_align import multiscale_roi_align
+from .types import RegionLosses
+
+
+class MultiScaleRoIAlign(nn.Module):
+    """Drop-in for ``torchvision.ops.MultiScaleRoIAlign``: same constructor, same call, same result.
+
+    Pools all levels at once, without a device synchronisation a level, and has a faster backward.
+
+    Args:
+        featmap_names: keys of the feature maps to pool from, finest first.
+        output_size: bins a side, an int or (height, width).
+        sampling_ratio: samples a bin and axis; 0 or less: adaptive.
+        canonical_scale, canonical_level: of the level rule (FPN, Lin et al. 2017, eq. 1).
+    """
+
+    def __init__(
+        self,
+        featmap_names: list[str],
+        output_size: int | Sequence[int],
+        sampling_ratio: int,
+        *,
+        canonical_scale: int = 224,
+        canonical_level: int = 4,
+    ) -> None:
+        super().__init__()
+        self.featmap_names = featmap_names
+        self.output_size = checks.output_pair(output_size)
+        self.sampling_ratio = sampling_ratio
+        self.canonical_scale = canonical_scale
+        self.canonical_level = canonical_level
+
+    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        """Pool ``boxes``, N tensors (R_n, 4) xyxy, from the maps ``x``; ``image_shapes``: N (height, width) in pixels.
+
+        Returns (sum R_n, C, *output_size).
+        """
+        features = [feature for name, feature in x.items() if name in self.featmap_names]
+        if not features:
+            raise ValueError(f"none of the maps {list(x)} is among featmap_names {self.featmap_names}")
+        return multiscale_roi_align(
+            features,
+            boxes,
+            scales=infer_scales(features, image_shapes),
+            output_size=self.output_size,
+            sampling_ratio=self.sampling_ratio,
+            canonical_scale=self.canonical_scale,
+            canonical_level=self.canonical_level,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"featmap_names={self.featmap_names}, output_size={self.output_size}, sampling_ratio={self.sampling_ratio}"
+        )
+
+
+def infer_scales(features: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]]) -> list[float]:
+    """Scale of each map, the power of two nearest to map height / largest image height, as torchvision infers it."""
+    if not image_shapes:
+        raise ValueError("image_shapes is empty: the scales of the maps follow from the images' sizes")
+    height = max(shape[0] for shape in image_shapes)
+    return [2.0 ** round(math.log2(feature.shape[-2] / height)) for feature in features]
+
+
+class _Loss(nn.Module):
+    """A functional loss with its options bound; unknown options are refused at construction."""
+
+    function: Any
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        parameters = inspect.signature(type(self).function).parameters.values()
+        known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+        for key in options:
+            if key not in known:
+                raise TypeError(f"{type(self).__name__} has no option {key!r}; it takes {', '.join(known)}")
+        self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value!r}" for key, value in self.options.items())
+
+
+class RegionDistillLoss(_Loss):
+    """:func:`tardkd.ops.region_distill_loss` with any of its keyword arguments bound; the others go with the call."""
+
+    function = staticmethod(region_distill_loss)
+
+    def forward(self, *tensors: Any, **keywords: Any) -> RegionLosses:
+        return region_distill_loss(*tensors, **{**self.options, **keywords})
+
+
+class PooledDistillLoss(_Loss):
+    """:func:`tardkd.ops.pooled_distill_loss` with any of its keyword arguments bound; the others go with the call."""
+
+    function = staticmethod(pooled_distill_loss)
+
+    def forward(self, *tensors: Any, **keywords: Any) -> RegionLosses:
+        return pooled_distill_loss(*tensors, **{**self.options, **keywords})
+
+
+class GaussianFeatureLoss(_Loss):
+    """:func:`tardkd.ops.gaussian_feature_loss` with any of its keyword arguments bound; the others go with the call."""
+
+    function = staticmethod(gaussian_feature_loss)
+
+    def forward(self, *tensors: Any, **keywords: Any) -> Tensor:
+        return gaussian_feature_loss(*tensors, **{**self.options, **keywords})
