@@ -12,6 +12,8 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import clip_boxes_to_image
 
+from tardkd.ops.modules import infer_scales
+
 from .base import HeadOutputs, HeadSettings, InputBatch, Regions, RoISettings, StudentPass, TeacherPass
 
 
@@ -79,19 +81,19 @@ class GeneralizedRCNNAdapter:
         labels, gt_boxes = self._match(proposals, targets)
         head = HeadOutputs(logits, deltas, pooled)
         mean, std = tuple(transform.image_mean), tuple(transform.image_std)
+        features = self._pooled_levels(maps)
         return StudentPass(
             losses=losses,
             inputs=InputBatch(batch.tensors, batch.image_sizes, mean, std),
             targets=targets,
-            features=self._pooled_levels(maps),
-            scales=list(roi_heads.box_roi_pool.scales),
+            features=features,
+            scales=self._scales(features, batch.image_sizes),
             regions=Regions([_exact(boxes) for boxes in proposals], labels, gt_boxes, head),
         )
 
     def student_regions(self, student: StudentPass, proposals: list[Tensor]) -> Regions:
         roi_heads = self.model.roi_heads
-        with torch.no_grad():
-            proposals, *_ = roi_heads.select_training_samples(proposals, student.targets)
+        proposals, *_ = roi_heads.select_training_samples(proposals, student.targets)
         labels, gt_boxes = self._match(proposals, student.targets)
         head = self._run_head(student.features, proposals, student.inputs.sizes)
         return Regions(proposals, labels, gt_boxes, head)
@@ -138,12 +140,9 @@ class GeneralizedRCNNAdapter:
         return [level for name, level in maps.items() if name in names]
 
     def _scales(self, features: list[Tensor], sizes: list[tuple[int, int]]) -> list[float]:
-        """The pool infers its scales on its first call; one without regions makes it do so."""
-        pool = self.model.roi_heads.box_roi_pool
-        if pool.scales is None:
-            none = [features[0].new_zeros((0, 4)) for _ in sizes]
-            pool(dict(zip(pool.featmap_names, features)), none, sizes)
-        return list(pool.scales)
+        """A torchvision pool keeps the scales of its first call; before that they follow from the maps."""
+        known = getattr(self.model.roi_heads.box_roi_pool, "scales", None)
+        return list(known or infer_scales(features, sizes))
 
     def _match(self, proposals: list[Tensor], targets: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
         """Labels (R,) and matched ground truth (R, 4); nothing is random here, so it can be repeated."""

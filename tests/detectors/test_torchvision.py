@@ -12,6 +12,7 @@ from torchvision.models.detection import retinanet_resnet50_fpn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
 
+from tardkd import ops
 from tardkd.detectors import for_model
 from tardkd.detectors.base import StudentPass
 
@@ -88,6 +89,24 @@ def test_features_scales_and_inputs() -> None:
     assert student.scales == [1 / 2, 1 / 4, 1 / 8]
     assert student.inputs.sizes == [(64, 80), (72, 64)]
     assert all(level.requires_grad for level in student.features)
+
+
+def test_tardkds_own_pool() -> None:
+    plain = tiny_detector(levels=3)
+    swapped = copy.deepcopy(plain)
+    swapped.roi_heads.box_roi_pool = ops.MultiScaleRoIAlign(["0", "1", "2"], 3, 2)
+    expected, student = run_student(plain), run_student(swapped)
+    assert student.scales == expected.scales
+    torch.testing.assert_close(student.regions.head.pooled, expected.regions.head.pooled)
+    assert for_model(swapped).roi == for_model(plain).roi
+
+
+def test_only_the_box_heads_call_of_a_shared_pool_counts() -> None:
+    model = tiny_detector("mask")
+    model.roi_heads.mask_roi_pool = model.roi_heads.box_roi_pool
+    student = run_student(model, "mask")
+    assert student.regions.counts == [16, 16]
+    assert len(student.regions.head.pooled) == len(student.regions.head.logits) == 32
 
 
 def test_unused_levels_are_left_out() -> None:
@@ -238,10 +257,13 @@ def test_single_map_backbone() -> None:
     assert torch.equal(teacher.features[0], student.features[0])
 
 
-def test_autocast_keeps_boxes_exact() -> None:
-    model = tiny_detector()
+def test_autocast_keeps_boxes_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_detector(box_fg_iou_thresh=0.5, box_bg_iou_thresh=0.5)
+    samples = spy(monkeypatch, model.roi_heads, "select_training_samples")
     with torch.autocast("cpu", torch.bfloat16):
         student = run_student(model)
+    assert samples[0][0][0].dtype == torch.bfloat16
+    assert torch.equal(student.regions.labels, torch.cat(samples[0][2]))
     assert {boxes.dtype for boxes in student.regions.proposals} == {torch.float32}
     truth = torch.cat([target["boxes"] for target in student.targets])
     foreground = student.regions.gt_boxes[student.regions.labels > 0]

@@ -56,7 +56,10 @@ def tiny_detector(
     torch.manual_seed(seed)
     if family == "keypoint":
         num_classes = 2
-        options["num_keypoints"] = 3
+        options["keypoint_head"] = KeypointRCNNHeads(channels, (8,))
+        options["keypoint_predictor"] = KeypointRCNNPredictor(8, 3)
+    if family == "mask":
+        options["mask_head"] = MaskRCNNHeads(channels, (8,), 1)
     pool = MultiScaleRoIAlign([str(level) for level in range(levels)], output_size, sampling_ratio)
     options = {
         "min_size": size,
@@ -76,14 +79,9 @@ def tiny_detector(
         **options,
     }
     model = FAMILIES[family](TinyBackbone(channels, levels, first), num_classes, **options)
-    heads = model.roi_heads
-    heads.box_predictor = FastRCNNPredictor(16, num_classes)
+    model.roi_heads.box_predictor = FastRCNNPredictor(16, num_classes)
     if family == "mask":
-        heads.mask_head = MaskRCNNHeads(channels, (8,), 1)
-        heads.mask_predictor = MaskRCNNPredictor(8, 8, num_classes)
-    if family == "keypoint":
-        heads.keypoint_head = KeypointRCNNHeads(channels, (8,))
-        heads.keypoint_predictor = KeypointRCNNPredictor(8, 3)
+        model.roi_heads.mask_predictor = MaskRCNNPredictor(8, 8, num_classes)
     return model
 
 
