@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tardkd import cli
+from tardkd.train import checkpoint, demo
+from tardkd.train.models import ModelSpec, build_model
+from train.recipe import tree
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A recipe file, and the folder of its baseline as the command line trained it."""
+    folder = tmp_path_factory.mktemp("cli")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tree(folder / "run")))
+    assert cli.main(["train", "--config", str(recipe), "data.train=4", "--role", "baseline", "train.epochs=1"]) == 0
+    return recipe, folder / "run" / "baseline"
+
+
+def test_train_takes_overrides_anywhere(trained):
+    _, run = trained
+    config = checkpoint.load(run / "last.pt")["config"]
+    assert (config["data"]["train"], config["train"]["epochs"]) == (4, 1)
+
+
+def test_resume_and_overwrite(trained, capsys):
+    recipe, run = trained
+    command = ["train", "--config", str(recipe), "--role", "baseline", "data.train=4", "train.epochs=1"]
+    assert cli.main(command) == 2
+    assert f"output folder {run} is in use" in capsys.readouterr().err
+    assert cli.main([*command, "--resume"]) == 0
+    assert f"{run}: AP " in capsys.readouterr().out
+    with pytest.raises(SystemExit) as error:
+        cli.main([*command, "--resume", "--overwrite"])
+    assert error.value.code == 2
+
+
+def test_eval_gives_what_training_logged(trained, capsys, tmp_path):
+    _, run = trained
+    out = tmp_path / "metrics.json"
+    assert cli.main(["eval", str(run), "--json", str(out)]) == 0
+    assert f"{run}/last.pt on val, 2 images: AP " in capsys.readouterr().out
+    assert json.loads(out.read_text()) == checkpoint.load(run / "last.pt")["metrics"]
+    assert cli.main(["eval", str(run / "best.pt"), "--split", "test", "data.test=3"]) == 0
+    assert "best.pt on test, 3 images" in capsys.readouterr().out
+    assert cli.main(["eval", str(run), "--split", "test", "data.test=null"]) == 2
+    assert "data.test: required here, but not given" in capsys.readouterr().err
+
+
+LOAD_WITHOUT_TARDKD = """
+import sys, torch
+from torchvision.models import detection
+model = detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, num_classes=7)
+model.load_state_dict(torch.load(sys.argv[1], weights_only=True))
+detections = model.eval()([torch.rand(3, 64, 64)])
+assert sorted(detections[0]) == ["boxes", "labels", "scores"]
+assert not any(name.startswith("tardkd") for name in sys.modules)
+"""
+
+
+def test_an_exported_student_loads_where_there_is_only_torchvision(tmp_path, capsys):
+    classes = ["target", "ball", "board", "parcel", "sign", "star"]
+    model = build_model(ModelSpec(name="fasterrcnn_mobilenet_v3_large_320_fpn"), len(classes))
+    checkpoint.save(tmp_path / "last.pt", {"model": model.state_dict(), "classes": classes})
+    out = tmp_path / "student.pth"
+    assert cli.main(["export", str(tmp_path), "--out", str(out)]) == 0
+    assert "6 classes (target, ball, board, parcel, sign, star)" in capsys.readouterr().out
+    script = tmp_path / "load.py"
+    script.write_text(LOAD_WITHOUT_TARDKD)
+    subprocess.run([sys.executable, str(script), str(out)], check=True, cwd=tmp_path)
+    assert cli.main(["export", str(tmp_path), "--out", str(out)]) == 2
+    assert "exists; --overwrite replaces it" in capsys.readouterr().err
+    assert cli.main(["export", str(tmp_path), "--out", str(out), "--overwrite"]) == 0
+
+
+MISTAKES = {
+    ("train", "--config", "absent.yaml"): "cannot read the configuration absent.yaml: No such file or directory",
+    ("train", "--config", "{recipe}", "optimizer.lrr=1"): "override: optimizer.lrr: unknown key; did you mean lr?",
+    ("train", "--config", "{recipe}", "train.epochs=none"): "train.epochs: Input should be a valid integer",
+    ("train", "--config", "{recipe}", "teacher.weights=no.pt", "output={new}"): "there is no checkpoint at no.pt",
+    ("train", "--config", "{recipe}", "train.device=cuda", "output={new}"): "torch finds no CUDA device",
+    ("train", "--config", "{recipe}", "output={recipe}", "--role", "baseline"): "Not a directory",
+    ("eval", "nothing"): "there is no checkpoint at nothing",
+    ("eval", "{recipe}"): "as a checkpoint",
+    ("eval", "{run}", "data.val=0"): "data.val: Input should be greater than 0, got 0",
+    ("export", "{recipe}", "--out", "{new}"): "as a checkpoint",
+    ("demo", "--out", "{recipe}"): "is a file, not a folder",
+}
+
+
+@pytest.mark.parametrize(("command", "message"), MISTAKES.items(), ids=[" ".join(words) for words in MISTAKES])
+def test_mistakes_end_with_status_2_and_one_message(trained, tmp_path, capsys, command, message):
+    if "cuda" in " ".join(command) and torch.cuda.is_available():
+        pytest.skip("the message is for machines without CUDA")
+    recipe, run = trained
+    words = [word.format(recipe=recipe, run=run, new=tmp_path / "new") for word in command]
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("tardkd: ") and "Traceback" not in error
+
+
+def test_a_data_set_that_is_not_there_is_named(trained, tmp_path, capsys):
+    recipe, _ = trained
+    coco = ("data={kind: coco, root: here, train: {images: images, annotations: train.json}, "
+            "val: {images: images, annotations: val.json}}")
+    assert cli.main(["train", "--config", str(recipe), coco, f"output={tmp_path}/x", "--role", "baseline"]) == 2
+    assert "image folder not found: here/images" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ([], "required: command"),
+    (["fly"], "invalid choice: 'fly'"),
+    (["train"], "required: --config"),
+    (["train", "--config", "x", "--rezume"], "unrecognized arguments: --rezume"),
+    (["demo", "--out", "x", "--seeds", "0"], "must be at least 1"),
+    (["export", "x", "--out", "y", "a=b"], "unrecognized arguments: a=b"),
+])
+def test_wrong_usage(words, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main(words)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_optional_package_is_named(trained, capsys, monkeypatch):
+    recipe, _ = trained
+    for name in [name for name in sys.modules if name.startswith(("pydantic", "tardkd.train"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    assert cli.main(["train", "--config", str(recipe)]) == 2
+    assert 'this command needs the package pydantic: pip install "tardkd[train]"' in capsys.readouterr().err
+
+
+def test_errors_of_the_program_keep_their_traceback(monkeypatch):
+    def broken():
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("tardkd.build_info", broken, raising=False)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["info"])
+
+
+def test_traceback_on_request(trained):
+    with pytest.raises(ValueError, match="unknown key"):
+        cli.main(["--traceback", "train", "--config", str(trained[0]), "nonsense=1"])
+
+
+def test_info_and_module(capsys):
+    assert cli.main(["info"]) == 0
+    assert "version" in capsys.readouterr().out
+    shown = subprocess.run([sys.executable, "-m", "tardkd", "--help"], capture_output=True, text=True, check=True)
+    assert all(name in shown.stdout for name in ("train", "eval", "export", "demo", "info"))
+
+
+def test_help_needs_no_optional_package():
+    code = ("import sys; sys.modules.update(dict.fromkeys(('torchvision', 'pydantic', 'yaml', 'rich'))); "
+            "from tardkd.cli import main; main(['--help'])")
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "usage: tardkd" in shown.stdout
+
+
+def test_demo(tmp_path, monkeypatch, capsys):
+    """All of the demo on a recipe still smaller than --quick."""
+    small = {**tree(tmp_path), "output": None}
+    monkeypatch.setattr(demo, "demo_recipe", lambda: small)
+    monkeypatch.setattr(demo, "QUICK", ("data.train=4", "train.epochs=2"))
+    out = tmp_path / "demo"
+    assert cli.main(["demo", "--out", str(out), "--quick", "--seeds", "2"]) == 0
+    results = json.loads((out / "results.json").read_text())
+    for role in ("teacher", "baseline", "distilled"):
+        values = [seed[role]["AP"] for seed in results["seeds"]]
+        assert results[role]["AP"] == pytest.approx(sum(values) / 2)
+        assert results["std"][role]["AP"] is not None
+    assert [row["epoch"] for row in results["seeds"][0]["gates"]] == [1, 2]
+    assert results["seeds"][0]["gates"][0]["lambda"] == 1 and results["settings"]["train"]["epochs"] == 2
+    assert {path.name for path in out.iterdir()} == {"results.json", "curves.png", "detections.png", "seed0", "seed1"}
+    shown = capsys.readouterr().out
+    assert "AP in percent, 2 seeds" in shown and "distilled" in shown and "gain" in shown
+    assert cli.main(["demo", "--out", str(out), "--quick"]) == 2
+    assert "holds an earlier demo" in capsys.readouterr().err
+    demo._claim(out, overwrite=True)
+    assert not list(out.iterdir())
+
+
+def test_the_packaged_demo_recipe_is_complete():
+    config = demo.demo_config(Path("out"), 3, quick=False)
+    assert config.train.seed == 3 and config.teacher.model is not None and config.distill.enabled
