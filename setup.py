@@ -23,6 +23,7 @@ class CMakeBuild(build_ext):
         subprocess.run(
             [
                 "cmake",
+                "--fresh",  # a cache from an earlier isolated build names tools that are gone; objects are kept
                 "-G",
                 "Ninja",
                 f"-DPython_EXECUTABLE={sys.executable}",

@@ -10,6 +10,9 @@
 
 #include "cpu/hot.h"
 #include "cpu/kernels.h"
+#ifdef TARDKD_CUDA_ARCHITECTURES
+#include "cuda/runtime.h"
+#endif
 
 namespace py = pybind11;
 using namespace tardkd;
@@ -191,7 +194,12 @@ py::dict build_info() {
   py::dict info;
   info["compiler"] = TARDKD_COMPILER;
   info["cpu_instruction_set"] = cpu::instruction_set();
-  info["cuda"] = false;
+#ifdef TARDKD_CUDA_ARCHITECTURES
+  const int version = cuda::runtime_version();
+  info["cuda_runtime"] = std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+  info["cuda_architectures"] = TARDKD_CUDA_ARCHITECTURES;
+  info["cuda_devices"] = cuda::device_count();
+#endif
   return info;
 }
 

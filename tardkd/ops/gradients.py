@@ -7,7 +7,8 @@ gradient meant for a loss scaled by 65536 would underflow.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,3 +35,33 @@ def scale_gradients(
     in_place = not torch.compiler.is_compiling() and not _graph_is_kept()
     scaled = [gradient.mul_(upstream) if in_place else gradient * upstream for gradient in gradients]
     return [gradient.to(dtype) for gradient, dtype in zip(scaled, inputs_dtypes)]
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """For a ``backward`` whose result must not be differentiated again.
+
+    torch's decorator of that name lets a second derivative pass as zero where the upstream gradient is a constant,
+    as it is for a loss. This one refuses whenever a second derivative is asked for.
+    """
+
+    @functools.wraps(backward)
+    def refusing(ctx, *upstream):
+        with torch.no_grad():
+            gradients = backward(ctx, *upstream)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # grad is enabled with create_graph=True
+            return gradients
+        given = [gradient for gradient in gradients if gradient is not None]
+        guarded = iter(_RefuseDerivative.apply(torch.zeros((), requires_grad=True), *given))
+        return tuple(None if gradient is None else next(guarded) for gradient in gradients)
+
+    return refusing
+
+
+class _RefuseDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, _anchor, *gradients):
+        return tuple(gradient.clone() for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("cannot differentiate twice through tardkd.ops: their gradients are not a graph")

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import checks, reference
 from .fallback import has_kernels
-from .gradients import scale_gradients, wanted
+from .gradients import once_differentiable, scale_gradients, wanted
 from .types import RegionLosses
 
 

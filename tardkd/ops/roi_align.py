@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import checks, reference
 from .fallback import has_kernels
-from .gradients import wanted
+from .gradients import once_differentiable, wanted
 
 
 def multiscale_roi_align(

@@ -1,0 +1,23 @@
+#include "runtime.h"
+
+#include <cuda_runtime.h>
+
+// Compiled here so that a host/device mistake in the shared maths is found wherever nvcc is.
+#include "../core/axis.h"
+#include "../core/classification.h"
+#include "../core/penalty.h"
+#include "../core/region.h"
+
+namespace tardkd::cuda {
+
+int runtime_version() {
+  int version = 0;
+  return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+int device_count() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
+}
+
+}  // namespace tardkd::cuda

@@ -1,0 +1,12 @@
+// What the CUDA side of this build is. Plain C++: included where no CUDA headers are.
+#pragma once
+
+namespace tardkd::cuda {
+
+// Version of the CUDA runtime linked in, as 1000 * major + 10 * minor.
+int runtime_version();
+
+// Devices the driver shows; 0 without a driver or a GPU, which is no error.
+int device_count();
+
+}  // namespace tardkd::cuda
