@@ -1,4 +1,4 @@
-"""Batches whose order and augmentation are pure functions of (seed, epoch): what a resumed run needs to go on exactly."""
+"""Batches whose order and views are pure functions of (seed, epoch), so that a resumed run goes on exactly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def build_loader(dataset: Dataset, *, batch_size: int, shuffle: bool, seed: int,
 
     The order depends on (seed, epoch) alone and the random view of image ``index`` on (seed, epoch, index) alone, so
     neither the number of workers nor what was drawn before matters, and torch's global generator is left as it was.
-    With ``shuffle`` an incomplete last batch is dropped (unless it is the only one); without, all images come, in order.
+    With ``shuffle`` an incomplete last batch is dropped unless it is the only one; without, all images come, in order.
 
     Args:
         first_batch: how many batches of the epoch to leave out at its beginning, to resume within it.

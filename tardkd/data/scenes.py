@@ -28,9 +28,8 @@ from torch import Tensor
 from .coco import CocoDetection, Transform, coco_index
 
 UNIT = 256  # an object's half side in its own coordinates
-SMALLEST = 9  # pixels
-LARGEST = 5, 8  # largest side as a fraction of the image's
-MIN_VISIBLE = 1, 2  # the share of an object that others and the image border must leave
+SMALLEST = 12  # pixels; the largest things fill the image
+MIN_VISIBLE = 3, 5  # the share of an object that others and the image border must leave
 SAMPLES = 4  # per pixel and axis, for smooth outlines
 
 SINE = [round(4096 * math.sin(2 * math.pi * k / 256)) for k in range(256 + 64)]  # 1/4096, 256 steps a turn
@@ -61,7 +60,6 @@ PATTERNS: dict[str, Pattern] = {
     "rings": lambda u, v: ((u * u + v * v > 90 * 90) & (u * u + v * v < 175 * 175)),
     "band": lambda u, v: abs(v) < 85,
     "checker": lambda u, v: ((u // 110 + v // 110) & 1).astype(bool),
-    "slash": lambda u, v: abs(u - v) < 100,
     "core": lambda u, v: u * u + v * v < 90 * 90,
 }
 
@@ -91,59 +89,80 @@ class Scene:
 def draw_scene(seed: int, split: str, index: int, image_size: int) -> Scene:
     """The scene ``index`` of ``split``; ``image_size`` is its side in pixels."""
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
-    canvas = _background(rng, image_size)
-    owner = np.full((image_size, image_size), -1, np.int16)  # which thing shows at a pixel
+    stage = _Stage(_background(rng, image_size))
     names = list(CLASSES)
-    labels: list[int] = []  # of the things in the order drawn; 0 for distractors
-    areas: list[int] = []  # pixels before anything hid them
-    things = [int(rng.integers(1, len(names) + 1)) for _ in range(rng.integers(3, 9))]
-    things += [0] * int(rng.integers(1, 5))
-    for label in rng.permutation(things).tolist():
+    objects = rng.integers(1, len(names) + 1, rng.integers(3, 8)).tolist()
+    distractors = [0] * int(rng.integers(0, 4))
+    things = [(_log_uniform(rng, SMALLEST, image_size), label)
+              for label in objects + distractors]
+    for side, label in sorted(things, reverse=True):  # the large ones first, as they would hide the small
         outline, pattern = CLASSES[names[label - 1]] if label else DISTRACTORS[rng.integers(len(DISTRACTORS))]
-        for _ in range(4):  # tries to find room
-            area = _place(rng, canvas, owner, outline, pattern, areas, labels)
-            if area:
-                labels.append(label)
-                areas.append(area)
-                break
-    scene = Scene(_photograph(rng, canvas))
-    for i, label in enumerate(labels):
-        if label:
-            rows, columns = np.nonzero(owner == i)
-            x, y = int(columns.min()), int(rows.min())
-            scene.boxes.append([x, y, int(columns.max()) + 1 - x, int(rows.max()) + 1 - y])
-            scene.labels.append(label)
-            scene.areas.append(len(rows))
-    return scene
+        # A crowded scene may have no room for another thing.
+        any(stage.place(rng, label, side, outline, pattern) for _attempt in range(4))
+    return stage.photograph(rng)
 
 
-def _place(rng: Generator, canvas: np.ndarray, owner: np.ndarray, outline: str, pattern: str, areas: list[int],
-           labels: list[int]) -> int:
-    """Draws one thing somewhere, as number ``len(areas)``; returns its area, or 0 where it would hide too much."""
-    size = len(canvas)
-    side = _log_uniform(rng, SMALLEST, size * LARGEST[0] // LARGEST[1])
-    left, top = rng.integers(-side // 4, size - side * 3 // 4, 2).tolist()
-    angle, stretch = int(rng.integers(256)), int(rng.integers(192, 257))
-    cover = _cover(outline, side, angle, stretch)
-    inside = np.s_[max(top, 0):min(top + side, size), max(left, 0):min(left + side, size)]
-    cut = np.s_[max(-top, 0):max(-top, 0) + inside[0].stop - inside[0].start,
-                max(-left, 0):max(-left, 0) + inside[1].stop - inside[1].start]
-    shown = cover[cut] >= 128
-    total = int((cover >= 128).sum())
-    if shown.sum() * MIN_VISIBLE[1] < total * MIN_VISIBLE[0] or not shown.any():
-        return 0
-    if areas:
-        hidden = np.bincount(owner[inside][shown] + 1, minlength=len(areas) + 1)[1:]
-        left_over = np.bincount(owner.ravel() + 1, minlength=len(areas) + 1)[1:] - hidden
-        if any(label and left_over[i] * MIN_VISIBLE[1] < areas[i] * MIN_VISIBLE[0] for i, label in enumerate(labels)):
-            return 0
-    _shadow(rng, canvas, cover, left, top)
-    u, v = _object_coordinates(side, angle, stretch)
-    colour = _surface(rng, PATTERNS[pattern](u, v), u, v)
-    alpha = cover[cut].astype(np.int32)[..., None]
-    canvas[inside] += (colour[cut] - canvas[inside]) * alpha // 255
-    owner[inside][shown] = len(areas)
-    return total
+class _Stage:
+    """A ground with things laid on it one over another, and the record of what still shows of each."""
+
+    def __init__(self, ground: np.ndarray) -> None:
+        self.pixels = ground  # (H, W, 3) int32
+        self.owner = np.full(ground.shape[:2], -1, np.int16)  # the number of the thing that shows at a pixel
+        self.labels: list[int] = []  # of the things by number; 0 for distractors
+        self.areas: list[int] = []  # pixels of the whole thing
+        self.visible: list[int] = []  # pixels that show
+
+    def place(self, rng: Generator, label: int, side: int, outline: str, pattern: str) -> bool:
+        """Draws one thing somewhere; False where that would hide too much of it or of another object."""
+        size = len(self.pixels)
+        left, top = rng.integers(-side // 4, size - side * 3 // 4, 2).tolist()
+        angle, stretch = int(rng.integers(256)), int(rng.integers(192, 257))
+        cover = _cover(outline, side, angle, stretch)
+        inside, part = _overlap(left, top, side, size)
+        shown = cover[part] >= 128
+        area, visible = int((cover >= 128).sum()), int(shown.sum())
+        hidden = np.bincount(self.owner[inside][shown] + 1, minlength=len(self.labels) + 1)[1:].tolist()
+        left_over = [before - lost for before, lost in zip(self.visible, hidden, strict=True)]
+        if not _enough(visible, area) or any(label and not _enough(rest, whole) for label, rest, whole
+                                             in zip(self.labels, left_over, self.areas, strict=True)):
+            return False
+        self._shade(rng, cover, left, top)
+        u, v = _object_coordinates(side, angle, stretch)
+        colour = _surface(rng, PATTERNS[pattern](u, v), u, v)[part]
+        self.pixels[inside] += (colour - self.pixels[inside]) * cover[part].astype(np.int32)[..., None] // 255
+        self.owner[inside][shown] = len(self.labels)
+        self.labels.append(label)
+        self.areas.append(area)
+        self.visible = [*left_over, visible]
+        return True
+
+    def _shade(self, rng: Generator, cover: np.ndarray, left: int, top: int) -> None:
+        """Darkens the ground beside a thing."""
+        reach = max(1, len(cover) // 10)
+        left, top = left + int(rng.integers(-reach, reach + 1)), top + int(rng.integers(0, reach + 1))
+        inside, part = _overlap(left, top, len(cover), len(self.pixels))
+        self.pixels[inside] -= self.pixels[inside] * cover[part].astype(np.int32)[..., None] // 640
+
+    def photograph(self, rng: Generator) -> Scene:
+        scene = Scene(_photograph(rng, self.pixels))
+        for number, label in enumerate(self.labels):
+            if label:
+                rows, columns = np.nonzero(self.owner == number)
+                x, y = int(columns.min()), int(rows.min())
+                scene.boxes.append([x, y, int(columns.max()) + 1 - x, int(rows.max()) + 1 - y])
+                scene.labels.append(label)
+                scene.areas.append(self.visible[number])
+        return scene
+
+
+def _enough(visible: int, area: int) -> bool:
+    return visible > 0 and visible * MIN_VISIBLE[1] >= area * MIN_VISIBLE[0]
+
+
+def _overlap(left: int, top: int, side: int, size: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Where a square at (left, top) meets the image, as slices of the image and of the square."""
+    x1, y1, x2, y2 = max(left, 0), max(top, 0), max(min(left + side, size), 0), max(min(top + side, size), 0)
+    return np.s_[y1:y2, x1:x2], np.s_[y1 - top:y2 - top, x1 - left:x2 - left]
 
 
 # ---- objects -------------------------------------------------------------------------------------------------------
@@ -181,17 +200,6 @@ def _two_tones(rng: Generator) -> tuple[np.ndarray, np.ndarray]:
         first, other = rng.integers(20, 236, (2, 3), dtype=np.int32)
         if abs(first - other).sum() > 170:
             return first, other
-
-
-def _shadow(rng: Generator, canvas: np.ndarray, cover: np.ndarray, left: int, top: int) -> None:
-    """Darkens the ground beside an object."""
-    size, side = len(canvas), len(cover)
-    reach = max(1, side // 10)
-    left, top = left + int(rng.integers(-reach, reach + 1)), top + int(rng.integers(0, reach + 1))
-    x1, y1, x2, y2 = max(left, 0), max(top, 0), min(left + side, size), min(top + side, size)
-    if x1 < x2 and y1 < y2:
-        dark = cover[y1 - top:y2 - top, x1 - left:x2 - left].astype(np.int32)[..., None]
-        canvas[y1:y2, x1:x2] -= canvas[y1:y2, x1:x2] * dark // 640
 
 
 # ---- ground and light ----------------------------------------------------------------------------------------------
@@ -250,7 +258,7 @@ def _photograph(rng: Generator, canvas: np.ndarray) -> np.ndarray:
 
 def _log_uniform(rng: Generator, low: int, high: int) -> int:
     sides = [low]
-    while (longer := sides[-1] + max(1, sides[-1] // 8)) <= high:
+    while (longer := sides[-1] + sides[-1] // 6) <= high:
         sides.append(longer)
     return sides[int(rng.integers(len(sides)))]
 

@@ -22,13 +22,15 @@ class DetectionTransform:
     """
 
     def __init__(self, *steps: v2.Transform) -> None:
-        self.steps = v2.Compose(steps)
+        self.steps = steps
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
         before = target["boxes"]
         boxes = tv_tensors.BoundingBoxes(before, format="XYXY", canvas_size=tuple(image.shape[-2:]))
-        view, moved = self.steps(tv_tensors.Image(image), boxes)
-        view, after = view.as_subclass(Tensor), moved.as_subclass(Tensor)
+        view = tv_tensors.Image(image)
+        for step in self.steps:
+            view, boxes = step(view, boxes)
+        view, after = view.as_subclass(Tensor), boxes.as_subclass(Tensor)
         keep = has_extent(after)
         target = {**target, "boxes": after, "area": target["area"] * _area(after) / _area(before)}
         per_box = ("boxes", "labels", "area", "iscrowd")

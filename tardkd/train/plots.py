@@ -168,8 +168,9 @@ def _draw_boxes(panel: Axes, boxes: Tensor, labels: Tensor, scores: Tensor | Non
         solid = right is None or bool(right[i])
         _rectangle(panel, box, _class_colour(label), "-" if solid else (0, (3, 2)), 1.8)
         if scores is not None:
-            panel.text(box[0], box[1], f"{100 * scores[i]:.0f}", fontsize=6, color="white", va="bottom", clip_on=True,
-                       bbox={"facecolor": _class_colour(label), "edgecolor": "none", "pad": 0.8})
+            top = panel.get_ylim()[0] * 0.05  # a tag above a box at the upper edge would be cut off
+            panel.text(max(box[0], 0), max(box[1], top), f"{100 * scores[i]:.0f}", fontsize=6, color="white",
+                       va="bottom", clip_on=True, bbox={"facecolor": _class_colour(label), "edgecolor": "none", "pad": 0.8})
 
 
 def _rectangle(panel: Axes, box: Sequence[float], colour: str, line: Any, width: float) -> None:
@@ -186,7 +187,7 @@ def _class_colour(label: int) -> str:
 
 
 def _match(boxes: Tensor, labels: Tensor, true_boxes: Tensor, true_labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Which detections (D,), sorted by score, meet an object that none before them met; which objects (G,) are missed."""
+    """Which detections (D,), best first, meet an object that none before them met; which objects (G,) are missed."""
     fits = box_iou(boxes.float(), true_boxes.float()) * (labels[:, None] == true_labels[None, :])
     right = torch.zeros(len(boxes), dtype=torch.bool)
     missed = torch.ones(len(true_boxes), dtype=torch.bool)

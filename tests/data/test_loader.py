@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tardkd.data import Scenes, build_loader, build_transform
+
+
+@pytest.fixture(scope="module")
+def scenes() -> Scenes:
+    return Scenes(7, 64, 0, build_transform(scale=(0.7, 1.4), photometric=True))
+
+
+def epoch_of(dataset, **settings) -> list:
+    return list(build_loader(dataset, **{"batch_size": 2, "shuffle": True, "seed": 0, "epoch": 0, **settings}))
+
+
+def ids(batches) -> list[list[int]]:
+    return [[target["image_id"] for target in targets] for _, targets in batches]
+
+
+def same(batches, others) -> bool:
+    return len(batches) == len(others) and all(
+        all(torch.equal(a, b) for a, b in zip(images, images2, strict=True))
+        and all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(targets, targets2, strict=True))
+        for (images, targets), (images2, targets2) in zip(batches, others, strict=True))
+
+
+def test_batches(scenes):
+    images, targets = epoch_of(scenes)[0]
+    assert len(images) == len(targets) == 2
+    assert images[0].shape == (3, 64, 64) and images[0].dtype == torch.float32
+    assert 0 <= images[0].min() and images[0].max() <= 1 and images[0].max() > 0.2
+
+
+def test_order(scenes):
+    assert ids(epoch_of(scenes, shuffle=False)) == [[1, 2], [3, 4], [5, 6], [7]]
+    shuffled = ids(epoch_of(scenes))
+    assert [len(batch) for batch in shuffled] == [2, 2, 2] and len(set(sum(shuffled, []))) == 6
+    assert ids(epoch_of(scenes)) == shuffled
+    assert ids(epoch_of(scenes, epoch=1)) != shuffled and ids(epoch_of(scenes, seed=1)) != shuffled
+    assert len(sum(ids(epoch_of(scenes, batch_size=10)), [])) == 7  # the only batch stays
+
+
+def test_views_depend_on_seed_epoch_and_image_alone(scenes):
+    first = epoch_of(scenes)
+    torch.manual_seed(123)
+    assert same(first, epoch_of(scenes))
+    assert same(first, epoch_of(scenes, workers=2))
+    by_id = {target["image_id"]: image for images, targets in first for image, target in zip(images, targets, strict=True)}
+    in_order = epoch_of(scenes, shuffle=False, batch_size=3)
+    for images, targets in in_order:
+        for image, target in zip(images, targets, strict=True):
+            assert torch.equal(by_id.get(target["image_id"], image), image)
+    other_epoch = epoch_of(scenes, shuffle=False, batch_size=3, epoch=1)
+    assert not any(torch.equal(a, b) for (images, _), (images2, _) in zip(in_order, other_epoch, strict=True)
+                   for a, b in zip(images, images2, strict=True))
+
+
+def test_resume_within_an_epoch(scenes):
+    assert same(epoch_of(scenes)[1:], epoch_of(scenes, first_batch=1))
+
+
+def test_global_generator_is_left_alone(scenes):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    epoch_of(scenes)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_float_images_stay(scenes):
+    class Floats(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return torch.full((3, 4, 4), 0.5), {"image_id": 1}
+
+    assert epoch_of(Floats())[0][0][0].unique().item() == 0.5
+
+
+def test_errors(scenes):
+    with pytest.raises(ValueError, match="batch_size"):
+        epoch_of(scenes, batch_size=0)
+    with pytest.raises(ValueError, match="no images"):
+        epoch_of([])

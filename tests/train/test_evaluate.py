@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import contextlib
+import io
+
+import pytest
+import torch
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor, nn
+
+from tardkd.data import Scenes, build_loader
+from tardkd.train.evaluate import METRICS, detections_to_coco, evaluate
+
+
+@pytest.fixture(scope="module")
+def scenes() -> Scenes:
+    return Scenes(12, 128, seed=0)
+
+
+class Oracle(nn.Module):
+    """Answers with the ground truth of the images in order, changed by ``change(output, rank)``."""
+
+    def __init__(self, dataset: Scenes, change=lambda output, rank: output) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.dataset, self.change, self.next = dataset, change, 0
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        assert not self.training and not torch.is_grad_enabled()
+        outputs = []
+        for _ in images:
+            truth = self.dataset._target(self.next)
+            output = {"boxes": truth["boxes"], "labels": truth["labels"], "scores": torch.ones(len(truth["labels"]))}
+            outputs.append(self.change(output, self.next))
+            self.next += 1
+        return outputs
+
+
+def batches(dataset):
+    return build_loader(dataset, batch_size=5, shuffle=False, seed=0, epoch=0)
+
+
+def none(output, rank):
+    return {key: value[:0] for key, value in output.items()}
+
+
+def test_perfect_detections(scenes, capsys):
+    model = Oracle(scenes).train()
+    metrics = evaluate(model, batches(scenes), scenes)
+    assert list(metrics) == [*METRICS, "per_class"]
+    assert metrics["AP"] == metrics["AP50"] == metrics["APs"] == pytest.approx(100)
+    assert metrics["APl"] is None  # no object of these images is so large
+    assert list(metrics["per_class"]) == scenes.class_names
+    assert model.training and capsys.readouterr().out == ""
+
+
+def test_no_detections_at_all(scenes):
+    metrics = evaluate(Oracle(scenes, none), batches(scenes), scenes)
+    assert metrics["AP"] == metrics["AP50"] == 0 and metrics["APl"] is None
+    assert set(metrics["per_class"].values()) == {0}
+
+
+def test_boxes_shifted_by_a_quarter(scenes):
+    """IoU of a box with itself moved by a quarter of its width: 0.75 / 1.25 = 0.6, right up to threshold 0.6."""
+    def shift(output, rank):
+        boxes = output["boxes"].clone()
+        boxes[:, 0::2] += 0.2499 * (boxes[:, 2:3] - boxes[:, 0:1])
+        return {**output, "boxes": boxes}
+    metrics = evaluate(Oracle(scenes, shift), batches(scenes), scenes)
+    # Neighbours of the same class could meet a shifted box, too, which these scenes hardly have.
+    assert metrics["AP50"] > 99 and metrics["AP75"] < 1
+    assert metrics["AP"] == pytest.approx(30, abs=1)
+
+
+def test_one_class_wrong(scenes):
+    def rename(output, rank):
+        return {**output, "labels": torch.where(output["labels"] == 2, 1, output["labels"])}
+    per_class = evaluate(Oracle(scenes, rename), batches(scenes), scenes)["per_class"]
+    assert per_class["ball"] == 0 and per_class["target"] < 100 and per_class["board"] == pytest.approx(100)
+
+
+def test_only_the_loaders_images_count(scenes):
+    part = torch.utils.data.Subset(scenes, range(4))
+    assert evaluate(Oracle(scenes), batches(part), scenes)["AP"] == pytest.approx(100)
+
+
+def test_agrees_with_pycocotools_own_way(scenes):
+    """loadRes and summarize, as everyone runs them, on noisy detections."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(output, rank):
+        boxes, scores = output["boxes"], torch.rand(len(output["boxes"]), generator=generator)
+        moved = boxes + torch.randn(boxes.shape, generator=generator) * 3
+        moved[:, 2:] = torch.maximum(moved[:, 2:], moved[:, :2] + 1)
+        return {"boxes": moved, "labels": output["labels"], "scores": scores}
+
+    outputs = [noise(scenes._target(i), i) for i in range(len(scenes))]
+    metrics = evaluate(Oracle(scenes, lambda _, rank: outputs[rank]), batches(scenes), scenes)
+    results = detections_to_coco(outputs, range(1, 13), scenes.category_ids)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(scenes.coco, scenes.coco.loadRes(results), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    expected = [None if value < 0 else 100 * value for value in evaluation.stats[:6]]
+    assert [metrics[name] for name in METRICS] == pytest.approx(expected)
+    assert 5 < metrics["AP"] < 95
+
+
+def test_detections_to_coco():
+    output = {"boxes": torch.tensor([[1.0, 2, 4, 8]]), "labels": torch.tensor([2]), "scores": torch.tensor([0.5])}
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
+    assert detections_to_coco([empty, output], [4, 9], [17, 90]) == [
+        {"image_id": 9, "category_id": 90, "bbox": [1, 2, 3, 6], "score": 0.5}]
+
+
+def test_detections_that_are_not_finite_name_the_image(scenes):
+    def spoil(output, rank):
+        return {**output, "scores": output["scores"] * (float("nan") if rank == 6 else 1)}
+    model = Oracle(scenes, spoil).train()
+    with pytest.raises(RuntimeError, match="image 7 are not finite"):
+        evaluate(model, batches(scenes), scenes)
+    assert model.training
