@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from typing import Any, Iterator, Sequence
 
@@ -81,13 +82,13 @@ class GeneralizedRCNNAdapter:
         labels, gt_boxes = self._match(proposals, targets)
         head = HeadOutputs(logits, deltas, pooled)
         mean, std = tuple(transform.image_mean), tuple(transform.image_std)
-        features = self._pooled_levels(maps)
+        features, scales = self._pyramid(maps, batch.image_sizes)
         return StudentPass(
             losses=losses,
             inputs=InputBatch(batch.tensors, batch.image_sizes, mean, std),
             targets=targets,
             features=features,
-            scales=self._scales(features, batch.image_sizes),
+            scales=scales,
             regions=Regions([_exact(boxes) for boxes in proposals], labels, gt_boxes, head),
         )
 
@@ -103,9 +104,9 @@ class GeneralizedRCNNAdapter:
         maps = self.model.backbone(batch.tensors)
         if isinstance(maps, Tensor):
             maps = {"0": maps}
-        features = self._pooled_levels(maps)
-        scales = [scale * ratio for scale in self._scales(features, batch.image_sizes)]
-        return TeacherPass(features, scales, state=(batch, maps, student.inputs.sizes, ratio))
+        features, scales = self._pyramid(maps, batch.image_sizes)
+        state = (batch, maps, student.inputs.sizes, ratio)
+        return TeacherPass(features, [scale * ratio for scale in scales], state)
 
     def teacher_proposals(self, teacher: TeacherPass) -> list[Tensor]:
         batch, maps, student_sizes, ratio = teacher.state
@@ -135,14 +136,20 @@ class GeneralizedRCNNAdapter:
         batch = transform.batch_images(resized, size_divisible=transform.size_divisible)
         return ImageList(batch.to(dtype), sizes)
 
-    def _pooled_levels(self, maps: dict[str, Tensor]) -> list[Tensor]:
-        names = self.model.roi_heads.box_roi_pool.featmap_names
-        return [level for name, level in maps.items() if name in names]
+    def _pyramid(
+        self, maps: dict[str, Tensor], sizes: list[tuple[int, int]]
+    ) -> tuple[list[Tensor], list[float]]:
+        """The levels that the box head pools from, and their scales.
 
-    def _scales(self, features: list[Tensor], sizes: list[tuple[int, int]]) -> list[float]:
-        """A torchvision pool keeps the scales of its first call; before that they follow from the maps."""
-        known = getattr(self.model.roi_heads.box_roi_pool, "scales", None)
-        return list(known or infer_scales(features, sizes))
+        A torchvision pool keeps the scales of its first call; before that they follow from the maps. Its
+        level rule counts octaves from the first scale to the last, so that of several maps of one stride (as
+        in the MobileNet models) only the first is ever used.
+        """
+        pool = self.model.roi_heads.box_roi_pool
+        features = [level for name, level in maps.items() if name in pool.featmap_names]
+        scales = list(getattr(pool, "scales", None) or infer_scales(features, sizes))
+        octaves = round(math.log2(scales[0] / scales[-1]))
+        return features[: octaves + 1], scales[: octaves + 1]
 
     def _match(self, proposals: list[Tensor], targets: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
         """Labels (R,) and matched ground truth (R, 4); nothing is random here, so it can be repeated."""

@@ -76,6 +76,7 @@ def test_regions_are_the_sampled_ones(family: str, empty: bool, monkeypatch: pyt
     encoded = model.roi_heads.box_coder.encode([regions.gt_boxes], [torch.cat(proposals)])[0]
     torch.testing.assert_close(encoded[foreground], torch.cat(targets)[foreground])
     assert regions.head.pooled.shape == (32, 8, 3, 3)
+    assert set(model.roi_heads.box_roi_pool.map_levels(proposals).tolist()) == {0, 1}
     logits, deltas = model.roi_heads.box_predictor(model.roi_heads.box_head(regions.head.pooled))
     assert torch.equal(regions.head.logits, logits) and torch.equal(regions.head.deltas, deltas)
 
@@ -94,7 +95,7 @@ def test_features_scales_and_inputs() -> None:
 def test_tardkds_own_pool() -> None:
     plain = tiny_detector(levels=3)
     swapped = copy.deepcopy(plain)
-    swapped.roi_heads.box_roi_pool = ops.MultiScaleRoIAlign(["0", "1", "2"], 3, 2)
+    swapped.roi_heads.box_roi_pool = ops.MultiScaleRoIAlign(["0", "1", "2"], 3, 2, canonical_scale=48)
     expected, student = run_student(plain), run_student(swapped)
     assert student.scales == expected.scales
     torch.testing.assert_close(student.regions.head.pooled, expected.regions.head.pooled)
@@ -107,6 +108,25 @@ def test_only_the_box_heads_call_of_a_shared_pool_counts() -> None:
     student = run_student(model, "mask")
     assert student.regions.counts == [16, 16]
     assert len(student.regions.head.pooled) == len(student.regions.head.logits) == 32
+
+
+def test_levels_of_one_stride() -> None:
+    """As torchvision's MobileNet detectors have them: its level rule never leaves the first."""
+    model = tiny_detector(levels=2)
+    model.backbone.body[2].stride = (1, 1)
+    model.roi_heads.box_roi_pool.canonical_scale = 8
+    student = run_student(model)
+    assert student.scales == [1 / 4]
+    assert [tuple(level.shape[-2:]) for level in student.features] == [(24, 24)]
+    pooled = ops.multiscale_roi_align(
+        student.features, student.regions.proposals, scales=student.scales, output_size=3, canonical_scale=8
+    )
+    torch.testing.assert_close(pooled, student.regions.head.pooled)
+    teacher = teacher_of(copy.deepcopy(model))
+    result = teacher.teacher_pass(tiny_batch()[0], student, 1.0)
+    head = teacher.teacher_head(result, student.regions.proposals)
+    assert result.scales == [1 / 4]
+    torch.testing.assert_close(head.pooled, student.regions.head.pooled)
 
 
 def test_unused_levels_are_left_out() -> None:
@@ -258,16 +278,19 @@ def test_single_map_backbone() -> None:
 
 
 def test_autocast_keeps_boxes_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_detector(box_fg_iou_thresh=0.5, box_bg_iou_thresh=0.5)
+    model = tiny_detector(box_fg_iou_thresh=0.999, box_bg_iou_thresh=0.999)
     samples = spy(monkeypatch, model.roi_heads, "select_training_samples")
+    images, targets = tiny_batch()
+    for target in targets:
+        target["boxes"] = target["boxes"] + 0.3  # more digits than bfloat16 has
     with torch.autocast("cpu", torch.bfloat16):
-        student = run_student(model)
+        student = for_model(model).student_pass(images, targets)
     assert samples[0][0][0].dtype == torch.bfloat16
     assert torch.equal(student.regions.labels, torch.cat(samples[0][2]))
     assert {boxes.dtype for boxes in student.regions.proposals} == {torch.float32}
     truth = torch.cat([target["boxes"] for target in student.targets])
     foreground = student.regions.gt_boxes[student.regions.labels > 0]
-    assert all((truth == box).all(1).any() for box in foreground)
+    assert len(foreground) == 3 and all((truth == box).all(1).any() for box in foreground)
 
 
 @pytest.mark.parametrize(

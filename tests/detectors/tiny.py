@@ -60,7 +60,9 @@ def tiny_detector(
         options["keypoint_predictor"] = KeypointRCNNPredictor(8, 3)
     if family == "mask":
         options["mask_head"] = MaskRCNNHeads(channels, (8,), 1)
-    pool = MultiScaleRoIAlign([str(level) for level in range(levels)], output_size, sampling_ratio)
+    names = [str(level) for level in range(levels)]
+    # Images of 64 pixels hold boxes of all levels where 48 take the place of the usual 224.
+    pool = MultiScaleRoIAlign(names, output_size, sampling_ratio, canonical_scale=48)
     options = {
         "min_size": size,
         "max_size": 2 * size,

@@ -119,6 +119,47 @@ def test_values_are_the_ops_on_both_models_own_regions() -> None:
         torch.testing.assert_close(distiller.stats[name], column[foreground].mean())
 
 
+@pytest.mark.parametrize("path, name", [("pooled", "pooled_distill_loss"), ("pyramid", "region_distill_loss")])
+def test_settings_reach_the_ops(path: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def watch(name: str) -> None:
+        original = getattr(ops, name)
+
+        def op(*args: Any, **options: Any) -> Any:
+            seen.update(options)
+            return original(*args, **options)
+
+        monkeypatch.setattr(ops, name, op)
+
+    watch(name)
+    watch("gaussian_feature_loss")
+    chosen = {
+        "feature_loss": "absolute",
+        "bin_weight": "gaussian",
+        "feature_gate": "classification",
+        "classification_gate": "foreground",
+        "regression_gate": "vs_student",
+        "temperature": 2.0,
+        "beta": 0.5,
+        "sigma_squared": 3.0,
+    }
+    weights = (1.0, 2.0, 3.0, 4.0)
+    student, teacher = (tiny_detector(seed=seed, bbox_reg_weights=weights) for seed in (0, 1))
+    run(Distiller(student, teacher, DistillSettings(path=path, gaussian=1.0, **chosen)))
+    assert {key: seen[key] for key in chosen} == chosen
+    assert (seen["box_weights"], seen["background"], seen["activation"]) == (weights, "first", "softmax")
+
+
+def test_input_ratio() -> None:
+    assert pair({"size": 96})._ratio == 1.5
+    distiller = pair({"size": 96}, teacher_input_ratio=0.5)
+    seen: list[tuple[int, ...]] = []
+    distiller.teacher.backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-2:]))
+    run(distiller)
+    assert seen == [(64, 64)]  # 64x80 and 72x64, halved and padded
+
+
 @pytest.mark.parametrize("teacher", [{}, {"channels": 12, "levels": 3}, {"size": 96}])
 def test_both_paths_agree(teacher: dict[str, Any]) -> None:
     pooled, pyramid = pair(teacher=teacher, path="pooled"), pair(teacher=teacher, path="pyramid")
