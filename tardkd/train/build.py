@@ -10,13 +10,14 @@ import numpy
 import torch
 from torch import nn
 from torch.utils.data import Dataset
+from torchvision.models import get_model_weights
 
 from tardkd.data import CocoDetection, Scenes
 from tardkd.data.transforms import build_transform
 from tardkd.distill import Distiller
 from tardkd.train import checkpoint
 from tardkd.train.config import Config, ConfigError, SceneData, Teacher, parse_config
-from tardkd.train.models import ModelSpec, build_model
+from tardkd.train.models import ModelSpec, build_model, load_state
 
 
 def build_dataset(config: Config, split: str, *, augment: bool = False) -> Dataset:
@@ -52,14 +53,39 @@ def load_teacher(teacher: Teacher, class_names: list[str]) -> tuple[nn.Module, l
     """The teacher with its trained weights, and its classes: the data set's where the file does not say."""
     if teacher.weights is None:
         raise ConfigError("teacher.weights: required, a distilled run needs a trained teacher")
+    if teacher.weights == "DEFAULT":
+        if teacher.model is None:
+            raise ConfigError("teacher.model: required, teacher.weights DEFAULT does not say which model")
+        return _torchvision_teacher(teacher.model, class_names), class_names
     spec, classes = teacher.model, class_names
-    if teacher.weights != "DEFAULT":
-        state = checkpoint.load_any(teacher.weights)
-        if state.get("format") == checkpoint.FORMAT:
-            spec, classes = stored_config(state, teacher.weights).student, state["classes"]
+    state = checkpoint.load_any(teacher.weights)
+    if state.get("format") == checkpoint.FORMAT:
+        spec, classes = stored_config(state, teacher.weights).student, state["classes"]
     if spec is None:
         raise ConfigError(f"teacher.model: required, because {teacher.weights} does not say what model it belongs to")
     return build_model(_with_weights(spec, teacher.weights), len(classes)), classes
+
+
+def _torchvision_teacher(spec: ModelSpec, class_names: list[str]) -> nn.Module:
+    """torchvision's trained detector, its head cut down to `class_names` by name.
+
+    The published heads have 91 outputs, COCO's category ids with their gaps, where a data set's labels have none.
+    """
+    weights = get_model_weights(spec.name).DEFAULT
+    categories = weights.meta["categories"]
+    unknown = sorted(set(class_names) - set(categories))
+    if unknown:
+        raise ConfigError(f"torchvision's {spec.name} does not know the classes {', '.join(unknown)}")
+    rows = [0, *map(categories.index, class_names)]  # 0: background
+    state = weights.get_state_dict(progress=True)
+    for layer in ("cls_score", "bbox_pred"):
+        for kind in ("weight", "bias"):
+            name = f"roi_heads.box_predictor.{layer}.{kind}"
+            by_class = state[name].unflatten(0, (len(categories), -1))  # 1 logit or 4 deltas a class
+            state[name] = by_class[rows].flatten(0, 1)
+    model = build_model(_with_weights(spec, None), len(class_names))
+    load_state(model, state, f"torchvision's {spec.name}")
+    return model
 
 
 def load_student(state: dict[str, Any], path: str | Path) -> nn.Module:

@@ -103,14 +103,14 @@ def build_model(spec: ModelSpec, num_classes: int) -> FasterRCNN:
         constructor = getattr(detection, spec.name)
         model = constructor(weights=None, weights_backbone=None, num_classes=num_classes + 1, **options)
     if spec.weights:
-        _load(model, _state(spec.name, spec.weights), spec.weights,
+        load_state(model, _state(spec.name, spec.weights), spec.weights,
               leave_out=("roi_heads.box_predictor.",) if spec.new_head else ())
     if spec.backbone_weights:
         state = _state(_classifier(spec.name), spec.backbone_weights)
         if spec.name.startswith("fasterrcnn_mobilenet"):
             state = {key.removeprefix("features."): value for key, value in state.items()}
         body = set(model.backbone.body.state_dict())
-        _load(model.backbone.body, {key: value for key, value in state.items() if key in body}, spec.backbone_weights)
+        load_state(model.backbone.body, {key: value for key, value in state.items() if key in body}, spec.backbone_weights)
     if spec.norm_eps is not None:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -191,7 +191,7 @@ def _state(name: str, source: str) -> dict[str, Tensor]:
     return state
 
 
-def _load(module: nn.Module, state: dict[str, Tensor], source: str, leave_out: tuple[str, ...] = ()) -> None:
+def load_state(module: nn.Module, state: dict[str, Tensor], source: str, leave_out: tuple[str, ...] = ()) -> None:
     """Every tensor of ``module`` from ``state``, and none over, but for those under ``leave_out``."""
     own = {key: value for key, value in module.state_dict().items() if not key.startswith(leave_out or "\0")}
     state = {key: value for key, value in state.items() if not key.startswith(leave_out or "\0")}
