@@ -155,7 +155,8 @@ def _claim(out: Path, overwrite: bool) -> None:
     used = [path for pattern in ("results.json", "curves.png", "detections.png", "seed[0-9]*")
             for path in sorted(out.glob(pattern))]
     if used and not overwrite:
-        raise ConfigError(f"{out} holds an earlier demo ({used[0].name}); --overwrite removes it, or choose another --out")
+        raise ConfigError(f"{out} holds an earlier demo ({used[0].name}); --overwrite removes it, "
+                          "or choose another --out")
     for path in used:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 

@@ -110,7 +110,8 @@ def build_model(spec: ModelSpec, num_classes: int) -> FasterRCNN:
         if spec.name.startswith("fasterrcnn_mobilenet"):
             state = {key.removeprefix("features."): value for key, value in state.items()}
         body = set(model.backbone.body.state_dict())
-        load_state(model.backbone.body, {key: value for key, value in state.items() if key in body}, spec.backbone_weights)
+        state = {key: value for key, value in state.items() if key in body}
+        load_state(model.backbone.body, state, spec.backbone_weights)
     if spec.norm_eps is not None:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):

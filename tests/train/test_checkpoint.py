@@ -60,7 +60,7 @@ class Evil:
     (lambda path: path.write_bytes(b""), "cannot read .* as a checkpoint"),
     (lambda path: path.write_text("hello"), "cannot read .* as a checkpoint"),
     (lambda path: torch.save(torch.zeros(3), path), "holds a Tensor, expected a dict"),
-    (lambda path: torch.save({"w": torch.zeros(3)}, path), "not a checkpoint of this version of tardkd: its format is None"),
+    (lambda path: torch.save({"w": torch.zeros(3)}, path), "of this version of tardkd: its format is None"),
     (lambda path: torch.save({"format": "tardkd checkpoint 0"}, path), "its format is 'tardkd checkpoint 0', expected"),
     (lambda path: torch.save({"format": checkpoint.FORMAT, "model": Evil()}, path), "cannot read .* as a checkpoint"),
 ])
