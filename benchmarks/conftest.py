@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from benchmarks import workloads
+import workloads
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

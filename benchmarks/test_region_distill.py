@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import rivals
 import torch
+import workloads
 
-from benchmarks import rivals, workloads
 from tardkd import ops
 
 SIDES = ("tardkd", "torchvision")

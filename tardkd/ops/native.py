@@ -11,8 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _native
 from .checks import accumulation_dtype
+
+try:
+    from .. import _native
+except ImportError as error:
+    raise ImportError(
+        f"tardkd's compiled module cannot be loaded ({error}). Imported from {__file__}: if that is a source tree, install "
+        'it ("pip install ." and run from another folder, or "pip install -e .")'
+    ) from error
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3, torch.int64: -1, torch.bool: -1}
 
