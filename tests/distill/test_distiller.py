@@ -119,7 +119,10 @@ def test_values_are_the_ops_on_both_models_own_regions() -> None:
         torch.testing.assert_close(distiller.stats[name], column[foreground].mean())
 
 
-@pytest.mark.parametrize("path, name", [("pooled", "pooled_distill_loss"), ("pyramid", "region_distill_loss")])
+OPS = [("pooled", "pooled_distill_loss"), ("pyramid", "region_distill_loss")]
+
+
+@pytest.mark.parametrize("path, name", OPS)
 def test_settings_reach_the_ops(path: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
