@@ -58,7 +58,7 @@ def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
         for step in range(1, 5):
             log.step(1, step, {"loss": float(step)}, images=1, seconds=1.0)
     with open(tmp_path / "train.csv", "a") as file:
-        file.write("2,5,")  # a crash in the middle of a row
+        file.write("2,1")  # a crash in the middle of a row, whose step was 12
     with run_log(tmp_path, resume_step=3) as log:
         log.step(2, 4, {"loss": 40.0}, images=1, seconds=1.0)
     table = rows(tmp_path / "train.csv")

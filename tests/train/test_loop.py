@@ -59,6 +59,30 @@ def test_the_terms_add_up_to_the_loss(runs):
             assert math.isclose(sum(terms), float(row["loss"]), rel_tol=1e-4)
 
 
+def test_the_rate_that_is_logged_is_the_rate_that_is_used(runs):
+    with open(runs / "baseline" / "train.csv", newline="") as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file)]
+    assert rates[0] < rates[2] > rates[5] > 0  # warm-up, then the cosine
+    (group,) = checkpoint.load(runs / "baseline" / "last.pt")["optimizer"]["param_groups"]
+    assert group["lr"] == pytest.approx(rates[-1], rel=1e-5)
+
+
+def test_every_epoch_has_its_own_order_and_views(tmp_path):
+    config = recipe(tmp_path)
+    dataset = build_dataset(config, "train", augment=True)
+    first, again, second = (list(loop.build_batches(config, dataset, epoch=epoch)) for epoch in (0, 0, 1))
+
+    def ids(batches):
+        return [target["image_id"] for _, targets in batches for target in targets]
+
+    assert ids(first) == ids(again) != ids(second)
+    views = [{target["image_id"]: image for images, targets in batches for image, target in zip(images, targets)}
+             for batches in (first, again, second)]
+    shared = views[0].keys() & views[2].keys()
+    assert all(torch.equal(views[0][key], views[1][key]) for key in views[0])
+    assert not any(torch.equal(views[0][key], views[2][key]) for key in shared)
+
+
 def test_a_run_repeats_exactly(runs, tmp_path):
     train(recipe(tmp_path).for_role("baseline"))
     assert_same_weights(weights(tmp_path / "baseline"), weights(runs / "baseline"))
