@@ -218,14 +218,14 @@ def decode(deltas: Tensor, boxes: Tensor, weights: Sequence[float]) -> Tensor:
 
 
 def pairwise_iou(first: Tensor, second: Tensor) -> Tensor:
-    """IoU of each row of (R, 4) with the same row of (R, 4); 0 where the union is not positive."""
+    """IoU of each row of (R, 4) with the same row of (R, 4); 0 without a union; NaN stays NaN."""
     first, second = first.double(), second.double()
     overlap = (torch.minimum(first[:, 2:], second[:, 2:]) - torch.maximum(first[:, :2], second[:, :2])).clamp(
         min=0
     )
     intersection = overlap.prod(1)
     union = (first[:, 2:] - first[:, :2]).prod(1) + (second[:, 2:] - second[:, :2]).prod(1) - intersection
-    return torch.where(union > 0, intersection / union, torch.zeros_like(union))
+    return torch.where(union <= 0, torch.zeros_like(union), intersection / union)
 
 
 def select_deltas(deltas: Tensor, labels: Tensor, num_classes: int, background: str) -> Tensor:
@@ -332,6 +332,7 @@ def penalty(difference: Tensor, kind: str, beta: float) -> Tensor:
     return torch.where(magnitude < beta, 0.5 * difference * difference / beta, magnitude - 0.5 * beta)
 
 
+@torch.no_grad()
 def gaussian_bin_weights(boxes: Tensor, gt_boxes: Tensor, output_size: tuple[int, int]) -> Tensor:
     """(r, h, w) float64: the Gaussian of each gt box at the bin centres of its region, 0 outside the gt box.
 
