@@ -58,8 +58,15 @@ TARDKD_HD bool axis_sample(const RoiAxis& axis, int32_t bin, int32_t k, AxisSamp
   return true;
 }
 
+// Levels the rule can reach: it counts octaves from the finest scale to the coarsest, so of several maps of one
+// stride (torchvision's MobileNet pyramids) only the first is ever used.
+TARDKD_HD int32_t reachable_levels(double finest, double coarsest, int32_t levels) {
+  const double octaves = floor(log2(finest / coarsest) + 0.5);
+  return octaves <= 0.0 ? 1 : (octaves + 1.0 < levels ? static_cast<int32_t>(octaves) + 1 : levels);
+}
+
 // Equation 1 of the FPN paper as torchvision evaluates it. `scale0` is the scale of the finest level; for scales
-// that are not powers of two this is the rule applied in that side's own pixels.
+// that are not powers of two this is the rule applied in that side's own pixels. `levels` are the reachable ones.
 TARDKD_HD int32_t assign_level(const double* box, double scale0, int32_t levels, const RoiAlignSpec& spec) {
   const double area = (box[2] - box[0]) * (box[3] - box[1]);
   if (!(area > 0.0)) return 0;

@@ -89,6 +89,11 @@ PoolPlan<A>::PoolPlan(const Pyramid& student, const Pyramid* teacher, const doub
                       const bool* open, const RoiAlignSpec& spec, int threads) {
   const Pyramid* pyramids[2] = {&student, teacher};
   const int sides = teacher ? 2 : 1;
+  int32_t reachable[2] = {};
+  for (int side = 0; side < sides; ++side) {
+    const Pyramid& p = *pyramids[side];
+    reachable[side] = reachable_levels(p.level[0].scale, p.level[p.levels - 1].scale, p.levels);
+  }
   std::vector<Placement> placed;
   int64_t integers = 0, weights = 0;
   for (int64_t r = 0; r < count; ++r) {
@@ -101,7 +106,7 @@ PoolPlan<A>::PoolPlan(const Pyramid& student, const Pyramid* teacher, const doub
     for (int side = 0; side < sides; ++side) {
       const Pyramid& pyramid = *pyramids[side];
       Placement::Side& at = place.side[side];
-      at.level = assign_level(proposal + 1, pyramid.level[0].scale, pyramid.levels, spec);
+      at.level = assign_level(proposal + 1, pyramid.level[0].scale, reachable[side], spec);
       const FeatureMap& map = pyramid.level[at.level];
       at.y = roi_axis(proposal[2], proposal[4], map.scale, spec.pooled_h, map.height, spec);
       at.x = roi_axis(proposal[1], proposal[3], map.scale, spec.pooled_w, map.width, spec);

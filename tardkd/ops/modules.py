@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import checks
@@ -52,6 +53,8 @@ class MultiScaleRoIAlign(nn.Module):
         features = [feature for name, feature in x.items() if name in self.featmap_names]
         if not features:
             raise ValueError(f"none of the maps {list(x)} is among featmap_names {self.featmap_names}")
+        # Under autocast torchvision's RoIHeads pass boxes in the features' dtype.
+        boxes = [box.to(torch.promote_types(box.dtype, torch.float32)) for box in boxes]
         return multiscale_roi_align(
             features,
             boxes,

@@ -36,14 +36,16 @@ def valid_regions(regions: Tensor, num_images: int | None) -> Tensor:
 def region_levels(
     boxes: Tensor, scales: Sequence[float], canonical_scale: float, canonical_level: int
 ) -> Tensor:
-    """Level index of each (R, 4) box: eq. 1 of FPN (Lin et al. 2017), clamped to the levels there are."""
+    """Level index of each (R, 4) box: eq. 1 of FPN (Lin et al. 2017), clamped to their octaves."""
     boxes = boxes.double()
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     size = area.clamp(min=0).sqrt()  # a box without area goes to the finest level: log2(0) = -inf
     level = torch.floor(
         canonical_level + torch.log2(size / canonical_scale) + LEVEL_EPSILON + math.log2(scales[0])
     )
-    return level.clamp(0, len(scales) - 1).long()
+    # Of several maps of one stride torchvision reaches only the first.
+    octaves = max(0, math.floor(math.log2(scales[0] / scales[-1]) + 0.5))
+    return level.clamp(0, min(octaves, len(scales) - 1)).long()
 
 
 def sample_axis(

@@ -13,7 +13,9 @@ from torchvision.models import detection, get_model_weights, resnet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
-from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.ops import FrozenBatchNorm2d
+
+from tardkd.ops import MultiScaleRoIAlign
 
 LIGHT = "resnet_fpn"
 LIGHT_ONLY = ("blocks", "width", "fpn_channels", "head_dim", "norm", "anchor_sizes", "canonical_scale")
@@ -132,14 +134,15 @@ def _light(spec: ModelSpec, num_classes: int, options: dict[str, Any]) -> Faster
     backbone = BackboneWithFPN(body, levels, channels, spec.fpn_channels)
     pooler = MultiScaleRoIAlign(list(levels.values()), output_size=7, sampling_ratio=2,
                                 canonical_scale=spec.canonical_scale)
-    return FasterRCNN(
+    model = FasterRCNN(
         backbone,
         rpn_anchor_generator=AnchorGenerator(tuple((size,) for size in spec.anchor_sizes),
                                              ((0.5, 1.0, 2.0),) * len(spec.anchor_sizes)),
-        box_roi_pool=pooler,
         box_head=TwoMLPHead(spec.fpn_channels * 7 * 7, spec.head_dim),
         box_predictor=FastRCNNPredictor(spec.head_dim, num_classes + 1),
         **options)
+    model.roi_heads.box_roi_pool = pooler  # torchvision's constructor takes its own class only
+    return model
 
 
 def _light_body(blocks: tuple[int, ...], channels: list[int], norm: Callable[[int], nn.Module]) -> nn.Sequential:

@@ -76,6 +76,8 @@ static void test_levels() {
   CHECK(assign_level(huge, 0.25, 4, spec) == 3);
   CHECK(assign_level(empty, 0.25, 4, spec) == 0);
   CHECK(assign_level(inverted, 0.25, 4, spec) == 0);
+  CHECK(reachable_levels(0.25, 0.03125, 4) == 4 && reachable_levels(0.03125, 0.03125, 2) == 1);
+  CHECK(reachable_levels(0.25, 0.0625, 2) == 2 && reachable_levels(0.375, 0.046875, 4) == 4);
   CHECK(assign_level(box, 0.375, 4, spec) == 2);  // a teacher that sees 336 pixels: level 4 of 2..5
 }
 
