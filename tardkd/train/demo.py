@@ -28,9 +28,8 @@ ROLES = ("teacher", "baseline", "distilled")
 QUICK = ("data.train=24", "data.val=12", "train.epochs=2", "train.log_every=6")
 PICTURES = 4  # images drawn
 SHARES = {  # columns of train.csv shown per epoch
-    "lambda": "weight", "gate_feature": "feature gate", "gate_classification": "class gate",
-    "gate_regression": "box gate", "teacher_score": "p teacher", "student_score": "p student",
-    "teacher_iou": "IoU teacher", "other_iou": "IoU proposal",
+    "lambda": "weight", "gate_feature": "feature", "gate_classification": "class", "gate_regression": "box",
+    "teacher_score": "p(T)", "student_score": "p(S)", "teacher_iou": "IoU(T)", "other_iou": "IoU(P)",
 }
 
 
@@ -122,8 +121,9 @@ def results_table(results: dict[str, Any], seeds: int) -> Table:
 
 def gates_table(epochs: list[dict[str, float]]) -> Table:
     """What the gates opened over time, of the first seed."""
-    table = Table(title="the teacher's part, by epoch: schedule weight, share of foreground regions with open gates, "
-                        "mean scores")
+    table = Table(title="What the gates opened, by epoch", caption=(
+        "weight: of the schedule; feature, class, box: share of foreground regions with an open gate; p: mean "
+        "probability of the true class, IoU: mean overlap with the object, of teacher, student and proposal"))
     table.add_column("epoch", justify="right")
     for title in SHARES.values():
         table.add_column(title, justify="right")
