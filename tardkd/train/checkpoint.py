@@ -6,10 +6,8 @@ whole, and read with ``weights_only=True``, so that nothing in them is ever exec
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +24,15 @@ class CheckpointError(RuntimeError):
 def save(path: str | Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors and plain Python values) so that `path` always holds a complete checkpoint."""
     path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:

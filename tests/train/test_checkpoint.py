@@ -17,6 +17,8 @@ def test_round_trip_of_tensors_and_plain_values(tmp_path):
     state = checkpoint.load(path)
     assert torch.equal(state["model"]["w"], torch.arange(3.0))
     assert (state["epoch"], state["classes"], state["metrics"]) == (3, ["a"], {"AP": None})
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # whoever may read the user's files may read it
 
 
 @pytest.mark.parametrize("step", ["torch.save", "os.fsync", "os.replace"])
