@@ -30,9 +30,10 @@ from .coco import CocoDetection, Transform, coco_index
 UNIT = 256  # an object's half side in its own coordinates
 SMALLEST = 12  # pixels; the largest things fill the image
 MIN_VISIBLE = 3, 5  # the share of an object that others and the image border must leave
+TILT = 20  # 256ths of a turn to either side
 SAMPLES = 4  # per pixel and axis, for smooth outlines
 
-SINE = [round(4096 * math.sin(2 * math.pi * k / 256)) for k in range(256 + 64)]  # 1/4096, 256 steps a turn
+SINE = [round(4096 * math.sin(2 * math.pi * k / 256)) for k in range(256 + 64)]  # in 1/4096, over 1 1/4 turns
 
 # ---- outlines: polygons in object coordinates ---------------------------------------------------------------------
 
@@ -45,8 +46,8 @@ def _polar(corners: list[tuple[int, int]]) -> list[tuple[int, int]]:
 OUTLINES = {
     "disc": _polar([(4 * k, 250) for k in range(64)]),
     "square": [(-180, -180), (180, -180), (180, 180), (-180, 180)],
-    "triangle": _polar([(64, 256), (149, 256), (235, 256)]),
-    "star": _polar([(k * 256 // 10, 256 if k % 2 else 112) for k in range(10)]),
+    "triangle": _polar([(192, 256), (21, 256), (107, 256)]),
+    "star": _polar([((192 + k * 256 // 10) % 256, 112 if k % 2 else 256) for k in range(10)]),
     "cross": [(x * 80, y * 80) for x, y in ((-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1),
                                             (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1))],
     "hexagon": _polar([(k * 256 // 6, 250) for k in range(6)]),
@@ -60,19 +61,21 @@ PATTERNS: dict[str, Pattern] = {
     "rings": lambda u, v: ((u * u + v * v > 90 * 90) & (u * u + v * v < 175 * 175)),
     "band": lambda u, v: abs(v) < 85,
     "checker": lambda u, v: ((u // 110 + v // 110) & 1).astype(bool),
+    "ribbon": lambda u, v: (abs(u) < 45) | (abs(v) < 45),
     "core": lambda u, v: u * u + v * v < 90 * 90,
+    "rim": lambda u, v: np.maximum(v, abs(u) * 222 // 256 - v // 2) > 75,
 }
 
 CLASSES = {  # name: (outline, pattern)
     "target": ("disc", "rings"),
     "ball": ("disc", "band"),
     "board": ("square", "checker"),
-    "parcel": ("square", "band"),
-    "sign": ("triangle", "core"),
+    "parcel": ("square", "ribbon"),
+    "sign": ("triangle", "rim"),
     "star": ("star", "core"),
 }
-DISTRACTORS = [("disc", "plain"), ("square", "plain"), ("triangle", "plain"), ("cross", "plain"), ("cross", "band"),
-               ("hexagon", "checker"), ("hexagon", "rings"), ("hexagon", "plain")]
+DISTRACTORS = [("disc", "plain"), ("square", "plain"), ("triangle", "plain"), ("cross", "plain"), ("cross", "core"),
+               ("hexagon", "checker"), ("hexagon", "band"), ("hexagon", "plain")]
 
 
 @dataclass
@@ -92,9 +95,8 @@ def draw_scene(seed: int, split: str, index: int, image_size: int) -> Scene:
     stage = _Stage(_background(rng, image_size))
     names = list(CLASSES)
     objects = rng.integers(1, len(names) + 1, rng.integers(3, 8)).tolist()
-    distractors = [0] * int(rng.integers(0, 4))
-    things = [(_log_uniform(rng, SMALLEST, image_size), label)
-              for label in objects + distractors]
+    distractors = [0] * int(rng.integers(0, 3))
+    things = [(_log_uniform(rng, SMALLEST, image_size), label) for label in objects + distractors]
     for side, label in sorted(things, reverse=True):  # the large ones first, as they would hide the small
         outline, pattern = CLASSES[names[label - 1]] if label else DISTRACTORS[rng.integers(len(DISTRACTORS))]
         # A crowded scene may have no room for another thing.
@@ -115,8 +117,8 @@ class _Stage:
     def place(self, rng: Generator, label: int, side: int, outline: str, pattern: str) -> bool:
         """Draws one thing somewhere; False where that would hide too much of it or of another object."""
         size = len(self.pixels)
-        left, top = rng.integers(-side // 4, size - side * 3 // 4, 2).tolist()
-        angle, stretch = int(rng.integers(256)), int(rng.integers(192, 257))
+        left, top = rng.integers(-side // 3, size - side * 2 // 3, 2).tolist()
+        angle, stretch = int(rng.integers(-TILT, TILT + 1)) % 256, int(rng.integers(192, 257))
         cover = _cover(outline, side, angle, stretch)
         inside, part = _overlap(left, top, side, size)
         shown = cover[part] >= 128
@@ -198,7 +200,7 @@ def _surface(rng: Generator, second: np.ndarray, u: np.ndarray, v: np.ndarray) -
 def _two_tones(rng: Generator) -> tuple[np.ndarray, np.ndarray]:
     while True:
         first, other = rng.integers(20, 236, (2, 3), dtype=np.int32)
-        if abs(first - other).sum() > 170:
+        if abs(first - other).sum() > 220:
             return first, other
 
 
@@ -251,7 +253,7 @@ def _photograph(rng: Generator, canvas: np.ndarray) -> np.ndarray:
     image = Image.fromarray(np.clip(canvas * light[..., None] // 128, 0, 255).astype(np.uint8))
     if rng.integers(4) == 0:
         image = image.filter(ImageFilter.BoxBlur(1))
-    noise = int(rng.integers(2, 18))
+    noise = int(rng.integers(2, 13))
     grain = rng.integers(-noise, noise + 1, canvas.shape, dtype=np.int16)
     return np.clip(np.asarray(image).astype(np.int16) + grain, 0, 255).astype(np.uint8)
 

@@ -170,7 +170,8 @@ def _draw_boxes(panel: Axes, boxes: Tensor, labels: Tensor, scores: Tensor | Non
         if scores is not None:
             top = panel.get_ylim()[0] * 0.05  # a tag above a box at the upper edge would be cut off
             panel.text(max(box[0], 0), max(box[1], top), f"{100 * scores[i]:.0f}", fontsize=6, color="white",
-                       va="bottom", clip_on=True, bbox={"facecolor": _class_colour(label), "edgecolor": "none", "pad": 0.8})
+                       va="bottom", clip_on=True,
+                       bbox={"facecolor": _class_colour(label), "edgecolor": "none", "pad": 0.8})
 
 
 def _rectangle(panel: Axes, box: Sequence[float], colour: str, line: Any, width: float) -> None:

@@ -217,7 +217,8 @@ def test_exif_orientation(tmp_path, orientation, annotated, corner):
 
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"real data not found at {REAL_DATA}; set TARDKD_DATA")
 @pytest.mark.parametrize(("name", "split", "images", "boxes"), [
-    ("bccd", "train", 205, 2804), ("bccd", "test", 72, 945), ("cards", "test", 67, 143), ("deeppcb", "test", 500, 3140)])
+    ("bccd", "train", 205, 2804), ("bccd", "test", 72, 945), ("cards", "test", 67, 143), ("deeppcb", "test", 500, 3140),
+])
 def test_real_data(name, split, images, boxes):
     folder = REAL_DATA / name
     dataset = CocoDetection(folder / "images", folder / "annotations" / f"{split}.json")

@@ -47,7 +47,8 @@ def test_views_depend_on_seed_epoch_and_image_alone(scenes):
     torch.manual_seed(123)
     assert same(first, epoch_of(scenes))
     assert same(first, epoch_of(scenes, workers=2))
-    by_id = {target["image_id"]: image for images, targets in first for image, target in zip(images, targets, strict=True)}
+    by_id = {target["image_id"]: image
+             for images, targets in first for image, target in zip(images, targets, strict=True)}
     in_order = epoch_of(scenes, shuffle=False, batch_size=3)
     for images, targets in in_order:
         for image, target in zip(images, targets, strict=True):
