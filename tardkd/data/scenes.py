@@ -5,8 +5,8 @@ and sensor noise. A class is an outline together with a pattern. Outlines are sh
 drawn afresh for every object, and distractors have a class's outline with a plain surface or a class's pattern in
 another outline, so neither alone tells what an object is.
 
-An image is a pure function of (seed, split, index). Pixels come from integer arithmetic on PCG64's integers and
-Pillow's integer drawing, so no machine's floating point shows in them.
+An image is a pure function of (seed, split, index): integer arithmetic on PCG64's integers, a table of sines, and
+Pillow's drawing and resizing of 8-bit pictures, none of which hang on a machine's floating point.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ OUTLINES = {
 Pattern = Callable[[np.ndarray, np.ndarray], np.ndarray]
 PATTERNS: dict[str, Pattern] = {
     "plain": lambda u, v: np.zeros(u.shape, bool),
-    "rings": lambda u, v: ((u * u + v * v > 90 * 90) & (u * u + v * v < 175 * 175)),
+    "rings": lambda u, v: (u * u + v * v > 90 * 90) & (u * u + v * v < 175 * 175),
     "band": lambda u, v: abs(v) < 85,
     "checker": lambda u, v: ((u // 110 + v // 110) & 1).astype(bool),
     "ribbon": lambda u, v: (abs(u) < 45) | (abs(v) < 45),
@@ -207,7 +207,7 @@ def _two_tones(rng: Generator) -> tuple[np.ndarray, np.ndarray]:
 # ---- ground and light ----------------------------------------------------------------------------------------------
 
 def _background(rng: Generator, size: int) -> np.ndarray:
-    """(size, size, 3) int32: two or three colours blended by noise or a weave, with strokes and patches on it."""
+    """(size, size, 3) int32: two colours blended by noise and sometimes a weave, with strokes and patches on it."""
     low, high = rng.integers(30, 226, (2, 3), dtype=np.int32)
     blend = (_noise(rng, size, 3) * 2 + _noise(rng, size, 9) + _noise(rng, size, size // 3)) // 4
     if rng.integers(3) == 0:
@@ -222,7 +222,8 @@ def _background(rng: Generator, size: int) -> np.ndarray:
             case 0:
                 pen.line([x, y, x + dx, y + dy], fill=tint, width=int(rng.integers(1, 5)))
             case 1:
-                pen.polygon(rng.integers(-size // 6, size // 6, (4, 2)).__add__([x, y]).ravel().tolist(), fill=tint)
+                corners = rng.integers(-size // 6, size // 6, (4, 2)) + [x, y]
+                pen.polygon(corners.ravel().tolist(), fill=tint)
             case 2:
                 pen.arc([x, y, x + abs(dx) + 4, y + abs(dy) + 4], *rng.integers(0, 360, 2).tolist(), fill=tint,
                         width=int(rng.integers(1, 5)))
@@ -308,8 +309,9 @@ def _annotations(scenes: list[Scene], split: str) -> dict[str, Any]:
     size = len(scenes[0].image)
     images = [{"id": i, "file_name": f"{split}_{i:05}.png", "width": size, "height": size}
               for i in range(1, len(scenes) + 1)]
-    boxes = [{"image_id": i, "category_id": label, "bbox": box, "area": area, "iscrowd": 0}
-             for i, scene in enumerate(scenes, start=1)
-             for box, label, area in zip(scene.boxes, scene.labels, scene.areas, strict=True)]
-    return {"images": images, "annotations": [{"id": i, **box} for i, box in enumerate(boxes, start=1)],
-            "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)]}
+    boxes = [(i, *annotation) for i, scene in enumerate(scenes, start=1)
+             for annotation in zip(scene.labels, scene.boxes, scene.areas, strict=True)]
+    annotations = [{"id": i, "image_id": image_id, "category_id": label, "bbox": box, "area": area, "iscrowd": 0}
+                   for i, (image_id, label, box, area) in enumerate(boxes, start=1)]
+    categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)]
+    return {"images": images, "annotations": annotations, "categories": categories}

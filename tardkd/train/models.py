@@ -106,7 +106,7 @@ def build_model(spec: ModelSpec, num_classes: int) -> FasterRCNN:
         model = constructor(weights=None, weights_backbone=None, num_classes=num_classes + 1, **options)
     if spec.weights:
         load_state(model, _state(spec.name, spec.weights), spec.weights,
-              leave_out=("roi_heads.box_predictor.",) if spec.new_head else ())
+                   leave_out=("roi_heads.box_predictor.",) if spec.new_head else ())
     if spec.backbone_weights:
         state = _state(_classifier(spec.name), spec.backbone_weights)
         if spec.name.startswith("fasterrcnn_mobilenet"):
