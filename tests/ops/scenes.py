@@ -18,6 +18,7 @@ GEOMETRIES = {
     "strides": ((1.0, (4, 8, 16, 32)), (1.0, (8, 16, 32))),
     "levels": ((1.0, (8, 16)), (1.0, (4, 8, 16, 32, 64))),
     "resolution": ((1.0, (4, 8, 16)), (1.7, (4, 8, 16))),
+    "repeated": ((1.0, (8, 8, 16)), (1.0, (4, 4, 4))),  # as torchvision's MobileNet pyramids repeat a stride
     "single": ((1.0, (16,)), (1.0, (8,))),
 }
 
@@ -207,8 +208,9 @@ def make_scene(
         labels = torch.where(foreground, number, classes)
 
     size = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-    gt_boxes = boxes + 0.1 * size * randn(regions, 4).float()
-    gt_boxes[~foreground] = 0
+    gt_boxes = (
+        boxes + 0.1 * size * randn(regions, 4).float()
+    )  # also of background, where nothing may read them
 
     width = classes + 1 if activation == "softmax" else classes
     student_logits, teacher_logits = randn(regions, width), randn(regions, width)

@@ -39,7 +39,7 @@ def test_roi_align_is_torchvisions(scale, sampling_ratio, aligned, output_size):
 
 
 @pytest.mark.parametrize("rule", [(224, 4), (56, 4), (30, 3), (100, 2)], ids=str)
-@pytest.mark.parametrize("geometry", ["equal", "strides", "single"])
+@pytest.mark.parametrize("geometry", ["equal", "strides", "single", "repeated"])
 def test_pyramid_and_level_rule_are_torchvisions(geometry, rule):
     scene = make_scene(62, geometry=geometry, regions=64)
     features = [f.requires_grad_() for f in scene.teacher_features]
@@ -328,6 +328,39 @@ def test_scenes_exercise_every_gate_both_ways():
             assert open_gates.any() and not open_gates.all(), term
 
 
+def test_gaussian_loss_is_that_of_a_loop():
+    """Pixel by pixel, with overlapping boxes and a level whose mask sums to less than one."""
+    generator = torch.Generator().manual_seed(5)
+    shapes, scales = [(2, 3, 9, 12), (2, 3, 4, 5), (2, 3, 1, 1)], [0.5, 0.23, 0.01]
+    student, teacher = (
+        [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes] for _ in range(2)
+    )
+    gt_boxes = [
+        torch.tensor([[1.0, 2.0, 15.0, 11.0], [7.0, 0.5, 22.0, 16.0], [3.0, 3.0, 3.0, 9.0]]),
+        torch.tensor([[-5.0, -3.0, 9.0, 40.0]]),
+    ]
+    sigma_squared, levels = 1.5, []
+    for level, scale in enumerate(scales):
+        total, area = 0.0, 0.0
+        for n, boxes in enumerate(gt_boxes):
+            for y in range(shapes[level][2]):
+                for x in range(shapes[level][3]):
+                    masks = [0.0]
+                    for x1, y1, x2, y2 in (boxes.double() * scale).tolist():
+                        if x2 > x1 and y2 > y1 and x1 <= x <= x2 and y1 <= y <= y2:
+                            u = (x - (x1 + x2) / 2) / ((x2 - x1) / 2)
+                            v = (y - (y1 + y2) / 2) / ((y2 - y1) / 2)
+                            masks.append(math.exp(-(u * u + v * v) / sigma_squared))
+                    distance = (student[level][n, :, y, x] - teacher[level][n, :, y, x]).square().sum()
+                    total, area = total + max(masks) * float(distance), area + max(masks)
+        levels.append(total / (2 * max(1.0, area)))
+    assert 0 < area < 1
+    actual = reference.gaussian_feature_loss(
+        student, teacher, gt_boxes, scales=scales, sigma_squared=sigma_squared
+    )
+    assert actual.item() == pytest.approx(sum(levels) / 3, rel=1e-13)
+
+
 # --- by hand ---------------------------------------------------------------------------------------------
 
 
@@ -363,6 +396,17 @@ def test_three_regions_by_hand():
     assert losses.feature.item() == 2 * 3.0**2
     assert losses.classification.item() == pytest.approx(2 * (0.75 * log(3) - 0.25 * log(3)), rel=1e-14)
     assert losses.regression.item() == pytest.approx(2 * (5.0 - 0.5 / 9), rel=1e-14)
+
+
+def test_bin_weights_by_hand():
+    """Bin centres at 1, 3, 5, 7 across and 2, 6 down; one gt box ends exactly on some of them."""
+    boxes = torch.tensor([[0.0, 0.0, 8.0, 8.0]]).repeat(2, 1)
+    gt_boxes = torch.tensor([[1.0, 2.0, 5.0, 10.0], [4.0, 2.5, 4.0, 8.0]])
+    weights = reference.gaussian_bin_weights(boxes, gt_boxes, (2, 4))
+    edge = math.exp(-0.5)  # one half extent off the centre, sigma squared 2
+    expected = [[edge * edge, edge, edge * edge, 0.0], [edge, 1.0, edge, 0.0]]
+    torch.testing.assert_close(weights[0], torch.tensor(expected, dtype=torch.float64), **TIGHT)
+    assert not weights[1].any()
 
 
 def test_half_precision_is_read_and_then_accumulated_in_float32():
