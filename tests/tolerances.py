@@ -35,14 +35,10 @@ def assert_values_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, wh
         return
     error = (actual - expected).abs()
     bound = TOLERANCES[dtype].value * (expected.abs() + expected.abs().max().clamp(min=0.1))
-    assert (error <= bound).all(), (
-        f"{what}: off by {error.max():.3g}, expected up to {expected.abs().max():.3g}"
-    )
+    assert (error <= bound).all(), f"{what}: off by {error.max():.3g}, expected up to {expected.abs().max():.3g}"
 
 
-def assert_tensors_close(
-    actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str = "gradient"
-) -> None:
+def assert_tensors_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str = "gradient") -> None:
     """Pooled features and gradients: stricter than an elementwise bound alone.
 
     A kernel that drops a tap, rounds always down or leaks a little everywhere may stay within a loose bound;
@@ -85,8 +81,6 @@ def assert_tensors_close(
 
 
 def _assert_finite_alike(actual: Tensor, expected: Tensor, what: str) -> None:
-    assert actual.shape == expected.shape, (
-        f"{what} has shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
-    )
+    assert actual.shape == expected.shape, f"{what} has shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
     assert expected.isfinite().all(), f"{what}: the expected values are not finite"
     assert actual.isfinite().all(), f"{what}: {int((~actual.isfinite()).sum())} values are not finite"

@@ -364,7 +364,9 @@ def divergence(teacher_logits: Tensor, student_logits: Tensor, temperature: floa
     teacher, student = teacher_logits / temperature, student_logits / temperature
     if activation == "softmax":
         teacher_log, student_log = F.log_softmax(teacher, 1), F.log_softmax(student, 1)
-        terms = teacher_log.exp() * (teacher_log - student_log)
+        # A class without mass adds nothing (0 log 0 = 0), also where both logits are -inf.
+        has_mass = teacher_log.exp() > 0
+        terms = torch.where(has_mass, teacher_log.exp() * (teacher_log - student_log), teacher_log.new_zeros(()))
     else:
         terms = sum(
             F.logsigmoid(sign * teacher).exp() * (F.logsigmoid(sign * teacher) - F.logsigmoid(sign * student))
@@ -496,27 +498,13 @@ def region_distill_loss(
         activation=activation,
         reduction=reduction,
     )
-    checks.check_choices(**options)
-    checks.check_loss_numbers(temperature, beta, box_weights)
+    numbers = dict(temperature=temperature, beta=beta, box_weights=box_weights)
     checks.check_level_rule(canonical_scale, canonical_level)
     output_size = checks.output_pair(output_size)
     teacher_scales = checks.check_pyramids(student_features, teacher_features, student_scales, teacher_scales)
     like, num_images = student_features[0], student_features[0].shape[0]
-    regions = checks.as_regions(proposals, num_images, like.device)
-    per_region = (
-        student_logits,
-        teacher_logits,
-        student_deltas,
-        teacher_deltas,
-        labels,
-        gt_boxes,
-        region_weights,
-    )
-    num_classes = checks.check_region_inputs(regions, *per_region, activation=activation, like=like)
-    if checks.checking_values():
-        checks.check_region_values(
-            regions, num_images, labels, gt_boxes, num_classes=num_classes, background=background
-        )
+    per_region = (student_logits, teacher_logits, student_deltas, teacher_deltas, labels, gt_boxes, region_weights)
+    regions = checks.check_region_loss(like, num_images, proposals, per_region, options, numbers)
 
     def pooled_pair(rows: Tensor) -> list[Tensor]:
         return [
@@ -539,10 +527,8 @@ def region_distill_loss(
         *per_region,
         dtype=checks.accumulation_dtype(like.dtype),
         num_images=num_images,
-        num_classes=num_classes,
-        temperature=temperature,
-        beta=beta,
-        box_weights=box_weights,
+        num_classes=checks.class_count(student_logits.shape[1], activation),
+        **numbers,
         **options,
     )
 
@@ -585,26 +571,11 @@ def pooled_distill_loss(
         activation=activation,
         reduction=reduction,
     )
-    checks.check_choices(**options)
-    checks.check_loss_numbers(temperature, beta, box_weights)
+    numbers = dict(temperature=temperature, beta=beta, box_weights=box_weights)
     checks.check_pooled(student_pooled, teacher_pooled)
-    regions = checks.as_regions(proposals, None, student_pooled.device)
-    per_region = (
-        student_logits,
-        teacher_logits,
-        student_deltas,
-        teacher_deltas,
-        labels,
-        gt_boxes,
-        region_weights,
-    )
-    num_classes = checks.check_region_inputs(regions, *per_region, activation=activation, like=student_pooled)
+    per_region = (student_logits, teacher_logits, student_deltas, teacher_deltas, labels, gt_boxes, region_weights)
+    regions = checks.check_region_loss(student_pooled, None, proposals, per_region, options, numbers)
     checks.check_rows("student_pooled", student_pooled, regions)
-    if checks.checking_values():
-        checks.check_region_values(
-            regions, None, labels, gt_boxes, num_classes=num_classes, background=background
-        )
-
     dtype = checks.accumulation_dtype(student_pooled.dtype)
     return _losses(
         lambda rows: (student_pooled[rows].to(dtype), teacher_pooled[rows].to(dtype)),
@@ -612,10 +583,8 @@ def pooled_distill_loss(
         *per_region,
         dtype=dtype,
         num_images=None,
-        num_classes=num_classes,
-        temperature=temperature,
-        beta=beta,
-        box_weights=box_weights,
+        num_classes=checks.class_count(student_logits.shape[1], activation),
+        **numbers,
         **options,
     )
 

@@ -41,9 +41,7 @@ def assert_losses_match(ops, scene: Scene, *, pooled: tuple[Tensor, Tensor] | No
     if pooled is not None:
         expected_pooled = (pooled[0].detach().double().requires_grad_(), pooled[1].double())
     losses, gradients = losses_and_gradients(ops, scene, pooled=pooled, **options)
-    expected, expected_gradients = losses_and_gradients(
-        reference, scene.doubled(), pooled=expected_pooled, **options
-    )
+    expected, expected_gradients = losses_and_gradients(reference, scene.doubled(), pooled=expected_pooled, **options)
 
     dtype = (scene.student_features[0] if pooled is None else pooled[0]).dtype
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32

@@ -133,9 +133,7 @@ def make_pyramid(
     features = []
     for stride in strides:
         height, width = (max(1, round(size * resolution / stride)) for size in IMAGE_SIZE)
-        features.append(
-            torch.randn(images, channels, height, width, generator=generator, dtype=torch.float64)
-        )
+        features.append(torch.randn(images, channels, height, width, generator=generator, dtype=torch.float64))
     return features, [resolution / stride for stride in strides]
 
 
@@ -208,9 +206,7 @@ def make_scene(
         labels = torch.where(foreground, number, classes)
 
     size = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-    gt_boxes = (
-        boxes + 0.1 * size * randn(regions, 4).float()
-    )  # also of background, where nothing may read them
+    gt_boxes = boxes + 0.1 * size * randn(regions, 4).float()  # also of background, where nothing may read them
 
     width = classes + 1 if activation == "softmax" else classes
     student_logits, teacher_logits = randn(regions, width), randn(regions, width)

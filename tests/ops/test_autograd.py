@@ -106,9 +106,7 @@ def test_gaussian(backend):
 def test_two_upstream_gradients_through_one_graph(backend, reduction, dtype):
     """The second must not see what the first did to anything that was saved."""
     scene = make_scene(106).to(dtype, device=backend.device)
-    losses = backend.ops.region_distill_loss(
-        *scene.inputs, **scene.scales, **LEVEL_RULE, **OPEN, reduction=reduction
-    )
+    losses = backend.ops.region_distill_loss(*scene.inputs, **scene.scales, **LEVEL_RULE, **OPEN, reduction=reduction)
     pooled = make_pooled(scene, dtype, dtype)
     pooled_losses = backend.ops.pooled_distill_loss(*pooled, *scene.per_region, **OPEN, reduction=reduction)
 
@@ -145,9 +143,7 @@ def test_loss_scaling_keeps_small_gradients_of_half_precision(backend):
     """A gradient below float16's range is there once the loss is scaled by 65536."""
     scene = make_scene(108).to(torch.float16, device=backend.device)
     weights = torch.full_like(scene.region_weights, 1e-6)
-    losses = backend.ops.region_distill_loss(
-        *scene.inputs, **scene.scales, **LEVEL_RULE, region_weights=weights
-    )
+    losses = backend.ops.region_distill_loss(*scene.inputs, **scene.scales, **LEVEL_RULE, region_weights=weights)
     plain = torch.autograd.grad(losses.feature, scene.student_features, retain_graph=True)
     scaled = torch.autograd.grad(losses.feature * 65536, scene.student_features)
     small, large = (sum(int((gradient != 0).sum()) for gradient in side) for side in (plain, scaled))
@@ -256,13 +252,9 @@ def test_double_backward_is_refused_by_the_other_ops(cpu, op):
         loss = cpu.ops.pooled_distill_loss(leaf, teacher, *scene.per_region).feature
     elif op == "gaussian":
         gt_boxes = [make_boxes(torch.Generator().manual_seed(1), 4)] * 2
-        loss = cpu.ops.gaussian_feature_loss(
-            scene.student_features, scene.teacher_features, gt_boxes, **scales
-        )
+        loss = cpu.ops.gaussian_feature_loss(scene.student_features, scene.teacher_features, gt_boxes, **scales)
     else:
-        loss = cpu.ops.multiscale_roi_align(
-            scene.student_features, scene.proposals, **scales, **LEVEL_RULE
-        ).sum()
+        loss = cpu.ops.multiscale_roi_align(scene.student_features, scene.proposals, **scales, **LEVEL_RULE).sum()
     with pytest.raises(RuntimeError, match="differentiate twice"):
         twice(loss, leaf)
 

@@ -156,8 +156,7 @@ def test_bad_regions_contribute_nothing(backend, fault, options):
             loss = loss[keep]
         assert_values_close(loss, target, torch.float64, term)
     gradients, targets = (
-        torch.autograd.grad(sum(loss.sum() for loss in result[:3]), scene.leaves)
-        for result in (losses, expected)
+        torch.autograd.grad(sum(loss.sum() for loss in result[:3]), scene.leaves) for result in (losses, expected)
     )
     for gradient, target in zip(gradients, targets):
         assert_tensors_close(gradient, target, torch.float64)
@@ -319,6 +318,45 @@ def test_extreme_logits(backend):
     assert_losses_match(backend.ops, scene, classification_gate="all", activation="sigmoid")
 
 
+def test_classes_masked_out_on_both_sides(backend):
+    """A class without mass adds nothing: 0 log 0 = 0."""
+    scene = make_scene(97, classes=4).to(torch.float64, device=backend.device)
+    rest = scene.replace(num_classes=3)
+    for name in ("student_logits", "teacher_logits"):
+        setattr(rest, name, getattr(scene, name).detach()[:, :4].requires_grad_(name.startswith("student")))
+        getattr(scene, name).data[:, 4] = -INF
+    for name in ("student_deltas", "teacher_deltas"):
+        setattr(rest, name, getattr(scene, name).detach()[:, :16].requires_grad_(name.startswith("student")))
+    scene.labels.clamp_(max=3)
+    losses, expected = (region_loss(backend, s, **OPEN) for s in (scene, rest))
+    assert_values_close(losses.classification, expected.classification, torch.float64)
+    (gradient,) = torch.autograd.grad(losses.classification, scene.student_logits)
+    (target,) = torch.autograd.grad(expected.classification, rest.student_logits)
+    assert_tensors_close(gradient[:, :4], target, torch.float64)
+    assert not gradient[:, 4].any()
+
+
+def test_weights_of_closed_regions_are_not_looked_at(backend):
+    scene = make_scene(98).to(torch.float32, device=backend.device)
+    foreground = dict(feature_gate="foreground", classification_gate="foreground", regression_gate="foreground")
+    expected = region_loss(backend, scene, region_weights=scene.region_weights, **foreground)
+    weights = torch.where(scene.labels > 0, scene.region_weights, NAN)
+    actual = region_loss(backend, scene, region_weights=weights, **foreground)
+    for got, want in zip(actual, expected):
+        assert torch.equal(got, want)
+    for gradient in torch.autograd.grad(sum(actual[:3]), scene.leaves):
+        assert gradient.isfinite().all()
+
+
+def test_samples_outside_the_map_read_nothing(backend):
+    """Their place is taken by the border in the bilinear form; its NaN must not be multiplied by zero."""
+    feature = torch.full((1, 2, 8, 8), NAN, device=backend.device)
+    feature[..., 2:6, 2:6] = 1
+    boxes = torch.tensor([[0, 20.0, 20.0, 30.0, 30.0], [0, -30.0, 2.0, -3.0, 6.0]], device=backend.device)
+    pooled = backend.ops.multiscale_roi_align([feature], boxes, scales=[1.0], output_size=2)
+    assert not pooled.any()
+
+
 def test_weights_of_zero_and_below(backend):
     scene = make_scene(89).to(torch.float64, device=backend.device)
     weights = scene.region_weights - 1
@@ -330,21 +368,29 @@ def test_weights_of_zero_and_below(backend):
 
 
 def test_offsets_beyond_31_bits(cpu, tmp_path):
-    """A sparse file stands in for the memory: only the pages that the region touches exist."""
+    """Sparse files stand in for the memory: only the pages that the region touches exist."""
     images, side = 3, 2**15
-    path = str(tmp_path / "features")
     count = images * side * side
     assert count > 2**31
-    feature = torch.from_file(path, shared=True, size=count, dtype=torch.bfloat16).view(images, 1, side, side)
-    corner = feature[2:, :, -40:, -40:]
-    corner.copy_(torch.arange(1600.0).view(1, 1, 40, 40) / 16)
+    student, teacher = (
+        torch.from_file(str(tmp_path / name), shared=True, size=count, dtype=torch.bfloat16).view(images, 1, side, side)
+        for name in ("student", "teacher")
+    )
+    student[2:, :, -40:, -40:] = torch.arange(1600.0).view(40, 40) / 16
     low = side - 40
     boxes = torch.tensor([[2, low + 3.0, low + 5.0, low + 30.0, low + 21.0]])
-    shifted = boxes - torch.tensor([2.0, low, low, low, low])
+    near, near_boxes = student[2:, :, -40:, -40:].clone(), boxes - torch.tensor([2.0, low, low, low, low])
+
     options = dict(scales=[1.0], canonical_scale=1e6)
-    expected = cpu.ops.multiscale_roi_align([corner.clone()], shifted, **options)
-    actual = cpu.ops.multiscale_roi_align([feature], boxes, **options)
-    assert expected.any() and torch.equal(actual, expected)
+    expected = cpu.ops.multiscale_roi_align([near], near_boxes, **options)
+    assert expected.any() and torch.equal(cpu.ops.multiscale_roi_align([student], boxes, **options), expected)
+
+    scene = make_scene(99, regions=1).to(torch.bfloat16)
+    rest = (*(head.detach() for head in scene.heads), scene.labels, scene.gt_boxes)
+    options = dict(student_scales=[1.0], canonical_scale=1e6, **OPEN)
+    expected = cpu.ops.region_distill_loss([near], [torch.zeros_like(near)], near_boxes, *rest, **options)
+    actual = cpu.ops.region_distill_loss([student], [teacher], boxes, *rest, **options)
+    assert expected.feature > 0 and torch.equal(actual.feature, expected.feature)
 
 
 # --- TARDKD_CHECK=1 ---------------------------------------------------------------------------------------
@@ -370,9 +416,7 @@ def test_checked_on_request(backend, fault, monkeypatch):
             pooled_loss(backend, scene)
     if name == "proposals":
         with pytest.raises(ValueError, match=message):
-            backend.ops.multiscale_roi_align(
-                scene.student_features, scene.proposals, scales=scene.student_scales
-            )
+            backend.ops.multiscale_roi_align(scene.student_features, scene.proposals, scales=scene.student_scales)
         with pytest.raises(ValueError, match=message):
             backend.ops.shared_roi_align(
                 scene.student_features, scene.teacher_features, scene.proposals, **scene.scales
@@ -591,6 +635,12 @@ MISFITS = {
         r"region_weights requires grad.*detach",
     ),
 }
+
+
+def test_more_levels_than_the_kernels_have_room_for(cpu):
+    scene = make_scene(100).to(torch.float32)
+    with pytest.raises(ValueError, match="at most 8 levels, got 9"):
+        cpu.ops.multiscale_roi_align([scene.student_features[0]] * 9, scene.proposals, scales=[0.25] * 9)
 
 
 @pytest.mark.parametrize("misfit", MISFITS)

@@ -19,9 +19,7 @@ IMAGE_SHAPES = [(96, 160), (90, 152)]
 
 def pyramid_and_boxes(dtype=torch.float32):
     scene = make_scene(141, regions=40).to(dtype)
-    features = OrderedDict(
-        zip([*NAMES, "pool"], [*scene.student_features, scene.student_features[-1][..., :1, :1]])
-    )
+    features = OrderedDict(zip([*NAMES, "pool"], [*scene.student_features, scene.student_features[-1][..., :1, :1]]))
     boxes = [scene.proposals[scene.proposals[:, 0] == n, 1:].to(dtype) for n in range(2)]
     return features, boxes
 

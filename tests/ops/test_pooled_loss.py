@@ -48,9 +48,7 @@ def test_shapes(kernel, channels, size):
 @pytest.mark.parametrize("feature_gate", FEATURE_GATES)
 def test_gates(kernel, feature_gate, classification_gate, regression_gate):
     scene = make_scene(23).to(torch.float32, device=kernel.device)
-    gates = dict(
-        feature_gate=feature_gate, classification_gate=classification_gate, regression_gate=regression_gate
-    )
+    gates = dict(feature_gate=feature_gate, classification_gate=classification_gate, regression_gate=regression_gate)
     assert_losses_match(kernel.ops, scene, pooled=make_pooled(scene), **gates)
 
 
@@ -70,9 +68,7 @@ def test_losses(kernel, feature_loss, bin_weight, reduction, weighted):
 @pytest.mark.parametrize("background", ["first", "last"])
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_heads(kernel, activation, background, form):
-    scene = make_scene(
-        25, activation=activation, background=background, student_deltas=form, teacher_deltas=form
-    )
+    scene = make_scene(25, activation=activation, background=background, student_deltas=form, teacher_deltas=form)
     scene = scene.to(torch.float64, device=kernel.device)
     pooled = make_pooled(scene, torch.float64, torch.float64)
     options = dict(activation=activation, background=background, temperature=2.0, beta=0.5)
@@ -87,9 +83,7 @@ def test_agrees_with_the_pyramid_form(backend, geometry, bin_weight):
         scene.student_features, scene.teacher_features, scene.proposals, **scene.scales, **LEVEL_RULE
     )
     pooled = backend.ops.pooled_distill_loss(student, teacher, *scene.per_region, bin_weight=bin_weight)
-    fused = backend.ops.region_distill_loss(
-        *scene.inputs, **scene.scales, **LEVEL_RULE, bin_weight=bin_weight
-    )
+    fused = backend.ops.region_distill_loss(*scene.inputs, **scene.scales, **LEVEL_RULE, bin_weight=bin_weight)
     assert torch.equal(pooled.gates, fused.gates)
     for term in (*TERMS, "scores"):
         assert_values_close(getattr(pooled, term), getattr(fused, term), torch.float32, term)

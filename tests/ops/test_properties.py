@@ -48,9 +48,7 @@ def cook(recipe):
     corners, dtypes, layouts = (recipe.pop(key) for key in ("boxes", "dtypes", "layouts"))
     scene = make_scene(**recipe)
     first, second = torch.tensor(corners[: recipe["regions"]]).split(2, 1)
-    scene.proposals[: len(first), 1:] = torch.cat(
-        [torch.minimum(first, second), torch.maximum(first, second)], 1
-    )
+    scene.proposals[: len(first), 1:] = torch.cat([torch.minimum(first, second), torch.maximum(first, second)], 1)
     scene = scene.to(*DTYPES[dtypes], *layouts)
     return scene, {key: recipe[key] for key in ("activation", "background")}
 
@@ -63,9 +61,7 @@ def decided(scene, **options) -> bool:
     return bool((margins[scores[:, [0, 2]].T != 0] > 1e-5).all())
 
 
-@given(
-    recipes(), st.sampled_from(["squared", "absolute", "smooth_l1"]), st.sampled_from(["uniform", "gaussian"])
-)
+@given(recipes(), st.sampled_from(["squared", "absolute", "smooth_l1"]), st.sampled_from(["uniform", "gaussian"]))
 def test_region_loss_agrees_with_the_reference(cpu, recipe, feature_loss, bin_weight):
     scene, options = cook(recipe)
     assume(decided(scene, **options))
@@ -87,9 +83,7 @@ def test_pooled_loss_agrees_with_the_reference(cpu, recipe, size):
 def test_roi_align_agrees_with_the_reference(cpu, recipe, output_size, sampling_ratio, aligned):
     scene, _ = cook(recipe)
     options = dict(output_size=output_size, sampling_ratio=sampling_ratio, aligned=aligned, **LEVEL_RULE)
-    assert_roi_align_matches(
-        cpu.ops, scene.student_features, scene.proposals, scales=scene.student_scales, **options
-    )
+    assert_roi_align_matches(cpu.ops, scene.student_features, scene.proposals, scales=scene.student_scales, **options)
 
 
 @given(recipes(), st.floats(0.05, 20.0), st.data())
@@ -158,9 +152,7 @@ def everything(ops, scene, **options):
 @pytest.mark.parametrize("geometry", ["equal", "strides"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_runs_and_threads_change_no_bit(cpu, dtype, geometry, layout, reduction):
-    scene = make_scene(131, regions=300, channels=19, images=3, geometry=geometry).to(
-        dtype, None, layout, layout
-    )
+    scene = make_scene(131, regions=300, channels=19, images=3, geometry=geometry).to(dtype, None, layout, layout)
     options = dict(reduction=reduction, feature_gate="all", classification_gate="all")
     before = torch.get_num_threads()
     try:

@@ -51,9 +51,7 @@ def test_pyramid_and_level_rule_are_torchvisions(geometry, rule):
     assert pooler.scales == scene.teacher_scales
     options = dict(scales=scene.teacher_scales, canonical_scale=rule[0], canonical_level=rule[1])
     for given in (proposals, wide):
-        torch.testing.assert_close(
-            reference.multiscale_roi_align(features, given, **options), expected, **TIGHT
-        )
+        torch.testing.assert_close(reference.multiscale_roi_align(features, given, **options), expected, **TIGHT)
 
 
 @pytest.mark.parametrize("side", [55.99999, 56.0, 111.99999, 112.0, 223.99999, 224.0, 447.99999, 448.0])
@@ -117,21 +115,15 @@ def test_iou_of_nothing_is_zero_and_of_nan_is_nan():
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_divergence_is_kl_div(temperature):
-    student, teacher = (
-        torch.randn(2, 30, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 3
-    )
+    student, teacher = torch.randn(2, 30, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 3
     expected = F.kl_div(
         F.log_softmax(student / temperature, 1), F.softmax(teacher / temperature, 1), reduction="none"
     ).sum(1)
     actual = reference.divergence(teacher, student, temperature, "softmax")
     torch.testing.assert_close(actual, temperature**2 * expected, **TIGHT)
 
-    pairs = [
-        torch.stack([x, torch.zeros_like(x)], -1) / temperature for x in (student, teacher)
-    ]  # sigmoid as softmax
-    expected = F.kl_div(
-        F.log_softmax(pairs[0], -1), F.log_softmax(pairs[1], -1), log_target=True, reduction="none"
-    )
+    pairs = [torch.stack([x, torch.zeros_like(x)], -1) / temperature for x in (student, teacher)]  # sigmoid as softmax
+    expected = F.kl_div(F.log_softmax(pairs[0], -1), F.log_softmax(pairs[1], -1), log_target=True, reduction="none")
     actual = reference.divergence(teacher, student, temperature, "sigmoid")
     torch.testing.assert_close(actual, temperature**2 * expected.sum((1, 2)), **TIGHT)
 
@@ -182,20 +174,14 @@ def losses_by_loop(
             if activation == "softmax":
                 probabilities.append(float(F.softmax(logits, 0)[label]))
             else:
-                probabilities.append(
-                    float(logits[label - (background == "first")].sigmoid()) if foreground else 0.0
-                )
+                probabilities.append(float(logits[label - (background == "first")].sigmoid()) if foreground else 0.0)
 
         def own(deltas, foreground=foreground, label=label):
             rows = deltas.reshape(-1, 4)
             if len(rows) == 1:
                 return rows[0]
             # "first" keeps the background's deltas in row 0, unless there are none.
-            return (
-                rows[label - (1 if background == "first" and len(rows) == classes else 0)]
-                if foreground
-                else None
-            )
+            return rows[label - (1 if background == "first" and len(rows) == classes else 0)] if foreground else None
 
         student, teacher = own(scene.student_deltas[i]), own(scene.teacher_deltas[i])
         ious = [0.0, 0.0]
@@ -265,15 +251,9 @@ LOOP_OPTIONS = [
     dict(feature_gate="classification", classification_gate="foreground", region_weights=True),
     dict(feature_gate="regression", temperature=3.0, region_weights=True, reduction="sum"),
     dict(background="last", student_deltas="agnostic", teacher_deltas="agnostic"),
-    dict(
-        background="last", student_deltas="specific", teacher_deltas="specific+background", reduction="none"
-    ),
-    dict(
-        background="first", student_deltas="specific", teacher_deltas="agnostic", regression_gate="vs_student"
-    ),
-    dict(
-        activation="sigmoid", student_deltas="specific", teacher_deltas="specific", classification_gate="all"
-    ),
+    dict(background="last", student_deltas="specific", teacher_deltas="specific+background", reduction="none"),
+    dict(background="first", student_deltas="specific", teacher_deltas="agnostic", regression_gate="vs_student"),
+    dict(activation="sigmoid", student_deltas="specific", teacher_deltas="specific", classification_gate="all"),
     dict(
         activation="sigmoid",
         background="last",
@@ -291,9 +271,7 @@ LOOP_OPTIONS = [
 def test_losses_are_those_of_a_loop(options, pooled_form):
     options = dict(options)
     scene_options = {
-        key: options[key]
-        for key in ("activation", "background", "student_deltas", "teacher_deltas")
-        if key in options
+        key: options[key] for key in ("activation", "background", "student_deltas", "teacher_deltas") if key in options
     }
     options = {key: value for key, value in options.items() if not key.endswith("deltas")}
     scene = make_scene(64, geometry="strides", **scene_options)
@@ -310,9 +288,7 @@ def test_losses_are_those_of_a_loop(options, pooled_form):
     assert torch.equal(actual.gates, gates)
     torch.testing.assert_close(actual.scores, scores, rtol=1e-12, atol=1e-12)
     for term, loss, target in zip(TERMS, actual, expected):
-        torch.testing.assert_close(
-            loss, target, rtol=1e-11, atol=1e-13, msg=lambda text, term=term: f"{term}: {text}"
-        )
+        torch.testing.assert_close(loss, target, rtol=1e-11, atol=1e-13, msg=lambda text, term=term: f"{term}: {text}")
         assert target.abs().max() > 0, f"the scene does not exercise the {term} loss"
 
 
@@ -355,9 +331,7 @@ def test_gaussian_loss_is_that_of_a_loop():
                     total, area = total + max(masks) * float(distance), area + max(masks)
         levels.append(total / (2 * max(1.0, area)))
     assert 0 < area < 1
-    actual = reference.gaussian_feature_loss(
-        student, teacher, gt_boxes, scales=scales, sigma_squared=sigma_squared
-    )
+    actual = reference.gaussian_feature_loss(student, teacher, gt_boxes, scales=scales, sigma_squared=sigma_squared)
     assert actual.item() == pytest.approx(sum(levels) / 3, rel=1e-13)
 
 

@@ -51,9 +51,7 @@ def test_channels(kernel, channels, layout):
 @pytest.mark.parametrize("feature_gate", FEATURE_GATES)
 def test_gates(kernel, feature_gate, classification_gate, regression_gate):
     scene = make_scene(4, regions=40).to(torch.float32, device=kernel.device)
-    gates = dict(
-        feature_gate=feature_gate, classification_gate=classification_gate, regression_gate=regression_gate
-    )
+    gates = dict(feature_gate=feature_gate, classification_gate=classification_gate, regression_gate=regression_gate)
     assert_losses_match(kernel.ops, scene, **gates)
 
 
@@ -117,9 +115,7 @@ def test_many_classes(kernel, classes):
 @pytest.mark.parametrize("sampling_ratio", [0, 1, 2, 3])
 def test_sampling(kernel, sampling_ratio, aligned, output_size, geometry):
     scene = make_scene(9, geometry=geometry, regions=24).to(torch.float32, device=kernel.device)
-    options = dict(
-        sampling_ratio=sampling_ratio, aligned=aligned, output_size=output_size, feature_gate="all"
-    )
+    options = dict(sampling_ratio=sampling_ratio, aligned=aligned, output_size=output_size, feature_gate="all")
     assert_losses_match(kernel.ops, scene, bin_weight="gaussian", **options)
 
 
@@ -139,9 +135,7 @@ def test_sampling(kernel, sampling_ratio, aligned, output_size, geometry):
     ids=lambda options: ",".join(f"{key}={value}" for key, value in options.items()),
 )
 def test_numbers(kernel, options):
-    scene = make_scene(10, activation=options.get("activation", "softmax")).to(
-        torch.float64, device=kernel.device
-    )
+    scene = make_scene(10, activation=options.get("activation", "softmax")).to(torch.float64, device=kernel.device)
     assert_losses_match(kernel.ops, scene, classification_gate="foreground", **options)
 
 

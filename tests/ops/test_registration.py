@@ -46,9 +46,7 @@ def calls_of_everything(dtype: torch.dtype, layout: str) -> list[tuple]:
     with Calls() as calls:
         for reduction in ("mean", "none"):
             options = dict(reduction=reduction, region_weights=scene.region_weights)
-            losses += tardkd.ops.region_distill_loss(*scene.inputs, **scene.scales, **LEVEL_RULE, **options)[
-                :3
-            ]
+            losses += tardkd.ops.region_distill_loss(*scene.inputs, **scene.scales, **LEVEL_RULE, **options)[:3]
             losses += tardkd.ops.pooled_distill_loss(*pooled, *scene.per_region, **options)[:3]
         scales = dict(scales=scene.student_scales)
         losses.append(tardkd.ops.gaussian_feature_loss(scene.student_features, others, gt_boxes, **scales))
@@ -91,9 +89,7 @@ def region_step(scene):
     scales = dict(scene.scales)
 
     def step(student_features, teacher_features, *per_region):
-        losses = tardkd.ops.region_distill_loss(
-            student_features, teacher_features, *per_region, **scales, **LEVEL_RULE
-        )
+        losses = tardkd.ops.region_distill_loss(student_features, teacher_features, *per_region, **scales, **LEVEL_RULE)
         return losses.feature * 2 + losses.classification + losses.regression, losses.gates
 
     return step, lambda s: s.inputs
@@ -111,9 +107,7 @@ def align_step(scene):
     scales = dict(scene.scales)
 
     def step(student_features, teacher_features, proposals):
-        student, teacher = tardkd.ops.shared_roi_align(
-            student_features, teacher_features, proposals, **scales
-        )
+        student, teacher = tardkd.ops.shared_roi_align(student_features, teacher_features, proposals, **scales)
         return (student - teacher).square().mean(), teacher
 
     return step, lambda s: (s.student_features, s.teacher_features, s.proposals)
@@ -147,9 +141,7 @@ def listed_step(scene):
     return step, lambda s: (s.student_features, [f.detach() + 1 for f in s.student_features], *boxes_of(s))
 
 
-STEPS = dict(
-    region=region_step, pooled=pooled_step, align=align_step, unreduced=unreduced_step, listed=listed_step
-)
+STEPS = dict(region=region_step, pooled=pooled_step, align=align_step, unreduced=unreduced_step, listed=listed_step)
 
 
 def leaves_of(arguments):

@@ -79,12 +79,8 @@ def test_shared(kernel, geometry, dtypes):
     scene = make_scene(35, geometry=geometry).to(*DTYPES[dtypes], device=kernel.device)
     wide = scene.doubled()
     options = dict(**scene.scales, **LEVEL_RULE, output_size=(5, 3), aligned=True)
-    actual = kernel.ops.shared_roi_align(
-        scene.student_features, scene.teacher_features, scene.proposals, **options
-    )
-    expected = reference.shared_roi_align(
-        wide.student_features, wide.teacher_features, wide.proposals, **options
-    )
+    actual = kernel.ops.shared_roi_align(scene.student_features, scene.teacher_features, scene.proposals, **options)
+    expected = reference.shared_roi_align(wide.student_features, wide.teacher_features, wide.proposals, **options)
     for name, got, want, dtype in zip(("student", "teacher"), actual, expected, DTYPES[dtypes]):
         assert_tensors_close(got, want, dtype, f"{name} pooled")
     assert not actual[1].requires_grad
@@ -99,9 +95,7 @@ def test_proposals_as_a_list(kernel):
     scene = make_scene(36, images=3).to(torch.float32, device=kernel.device)
     listed = [scene.proposals[scene.proposals[:, 0] == n, 1:] for n in range(3)]
     listed[1] = listed[1][:0]
-    flat = torch.cat(
-        [torch.cat([boxes.new_full((len(boxes), 1), n), boxes], 1) for n, boxes in enumerate(listed)]
-    )
+    flat = torch.cat([torch.cat([boxes.new_full((len(boxes), 1), n), boxes], 1) for n, boxes in enumerate(listed)])
     options = dict(scales=scene.student_scales, **LEVEL_RULE)
     expected = kernel.ops.multiscale_roi_align(scene.student_features, flat, **options)
     assert torch.equal(kernel.ops.multiscale_roi_align(scene.student_features, listed, **options), expected)
