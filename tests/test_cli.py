@@ -179,7 +179,9 @@ def test_demo(tmp_path, monkeypatch, capsys):
     for role in ("teacher", "baseline", "distilled"):
         values = [seed[role]["AP"] for seed in results["seeds"]]
         assert results[role]["AP"] == pytest.approx(sum(values) / 2)
-        assert results["std"][role]["AP"] is not None
+        assert (results["std"][role]["AP"] is None) == (role == "teacher")  # the seeds share one teacher
+    folders = {str(path.parent.relative_to(out)) for path in out.glob("seed*/*/last.pt")}
+    assert folders == {"seed0/teacher", *(f"seed{i}/{role}" for i in (0, 1) for role in ("baseline", "distilled"))}
     assert [row["epoch"] for row in results["seeds"][0]["gates"]] == [1, 2]
     assert results["seeds"][0]["gates"][0]["lambda"] == 1 and results["settings"]["train"]["epochs"] == 2
     assert {path.name for path in out.iterdir()} == {"results.json", "curves.png", "detections.png", "seed0", "seed1"}

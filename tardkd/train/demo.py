@@ -35,19 +35,23 @@ SHARES = {  # columns of train.csv shown per epoch
 
 def run_demo(out: Path, *, seeds: int = 1, quick: bool = False, overwrite: bool = False,
              console: Console | None = None) -> dict[str, Any]:
-    """Train the three models for every seed, print what came out and write it to `out`/results.json.
+    """Train a teacher, then both students for every seed, print what came out and write it to `out`/results.json.
 
-    Each seed has its own teacher. All three runs of a seed have the same images in the same order, the same number of
-    epochs and the same optimizer; their last weights are compared, without choosing by the score.
+    The seeds share the one teacher, as one would in practice: they tell how far a student's score is luck. All runs
+    have the same number of epochs and the same optimizer, both students of a seed the same first weights and the same
+    images in the same order; last weights are compared, without choosing by the score.
     """
     console = console or Console()
     began = time.perf_counter()
     _claim(out, overwrite)
-    configs = {seed: demo_config(out / f"seed{seed}", seed, quick=quick) for seed in range(seeds)}
+    configs = {seed: demo_config(out, seed, quick=quick) for seed in range(seeds)}
     runs: list[dict[str, Any]] = []
     for seed, config in configs.items():
         values: dict[str, Any] = {"seed": seed}
         for role in ROLES:
+            if role == "teacher" and runs:
+                values[role] = runs[0][role]
+                continue
             console.rule(f"seed {seed}: {role}")
             result = train(config.for_role(role), console=console, label=role)
             values[role] = {**{name: result.metrics[name] for name in METRICS}, "seconds": round(result.seconds, 1)}
@@ -56,7 +60,8 @@ def run_demo(out: Path, *, seeds: int = 1, quick: bool = False, overwrite: bool 
 
     results = {
         **{role: {name: _mean([run[role][name] for run in runs]) for name in METRICS} for role in ROLES},
-        "std": {role: {name: _std([run[role][name] for run in runs]) for name in METRICS} for role in ROLES},
+        "std": {role: {name: _std([run[role][name] for run in runs]) if role != "teacher" else None
+                       for name in METRICS} for role in ROLES},
         "seeds": runs, "seconds": round(time.perf_counter() - began, 1), "quick": quick,
         "threads": torch.get_num_threads(), "settings": configs[0].plain(),
     }
@@ -69,9 +74,9 @@ def run_demo(out: Path, *, seeds: int = 1, quick: bool = False, overwrite: bool 
     return results
 
 
-def demo_config(folder: Path, seed: int, *, quick: bool) -> Config:
-    overrides = [*(QUICK if quick else ()), f"train.seed={seed}"]
-    return parse_config({**demo_recipe(), "output": str(folder)}, overrides, source="demo.yaml")
+def demo_config(out: Path, seed: int, *, quick: bool) -> Config:
+    overrides = [*(QUICK if quick else ()), f"train.seed={seed}", f"teacher.weights={out / 'seed0/teacher/last.pt'}"]
+    return parse_config({**demo_recipe(), "output": str(out / f"seed{seed}")}, overrides, source="demo.yaml")
 
 
 def demo_recipe() -> dict[str, Any]:
