@@ -61,7 +61,7 @@ def plot_curves(runs: Mapping[str, str | Path], out: str | Path) -> None:
         panels[2].set(title="distillation terms, weighted (moving mean)", ylabel="loss", ylim=(0, None))
         panels[3].set(title="foreground regions with open gates, and schedule", ylabel="share", ylim=(0, 1.02))
     for panel in panels:
-        panel.set_xlabel("epoch")
+        panel.set(xlabel="epoch", xlim=(0, None))
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
         if panel.get_lines():
