@@ -191,6 +191,14 @@ def test_float64_boxes_keep_their_precision(kernel, dtype):
     assert_losses_match(kernel.ops, scene, bin_weight="gaussian")
 
 
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_the_same_maps_at_other_scales(kernel, layout):
+    """Maps of one shape and layout on both sides, but not of one geometry."""
+    scene = make_scene(18).to(torch.float32, None, layout, layout, device=kernel.device)
+    scene.teacher_scales = [0.9 * scale for scale in scene.teacher_scales]
+    assert_losses_match(kernel.ops, scene, feature_gate="all")
+
+
 def test_proposals_as_a_list(kernel):
     scene = make_scene(15, images=3).to(torch.float32, device=kernel.device)
     order = scene.proposals[:, 0].argsort(stable=True)
