@@ -16,6 +16,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,7 @@ def write_scenes(folder: str | Path, *, splits: Mapping[str, int], image_size: i
         (folder / "annotations" / f"{split}.json").write_text(json.dumps(annotations), encoding="utf-8")
 
 
+@lru_cache(maxsize=2)  # the runs of a demonstration see the same two splits; nobody writes to a drawn scene
 def _draw_all(count: int, image_size: int, seed: int, split: str) -> list[Scene]:
     if count < 1:
         raise ValueError(f"the number of scenes must be at least 1, found {count} for {split}")
