@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import yaml
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -108,19 +109,20 @@ def draw_comparison(config: Config, out: Path) -> None:
 
 
 def results_table(results: dict[str, Any], seeds: int) -> Table:
-    table = Table(title=f"AP in percent, {seeds} seed{'s' if seeds > 1 else ''}")
+    """Fits 80 columns, spreads included."""
+    seconds = ", ".join(f"{role} {statistics.fmean(run[role]['seconds'] for run in results['seeds']):.0f}"
+                        for role in ROLES)
+    table = Table(title=f"AP in percent, {seeds} seed{'s' if seeds > 1 else ''}", caption=f"seconds: {seconds}",
+                  box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("")
     for name in METRICS:
         table.add_column({"APs": "small", "APm": "medium", "APl": "large"}.get(name, name), justify="right")
-    table.add_column("seconds", justify="right")
     for role in ROLES:
-        seconds = statistics.fmean(run[role]["seconds"] for run in results["seeds"])
-        table.add_row(role, *(_cell(results[role][name], results["std"][role][name]) for name in METRICS),
-                      f"{seconds:.0f}")
+        table.add_row(role, *(_cell(results[role][name], results["std"][role][name]) for name in METRICS))
     gains = {name: [run["distilled"][name] - run["baseline"][name] for run in results["seeds"]
                     if run["distilled"][name] is not None] for name in METRICS}
     table.add_section()
-    table.add_row("gain", *(_cell(_mean(gain), _std(gain), signed=True) for gain in gains.values()), "")
+    table.add_row("gain", *(_cell(_mean(gain), _std(gain), signed=True) for gain in gains.values()))
     return table
 
 
@@ -140,7 +142,7 @@ def gates_table(epochs: list[dict[str, float]]) -> Table:
 def _cell(mean: float | None, std: float | None, *, signed: bool = False) -> str:
     if mean is None:
         return "-"
-    return f"{mean:{'+' if signed else ''}.1f}" + (f" ± {std:.1f}" if std is not None else "")
+    return f"{mean:{'+' if signed else ''}.1f}" + (f"±{std:.1f}" if std is not None else "")
 
 
 def _mean(values: list[float | None]) -> float | None:
