@@ -83,7 +83,7 @@ double make_mask(const std::vector<BoxOnMap<A>>& boxes, int32_t width, int32_t r
 
 template <class A>
 void gaussian_feature_loss(const Pyramid& student, const Pyramid& teacher, const Pyramid* grad, const double* boxes,
-                           int64_t count, double sigma_squared, A* loss, int threads) {
+                           int64_t count, double sigma_squared, A* loss, double* mask_sums, int threads) {
   const Kernels<A>& hot = kernels(A());
   double total = 0;
   for (int32_t level = 0; level < student.levels; ++level) {
@@ -108,6 +108,7 @@ void gaussian_feature_loss(const Pyramid& student, const Pyramid& teacher, const
     for_bands([&](int64_t task, int32_t, int32_t, int32_t, const A*, const int32_t*, double sum) { sums[task] = sum; });
     double mask_sum = 0;
     for (double sum : sums) mask_sum += sum;
+    mask_sums[level] = mask_sum;
     const double normaliser = std::max(1.0, mask_sum);
 
     GaussianJob<A> job{};
@@ -132,8 +133,8 @@ void gaussian_feature_loss(const Pyramid& student, const Pyramid& teacher, const
 }
 
 template void gaussian_feature_loss<float>(const Pyramid&, const Pyramid&, const Pyramid*, const double*,
-                                           int64_t, double, float*, int);
+                                           int64_t, double, float*, double*, int);
 template void gaussian_feature_loss<double>(const Pyramid&, const Pyramid&, const Pyramid*, const double*,
-                                            int64_t, double, double*, int);
+                                            int64_t, double, double*, double*, int);
 
 }  // namespace tardkd::cpu

@@ -36,9 +36,9 @@ template <class A>
 void roi_align_backward(const Pyramid& grad, const double* proposals, int64_t regions, const A* grad_pooled,
                         const RoiAlignSpec& align, int threads);
 
-// `boxes`: (count, 5) image index, x1, y1, x2, y2.
+// `boxes`: (count, 5) image index, x1, y1, x2, y2. `mask_sums`: (levels,), written.
 template <class A>
 void gaussian_feature_loss(const Pyramid& student, const Pyramid& teacher, const Pyramid* grad, const double* boxes,
-                           int64_t count, double sigma_squared, A* loss, int threads);
+                           int64_t count, double sigma_squared, A* loss, double* mask_sums, int threads);
 
 }  // namespace tardkd::cpu

@@ -7,6 +7,7 @@
 #include "../core/classification.h"
 #include "../core/penalty.h"
 #include "../core/region.h"
+#include "kernels.h"
 
 namespace tardkd::cuda {
 
@@ -19,5 +20,7 @@ int device_count() {
   int count = 0;
   return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
+
+const char* error_text(int32_t error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 }  // namespace tardkd::cuda

@@ -1,0 +1,61 @@
+// Feature and gradient maps as the kernels see them: how their memory can be read.
+#pragma once
+
+#include "../core/axis.h"
+#include "primitives.cuh"
+
+namespace tardkd::cuda {
+
+// Calls f(T()) with the type that a feature map stores when A accumulates it.
+template <class A, class F>
+__device__ __forceinline__ void with_stored(DType dtype, const F& f) {
+  if constexpr (sizeof(A) == 8) {
+    f(double());
+  } else {
+    switch (dtype) {
+      case DType::float16: f(__half()); break;
+      case DType::bfloat16: f(__nv_bfloat16()); break;
+      default: f(float()); break;
+    }
+  }
+}
+
+// A feature or gradient map with what the launcher found out about its memory.
+struct MapView {
+  FeatureMap map;
+  bool planar;  // pixels of a row are neighbours in memory, else (taken to be) channels
+  bool vector;  // whole quads of these neighbours can be accessed at once
+};
+
+struct PyramidView {
+  MapView level[kMaxLevels];
+  int32_t levels, images, channels;
+  int32_t reachable;  // levels the rule can choose
+  DType dtype;
+};
+
+inline int32_t bytes_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+inline MapView view_of(const FeatureMap& map, DType dtype) {
+  MapView view{map, map.stride_c != 1, false};
+  const int64_t unit = 4 * bytes_of(dtype), aligned_to = unit < 16 ? unit : 16;
+  const int64_t inner = view.planar ? map.stride_w : map.stride_c, other = view.planar ? map.stride_c : map.stride_w;
+  view.vector = reinterpret_cast<uintptr_t>(map.data) % aligned_to == 0 && inner == 1 && other % 4 == 0 &&
+                map.stride_h % 4 == 0 && map.stride_n % 4 == 0 && (!view.planar || map.width % 4 == 0);
+  return view;
+}
+
+inline PyramidView view_of(const Pyramid& pyramid) {
+  PyramidView view{};
+  view.levels = pyramid.levels;
+  view.images = pyramid.images;
+  view.channels = pyramid.channels;
+  view.dtype = pyramid.dtype;
+  for (int32_t level = 0; level < pyramid.levels; ++level)
+    view.level[level] = view_of(pyramid.level[level], pyramid.dtype);
+  view.reachable =
+      reachable_levels(pyramid.level[0].scale, pyramid.level[pyramid.levels - 1].scale, pyramid.levels);
+  return view;
+}
+
+}  // namespace tardkd::cuda

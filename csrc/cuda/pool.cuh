@@ -1,0 +1,569 @@
+// RoIAlign of one region and a chunk of channels by one block, forward and backward, for any footprint.
+//
+// RoIAlign is a product of one small weight matrix per axis (core/axis.h). A block
+//   1. places the region's samples along both axes: a list of the map rows and columns they touch, and the weight of
+//      each in each bin (AxisTable);
+//   2. copies strips of those rows into shared memory, each pixel read once, subtracting the teacher's on the way where
+//      both sides share their geometry (stage);
+//   3. adds weighted pixels up to bins (accumulate): one thread owns four channels of a bin, so nothing is atomic;
+//   4. for the gradient, adds weighted bins up to pixels, one atomic per touched pixel (scatter).
+// An axis with more samples than fit a table is worked off in batches, which add up because pooling is linear; so is an
+// output of many bins, in groups of bins.
+#pragma once
+
+#include "maps.cuh"
+
+namespace tardkd::cuda {
+
+template <class A> constexpr int kChunk = 128 / int(sizeof(A));  // channels at a time: a pixel is 128 bytes of the tile
+template <class A> constexpr int kQuads = kChunk<A> / 4;         // a thread works on four of them
+template <class A> constexpr int kTilePixels = sizeof(A) == 4 ? 256 : 128;
+constexpr int kSamples = kWarp;         // of an axis at a time, one a lane
+constexpr int kPixels = 2 * kSamples;   // rows or columns they can touch
+constexpr int kGroupBins = 7;           // bins of an axis at a time
+constexpr int kGroupCells = kGroupBins * kGroupBins;
+
+// x / divisor for 0 <= x < 4096 and divisors up to 64, without the instruction that a GPU lacks.
+struct Divider {
+  int32_t divisor;
+  uint32_t factor;
+  explicit __device__ Divider(int32_t by) : divisor(by), factor((1u << 19) / by + 1) {}
+  __device__ __forceinline__ int32_t operator()(int32_t x) const { return int32_t(uint32_t(x) * factor >> 19); }
+};
+
+// ---- where a region lies ----------------------------------------------------------------------------------------------
+
+struct AxisPlace {
+  RoiAxis roi;
+  int32_t first, last;  // samples [first, last) can lie on the map; the others contribute nothing
+};
+
+struct RegionPlace {
+  int32_t level;
+  AxisPlace y, x;
+};
+
+// Without the samples beyond the map an absurdly large box takes no longer than the whole map.
+__device__ inline AxisPlace place_axis(double lo, double hi, double scale, int32_t pooled, int32_t size,
+                                       const RoiAlignSpec& spec) {
+  AxisPlace place;
+  place.roi = roi_axis(lo, hi, scale, pooled, size, spec);
+  const double samples = double(place.roi.grid > 0 ? place.roi.grid : 0) * pooled;
+  const double step = place.roi.bin / (place.roi.grid > 0 ? place.roi.grid : 1);
+  double first = 0.0, last = samples;
+  if (step != 0.0) {
+    const double a = (-1.0 - place.roi.start) / step, b = (size - place.roi.start) / step;
+    first = fmax(floor(fmin(a, b)) - 2.0, 0.0);
+    last = fmin(ceil(fmax(a, b)) + 2.0, samples);
+  }
+  place.first = first < samples ? int32_t(first) : int32_t(samples);
+  place.last = last > first ? int32_t(last) : place.first;
+  return place;
+}
+
+__device__ inline RegionPlace place_region(const PyramidView& pyramid, const double* box, const RoiAlignSpec& spec) {
+  RegionPlace place;
+  place.level = assign_level(box, pyramid.level[0].map.scale, pyramid.reachable, spec);
+  const FeatureMap& map = pyramid.level[place.level].map;
+  place.y = place_axis(box[1], box[3], map.scale, spec.pooled_h, map.height, spec);
+  place.x = place_axis(box[0], box[2], map.scale, spec.pooled_w, map.width, spec);
+  return place;
+}
+
+// ---- tables -----------------------------------------------------------------------------------------------------------
+
+// One axis of a batch of samples. `staged` pixels are counted along the rows or columns that are copied.
+template <class A>
+struct AxisTable {
+  int32_t count;                                 // staged pixels
+  SharedArray<int32_t, kPixels> pixel;           // map coordinate of a staged pixel
+  SharedArray<A, kGroupBins * kPixels> weight;   // [bin][staged]
+  SharedArray<int32_t, 2 * kGroupBins> bin_range;  // staged pixels that a bin reads
+  SharedArray<int32_t, 2 * kPixels> pixel_range;   // bins that read a staged pixel
+  SharedArray<int32_t, 2 * kSamples> sample_pixel;  // staged pixels of a sample, -1: none
+  SharedArray<A, 2 * kSamples> sample_weight;
+};
+
+// Samples [first, first + count) of an axis, count <= kSamples, and the bins [bin, bin + bins) they may belong to.
+struct Batch {
+  RoiAxis roi;
+  int32_t first, count, bin, bins;
+};
+
+// One warp: where each sample's two pixels are staged. Samples ascend (from the other end for an inverted region), so a
+// pixel is new if no earlier lane has touched it. `widen`: the columns start and end on multiples of four, so that
+// rows can be read in quads; otherwise only touched pixels are staged, and `pad` fills up to whole quads.
+template <class A>
+__device__ inline void place_samples(const Batch& batch, bool widen, bool pad, AxisTable<A>& table) {
+  const int lane = threadIdx.x % kWarp;
+  AxisSample at{0, 0, 0.0, 0.0};
+  bool valid = lane < batch.count;
+  if (valid) {
+    const int32_t sample = batch.first + (batch.roi.bin < 0.0 ? batch.count - 1 - lane : lane);
+    valid = axis_sample(batch.roi, sample / batch.roi.grid, sample % batch.roi.grid, at);
+  }
+  // Samples closer together than rounding errors may descend by one pixel: they are as well at the earlier one's.
+  int32_t highest = valid ? at.lo : -1;
+  for (int step = 1; step < kWarp; step *= 2) {
+    const int32_t other = __shfl_up_sync(kAllLanes, highest, step);
+    if (lane >= step && other > highest) highest = other;
+  }
+  if (valid && at.lo < highest) at = AxisSample{highest, highest, at.weight_lo + at.weight_hi, 0.0};
+
+  const bool two = valid && at.weight_hi != 0.0;
+  int32_t last = valid ? (two ? at.hi : at.lo) : -1;  // touched by this lane or an earlier one
+  for (int step = 1; step < kWarp; step *= 2) {
+    const int32_t other = __shfl_up_sync(kAllLanes, last, step);
+    if (lane >= step && other > last) last = other;
+  }
+  int32_t before = __shfl_up_sync(kAllLanes, last, 1);
+  if (lane == 0) before = -1;
+  const bool new_lo = valid && at.lo > before, new_hi = two && at.hi > before;
+  const unsigned los = __ballot_sync(kAllLanes, new_lo), his = __ballot_sync(kAllLanes, new_hi);
+  const unsigned earlier = (1u << lane) - 1u;
+  const int32_t staged_before = __popc(los & earlier) + __popc(his & earlier);
+  int32_t lo = new_lo ? staged_before : staged_before - 1 - (before - at.lo);
+  int32_t hi = new_hi ? staged_before + (new_lo ? 1 : 0) : staged_before - 1;
+
+  int32_t count = __popc(los) + __popc(his);
+  const int32_t first_lane = los ? __ffs(los) - 1 : 0;
+  const int32_t lowest = __shfl_sync(kAllLanes, at.lo, first_lane), top = __shfl_sync(kAllLanes, last, kWarp - 1);
+  const int32_t from = lowest & ~3, to = top | 3;
+  if (widen && count > 0 && count == top - lowest + 1 && to - from < kPixels) {
+    lo = at.lo - from;
+    hi = at.hi - from;
+    count = to - from + 1;
+    for (int32_t k = lane; k < count; k += kWarp) table.pixel[k] = from + k;
+  } else {
+    if (new_lo) table.pixel[lo] = at.lo;
+    if (new_hi) table.pixel[hi] = at.hi;
+    const int32_t padded = pad ? (count + 3) & ~3 : count;
+    // Padded with any pixel of the map but the one after `top`, which would make the last quad look like neighbours.
+    if (lane < padded - count) table.pixel[count + lane] = lowest;
+    count = padded;
+  }
+  table.sample_pixel[2 * lane] = valid ? lo : -1;
+  table.sample_pixel[2 * lane + 1] = two ? hi : -1;
+  table.sample_weight[2 * lane] = static_cast<A>(at.weight_lo);
+  table.sample_weight[2 * lane + 1] = static_cast<A>(at.weight_hi);
+  if (lane == 0) table.count = count;
+}
+
+// All threads: the weight of every staged pixel in every bin, and which pixels a bin reads.
+template <class A>
+__device__ inline void fill_weights(const Batch& batch, AxisTable<A>& table) {
+  const int32_t count = table.count;
+  for (int32_t entry = threadIdx.x; entry < batch.bins * count; entry += kThreads) {
+    const int32_t bin = entry / count, staged = entry % count;
+    int64_t begin = int64_t(batch.bin + bin) * batch.roi.grid - batch.first, end = begin + batch.roi.grid;
+    if (begin < 0) begin = 0;
+    if (end > batch.count) end = batch.count;
+    A weight = A(0);
+    int32_t low = count, high = 0;
+    for (int32_t k = int32_t(begin); k < end; ++k) {
+      const int32_t lane = batch.roi.bin < 0.0 ? batch.count - 1 - k : k;
+      for (int side = 0; side < 2; ++side) {
+        const int32_t pixel = table.sample_pixel[2 * lane + side];
+        if (pixel < 0) continue;
+        if (pixel == staged) weight += table.sample_weight[2 * lane + side];
+        low = pixel < low ? pixel : low;
+        high = pixel >= high ? pixel + 1 : high;
+      }
+    }
+    table.weight[bin * kPixels + staged] = weight;
+    if (staged == 0) {
+      table.bin_range[2 * bin] = low < high ? low : 0;
+      table.bin_range[2 * bin + 1] = high;
+    }
+  }
+}
+
+// All threads, after fill_weights and a barrier: which bins read a pixel.
+template <class A>
+__device__ inline void fill_pixel_ranges(int32_t bins, AxisTable<A>& table, int32_t thread) {
+  if (thread < 0 || thread >= table.count) return;
+  int32_t begin = 0, end = 0;
+  for (int32_t bin = bins - 1; bin >= 0; --bin)
+    if (table.weight[bin * kPixels + thread] != A(0)) {
+      if (end == 0) end = bin + 1;
+      begin = bin;
+    }
+  table.pixel_range[2 * thread] = begin;
+  table.pixel_range[2 * thread + 1] = end;
+}
+
+// Bins [y, y + rows) x [x, x + columns) of the output.
+struct BinGroup {
+  int32_t y, rows, x, columns;
+  __device__ __forceinline__ int32_t bins() const { return rows * columns; }
+};
+
+// Bins of an axis that make a group: as equal as they can be and at most kGroupBins.
+__host__ __device__ inline int32_t group_size(int32_t pooled) {
+  const int32_t groups = (pooled + kGroupBins - 1) / kGroupBins;
+  return (pooled + groups - 1) / groups;
+}
+
+// Both axes of one side; they stay as they are until another batch is asked for.
+template <class A>
+struct Tables {
+  AxisTable<A> y, x;
+  int32_t at[4];  // first bins and first samples of what they hold
+};
+
+template <class A>
+__device__ __noinline__ void build_tables(const Batch& batch_y, const Batch& batch_x, bool planar, bool vector,
+                                          Tables<A>& tables) {
+  __syncthreads();  // nobody reads the previous ones any more
+  const int warp = threadIdx.x / kWarp;
+  if (warp == 0) place_samples(batch_y, false, false, tables.y);
+  if (warp == 1) place_samples(batch_x, planar && vector, planar, tables.x);
+  __syncthreads();
+  fill_weights(batch_y, tables.y);
+  fill_weights(batch_x, tables.x);
+  __syncthreads();
+  fill_pixel_ranges(batch_y.bins, tables.y, threadIdx.x);
+  fill_pixel_ranges(batch_x.bins, tables.x, int32_t(threadIdx.x) - kThreads / 2);
+  if (threadIdx.x == 0) {
+    tables.at[0] = batch_y.bin, tables.at[1] = batch_x.bin;
+    tables.at[2] = batch_y.first, tables.at[3] = batch_x.first;
+  }
+  __syncthreads();
+}
+
+// All threads, with a barrier before the tables are used.
+template <class A>
+__device__ __forceinline__ void forget_tables(Tables<A>& tables) {
+  if (threadIdx.x == 0) tables.at[0] = -1;
+}
+
+// Calls body() with the tables of each batch of samples that the group's bins have. All threads of the block.
+template <class A, class Body>
+__device__ __forceinline__ void for_each_batch(const RegionPlace& place, const MapView& view, const BinGroup& group,
+                                               Tables<A>& tables, const Body& body) {
+  const auto range = [](const AxisPlace& axis, int32_t bin, int32_t bins, int32_t& first, int32_t& last) {
+    const int64_t begin = int64_t(bin) * axis.roi.grid, end = int64_t(bin + bins) * axis.roi.grid;
+    first = begin > axis.first ? int32_t(begin) : axis.first;
+    last = end < axis.last ? int32_t(end) : axis.last;
+  };
+  int32_t first_y, last_y, first_x, last_x;
+  range(place.y, group.y, group.rows, first_y, last_y);
+  range(place.x, group.x, group.columns, first_x, last_x);
+  for (int32_t sy = first_y; sy < last_y; sy += kSamples)
+    for (int32_t sx = first_x; sx < last_x; sx += kSamples) {
+      const bool same = tables.at[0] == group.y && tables.at[1] == group.x && tables.at[2] == sy && tables.at[3] == sx;
+      if (!same) {
+        const int32_t count_y = last_y - sy < kSamples ? last_y - sy : kSamples;
+        const int32_t count_x = last_x - sx < kSamples ? last_x - sx : kSamples;
+        build_tables(Batch{place.y.roi, sy, count_y, group.y, group.rows},
+                     Batch{place.x.roi, sx, count_x, group.x, group.columns}, view.planar, view.vector, tables);
+      }
+      body();
+    }
+}
+
+// ---- the tile and the bins in shared memory -----------------------------------------------------------------------------
+
+// Where four channels of a row of 128 bytes lie. Staggered, so that threads on different rows hit different banks.
+template <class A>
+__device__ __forceinline__ int32_t quad_at(int32_t row, int32_t quad, int32_t stagger) {
+  return row * kChunk<A> + ((quad ^ (stagger & (kQuads<A> - 1))) * 4);
+}
+template <class A> __device__ __forceinline__ int32_t tile_at(int32_t pixel, int32_t quad) {
+  return quad_at<A>(pixel, quad, pixel >> 2);
+}
+template <class A> __device__ __forceinline__ int32_t bin_at(int32_t bin, int32_t quad) {
+  return quad_at<A>(bin, quad, bin);
+}
+
+// The block's shared memory. The teacher's tables come last: where one set serves both sides they are not there.
+template <class A>
+struct alignas(16) PoolShared {
+  SharedArray<A, kTilePixels<A> * kChunk<A>> tile;  // [pixel][channel] the strip at work
+  SharedArray<A, kGroupCells * kChunk<A>> bins;     // [bin][channel] pooled values, then their gradient
+  RegionPlace place[2];
+  Tables<A> tables[2];
+};
+
+template <class A>
+size_t pool_shared_bytes(int sides) {
+  return sizeof(PoolShared<A>) - (2 - sides) * sizeof(Tables<A>);
+}
+
+// ---- staging ------------------------------------------------------------------------------------------------------------
+
+// One image and chunk of a map; `channels` of the kChunk exist, the others read as zero.
+template <class A, class T>
+struct Source {
+  const T* data;
+  int64_t stride_c, stride_h, stride_w;
+  int32_t channels;
+  bool vector;
+
+  __device__ Source(const MapView& view, int32_t image, int32_t all_channels, int32_t channel)
+      : data(static_cast<const T*>(view.map.data) + image * view.map.stride_n + channel * view.map.stride_c),
+        stride_c(view.map.stride_c), stride_h(view.map.stride_h), stride_w(view.map.stride_w),
+        channels(all_channels - channel), vector(view.vector) {}
+
+  // Four staged pixels in a row, of one channel.
+  __device__ __forceinline__ Four<A> pixels(const AxisTable<A>& columns, int32_t channel, int32_t y,
+                                            int32_t staged) const {
+    Four<A> values{};
+    if (channel >= channels) return values;
+    const T* row = data + channel * stride_c + y * stride_h;
+    const int32_t x = columns.pixel[staged];
+    if (vector && (x & 3) == 0 && columns.pixel[staged + 3] == x + 3) return load_four<A>(row + x);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) values.at[k] = as<A>(row[columns.pixel[staged + k] * stride_w]);
+    return values;
+  }
+
+  // Four channels of one pixel.
+  __device__ __forceinline__ Four<A> quad(int32_t quad, int32_t y, int32_t x) const {
+    const T* pixel = data + y * stride_h + x * stride_w;
+    if (vector && 4 * quad + 4 <= channels) return load_four<A>(pixel + 4 * quad);
+    Four<A> values{};
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (4 * quad + k < channels) values.at[k] = as<A>(pixel[(4 * quad + k) * stride_c]);
+    return values;
+  }
+};
+
+template <class A>
+__device__ __forceinline__ Four<A> minus(Four<A> left, const Four<A>& right) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) left.at[k] -= right.at[k];
+  return left;
+}
+
+// Two maps of one geometry and layout: subtract on load.
+template <class A, class T>
+struct Difference {
+  Source<A, T> student, teacher;
+
+  __device__ __forceinline__ Four<A> pixels(const AxisTable<A>& columns, int32_t channel, int32_t y,
+                                            int32_t staged) const {
+    return minus(student.pixels(columns, channel, y, staged), teacher.pixels(columns, channel, y, staged));
+  }
+  __device__ __forceinline__ Four<A> quad(int32_t quad, int32_t y, int32_t x) const {
+    return minus(student.quad(quad, y, x), teacher.quad(quad, y, x));
+  }
+};
+
+// Rows [row, row + rows) of the staged pixels into the tile.
+//
+// Planar: a warp takes eight quads of pixels x four channels, else four pixels x eight quads of channels. Either way
+// it reads whole sectors of memory, and its lanes write to different banks.
+template <class A, class From>
+__device__ __forceinline__ void stage(const From& from, bool planar, PoolShared<A>& shared, const Tables<A>& tables,
+                                      int32_t row, int32_t rows) {
+  const int32_t columns = tables.x.count;
+  if (planar) {
+    const int32_t quads_a_row = columns / 4, quads = rows * quads_a_row, sets = (quads + 7) / 8;
+    const int32_t lane = threadIdx.x % kWarp;
+    const Divider by_row(quads_a_row);
+#pragma unroll 1
+    for (int32_t task = threadIdx.x / kWarp; task < sets * kQuads<A>; task += kThreads / kWarp) {
+      const int32_t quad = task / kQuads<A> * 8 + lane % 8, group = task % kQuads<A>, channel = 4 * group + lane / 8;
+      if (quad >= quads) continue;
+      const int32_t y = by_row(quad), x = 4 * (quad - y * quads_a_row);
+      const Four<A> values = from.pixels(tables.x, channel, tables.y.pixel[row + y], x);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) shared.tile[tile_at<A>(4 * quad + k, group) + lane / 8] = values.at[k];
+    }
+  } else {
+    const Divider by_row(columns);
+#pragma unroll 1
+    for (int32_t task = threadIdx.x; task < rows * columns * kQuads<A>; task += kThreads) {
+      const int32_t pixel = task / kQuads<A>, quad = task % kQuads<A>;
+      const int32_t y = by_row(pixel), x = pixel - y * columns;
+      *reinterpret_cast<Four<A>*>(shared.tile.four(tile_at<A>(pixel, quad))) =
+          from.quad(quad, tables.y.pixel[row + y], tables.x.pixel[x]);
+    }
+  }
+}
+
+// What a block pools: one image and chunk of a map, or its difference to the teacher's map of the same geometry, layout
+// and type.
+struct PoolSource {
+  const MapView* map;
+  const MapView* subtract;  // or null
+  DType dtype;
+  int32_t image, channels, channel;
+};
+
+template <class A>
+__device__ __forceinline__ void stage(const PoolSource& source, PoolShared<A>& shared, const Tables<A>& tables,
+                                      int32_t row, int32_t rows) {
+  with_stored<A>(source.dtype, [&](auto stored) {
+    using T = decltype(stored);
+    const Source<A, T> from(*source.map, source.image, source.channels, source.channel);
+    if (source.subtract) {
+      const Source<A, T> other(*source.subtract, source.image, source.channels, source.channel);
+      stage(Difference<A, T>{from, other}, source.map->planar, shared, tables, row, rows);
+    } else {
+      stage(from, source.map->planar, shared, tables, row, rows);
+    }
+  });
+}
+
+// Rows that fit the tile at once.
+template <class A>
+__device__ __forceinline__ int32_t strip_rows(const Tables<A>& tables) {
+  return kTilePixels<A> / tables.x.count;
+}
+
+// ---- bins ---------------------------------------------------------------------------------------------------------------
+
+// Calls body(bin of the group, quad, the four values) for the bins that this thread owns, the same everywhere.
+template <class A, class Body>
+__device__ __forceinline__ void for_own_bins(PoolShared<A>& shared, const BinGroup& group, const Body& body) {
+  const int32_t quad = threadIdx.x % kQuads<A>;
+  for (int32_t bin = threadIdx.x / kQuads<A>; bin < group.bins(); bin += kThreads / kQuads<A>)
+    body(bin, quad, *reinterpret_cast<Four<A>*>(shared.bins.four(bin_at<A>(bin, quad))));
+}
+
+template <class A>
+__device__ void clear_bins(PoolShared<A>& shared, const BinGroup& group) {
+  for_own_bins(shared, group, [](int32_t, int32_t, Four<A>& values) { values = Four<A>{}; });
+}
+
+// bins += sign * pooled tile, which holds rows [row, row + rows).
+template <class A>
+__device__ void accumulate(PoolShared<A>& shared, const Tables<A>& tables, const BinGroup& group, int32_t row,
+                           int32_t rows, A sign) {
+  const int32_t columns = tables.x.count;
+  for_own_bins(shared, group, [&](int32_t bin, int32_t quad, Four<A>& values) {
+    const int32_t i = bin / group.columns, j = bin - i * group.columns;
+    const int32_t x0 = tables.x.bin_range[2 * j], x1 = tables.x.bin_range[2 * j + 1];
+    int32_t y0 = tables.y.bin_range[2 * i], y1 = tables.y.bin_range[2 * i + 1];
+    y0 = y0 > row ? y0 : row;
+    y1 = y1 < row + rows ? y1 : row + rows;
+    if (y0 >= y1 || x0 >= x1) return;
+    Four<A> sum{};
+    for (int32_t y = y0; y < y1; ++y) {
+      Four<A> line{};
+      for (int32_t x = x0; x < x1; ++x) {
+        const A weight = tables.x.weight[j * kPixels + x];
+        const Four<A> pixel =
+            *reinterpret_cast<const Four<A>*>(shared.tile.four(tile_at<A>((y - row) * columns + x, quad)));
+#pragma unroll
+        for (int k = 0; k < 4; ++k) line.at[k] += weight * pixel.at[k];
+      }
+      const A weight = sign * tables.y.weight[i * kPixels + y];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sum.at[k] += weight * line.at[k];
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) values.at[k] += sum.at[k];
+  });
+}
+
+// bins += sign * RoIAlign(source), over all batches and strips. All threads; ends with a barrier.
+template <class A>
+__device__ __forceinline__ void pool(const PoolSource& source, const RegionPlace& place, const BinGroup& group,
+                                     PoolShared<A>& shared, Tables<A>& tables, A sign) {
+  for_each_batch(place, *source.map, group, tables, [&] {
+    if (tables.x.count == 0) return;
+    const int32_t all = tables.y.count, strip = strip_rows(tables);
+    for (int32_t row = 0; row < all; row += strip) {
+      const int32_t rows = all - row < strip ? all - row : strip;
+      stage(source, shared, tables, row, rows);
+      __syncthreads();
+      accumulate(shared, tables, group, row, rows, sign);
+      __syncthreads();
+    }
+  });
+  __syncthreads();
+}
+
+// ---- gradient -----------------------------------------------------------------------------------------------------------
+
+// grad += RoIAlign^T(bins): one atomic for every touched pixel and channel, four at once where channels are neighbours.
+template <class A>
+__device__ void scatter(const MapView& view, int32_t image, int32_t all_channels, int32_t channel,
+                        const RegionPlace& place, const BinGroup& group, PoolShared<A>& shared,
+                        Tables<A>& tables) {
+  A* data = static_cast<A*>(view.map.data) + image * view.map.stride_n + channel * view.map.stride_c;
+  const int64_t stride_c = view.map.stride_c, stride_h = view.map.stride_h, stride_w = view.map.stride_w;
+  const int32_t channels = all_channels - channel;
+  for_each_batch(place, view, group, tables, [&] {
+    const int32_t columns = tables.x.count, pixels = tables.y.count * columns;
+    if (pixels == 0) return;
+    const Divider by_columns(columns);
+    for (int32_t task = threadIdx.x; task < pixels * kQuads<A>; task += kThreads) {
+      const int32_t pixel = view.planar ? task % pixels : task / kQuads<A>;
+      const int32_t quad = view.planar ? task / pixels : task % kQuads<A>;
+      const int32_t y = by_columns(pixel), x = pixel - y * columns;
+      const int32_t i0 = tables.y.pixel_range[2 * y], i1 = tables.y.pixel_range[2 * y + 1];
+      const int32_t j0 = tables.x.pixel_range[2 * x], j1 = tables.x.pixel_range[2 * x + 1];
+      if (i0 >= i1 || j0 >= j1 || 4 * quad >= channels) continue;
+      Four<A> sum{};
+      for (int32_t i = i0; i < i1; ++i)
+        for (int32_t j = j0; j < j1; ++j) {
+          const A weight = tables.y.weight[i * kPixels + y] * tables.x.weight[j * kPixels + x];
+          const Four<A> bin =
+              *reinterpret_cast<const Four<A>*>(shared.bins.four(bin_at<A>(i * group.columns + j, quad)));
+#pragma unroll
+          for (int k = 0; k < 4; ++k) sum.at[k] += weight * bin.at[k];
+        }
+      A* at = data + 4 * quad * stride_c + tables.y.pixel[y] * stride_h + tables.x.pixel[x] * stride_w;
+      if (!view.planar && view.vector && 4 * quad + 4 <= channels) {
+        add_four(at, sum);
+      } else {
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          if (4 * quad + k < channels) add(at + k * stride_c, sum.at[k]);
+      }
+    }
+  });
+}
+
+// ---- pooled tensors -------------------------------------------------------------------------------------------------------
+
+// Calls body(index in (R, C, pooled_h, pooled_w), that element of the bins in shared memory) for the group's bins of the
+// channels that exist, in the order of memory.
+template <class A, class Body>
+__device__ __forceinline__ void for_pooled(int64_t region, int32_t all_channels, int32_t channel,
+                                           const RoiAlignSpec& spec, const BinGroup& group,
+                                           PoolShared<A>& shared, const Body& body) {
+  const int32_t left = all_channels - channel, channels = left < kChunk<A> ? left : kChunk<A>;
+  const int64_t first = region * all_channels + channel;
+  for (int32_t task = threadIdx.x; task < channels * group.bins(); task += kThreads) {
+    const int32_t c = task / group.bins(), bin = task % group.bins();
+    const int32_t i = group.y + bin / group.columns, j = group.x + bin % group.columns;
+    body(((first + c) * spec.pooled_h + i) * spec.pooled_w + j, shared.bins[bin_at<A>(bin, c / 4) + c % 4]);
+  }
+}
+
+// Calls body(group) for all groups of bins.
+template <class Body>
+__device__ __forceinline__ void for_each_group(const RoiAlignSpec& spec, const Body& body) {
+  const int32_t rows = group_size(spec.pooled_h), columns = group_size(spec.pooled_w);
+  for (int32_t y = 0; y < spec.pooled_h; y += rows)
+    for (int32_t x = 0; x < spec.pooled_w; x += columns)
+      body(BinGroup{y, spec.pooled_h - y < rows ? spec.pooled_h - y : rows, x,
+                    spec.pooled_w - x < columns ? spec.pooled_w - x : columns});
+}
+
+// ---- sharing the work -------------------------------------------------------------------------------------------------------
+
+constexpr int kChunksPerBlock = 2;
+
+// Blocks that share the channels of a region.
+template <class A>
+__host__ __device__ inline int32_t channel_groups(int32_t channels) {
+  return (channels + kChunksPerBlock * kChunk<A> - 1) / (kChunksPerBlock * kChunk<A>);
+}
+
+// Calls body(first channel) for the chunks of a group.
+template <class A, class Body>
+__device__ __forceinline__ void for_each_chunk(int32_t group, int32_t channels, const Body& body) {
+  const int32_t first = group * kChunksPerBlock * kChunk<A>;
+  for (int32_t channel = first; channel < first + kChunksPerBlock * kChunk<A> && channel < channels;
+       channel += kChunk<A>)
+    body(channel);
+}
+
+}  // namespace tardkd::cuda

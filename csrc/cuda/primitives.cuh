@@ -1,0 +1,292 @@
+// What the kernels need of the hardware, in one place: shared memory, conversions, vector accesses, atomics, warp and
+// block reductions, launches. Everything that only a GPU has (vector atomics, architecture-specific instructions) has
+// a plain equivalent here, so that the kernels themselves also compile for csrc/cuda_on_cpu.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "../core/common.h"
+
+namespace tardkd::cuda {
+
+constexpr int kThreads = 256;  // of every block
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// ---- shared memory ------------------------------------------------------------------------------------------------
+
+// A checked array in shared memory: bare pointer on a GPU, an error for an index out of range on the CPU.
+template <class T>
+class Shared {
+ public:
+  __device__ Shared() : data_(nullptr) {}
+  __device__ Shared(T* data, int size) : data_(data) {
+#ifdef TARDKD_CUDA_ON_CPU
+    size_ = size;
+#else
+    (void)size;
+#endif
+  }
+  __device__ __forceinline__ T& operator[](int i) const {
+#ifdef TARDKD_CUDA_ON_CPU
+    cuda_on_cpu::check_shared_index(i, 1, size_);
+#endif
+    return data_[i];
+  }
+  // Four elements from i on, for vector accesses; i is a multiple of four.
+  __device__ __forceinline__ T* four(int i) const {
+#ifdef TARDKD_CUDA_ON_CPU
+    cuda_on_cpu::check_shared_index(i, 4, size_);
+#endif
+    return data_ + i;
+  }
+
+ private:
+  T* data_;
+#ifdef TARDKD_CUDA_ON_CPU
+  int size_ = 0;
+#endif
+};
+
+// An array of fixed size inside a struct in shared memory, checked in the same way.
+template <class T, int N>
+struct SharedArray {
+  T data[N];
+
+  __device__ __forceinline__ T& operator[](int i) {
+#ifdef TARDKD_CUDA_ON_CPU
+    cuda_on_cpu::check_shared_index(i, 1, N);
+#endif
+    return data[i];
+  }
+  __device__ __forceinline__ const T& operator[](int i) const {
+    return const_cast<SharedArray&>(*this)[i];
+  }
+  __device__ __forceinline__ T* four(int i) {
+#ifdef TARDKD_CUDA_ON_CPU
+    cuda_on_cpu::check_shared_index(i, 4, N);
+#endif
+    return data + i;
+  }
+};
+
+// Deals out the block's dynamic shared memory. The host side adds up the same sizes with shared_bytes().
+class SharedArena {
+ public:
+  __device__ SharedArena() {
+#ifdef TARDKD_CUDA_ON_CPU
+    next_ = cuda_on_cpu::shared_memory();
+#else
+    extern __shared__ __align__(16) unsigned char tardkd_shared[];
+    next_ = tardkd_shared;
+#endif
+  }
+  template <class T>
+  __device__ __forceinline__ Shared<T> take(int count) {
+    T* data = reinterpret_cast<T*>(next_);
+    next_ += (count * int(sizeof(T)) + 15) / 16 * 16;
+#ifdef TARDKD_CUDA_ON_CPU
+    cuda_on_cpu::check_shared_end(next_);
+#endif
+    return Shared<T>(data, count);
+  }
+  // What is left, as a struct of SharedArrays.
+  template <class T>
+  __device__ __forceinline__ T* rest() {
+    return reinterpret_cast<T*>(next_);
+  }
+
+ private:
+  unsigned char* next_;
+};
+
+template <class T>
+constexpr size_t shared_bytes(int64_t count) {
+  return (count * sizeof(T) + 15) / 16 * 16;
+}
+
+// ---- stored types -------------------------------------------------------------------------------------------------
+
+// Calls f(T()) with the type that stores `dtype`: float, double, __half or __nv_bfloat16.
+template <class F>
+__device__ __forceinline__ void with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::float32: f(float()); break;
+    case DType::float64: f(double()); break;
+    case DType::float16: f(__half()); break;
+    case DType::bfloat16: f(__nv_bfloat16()); break;
+  }
+}
+
+template <class A> __device__ __forceinline__ A as(float value) { return static_cast<A>(value); }
+template <class A> __device__ __forceinline__ A as(double value) { return static_cast<A>(value); }
+template <class A> __device__ __forceinline__ A as(__half value) { return static_cast<A>(__half2float(value)); }
+template <class A> __device__ __forceinline__ A as(__nv_bfloat16 value) { return static_cast<A>(__bfloat162float(value)); }
+
+template <class T> struct Stored {
+  template <class A> static __device__ __forceinline__ T from(A value) { return static_cast<T>(value); }
+};
+template <> struct Stored<__half> {
+  template <class A> static __device__ __forceinline__ __half from(A value) { return __float2half_rn(float(value)); }
+};
+template <> struct Stored<__nv_bfloat16> {
+  template <class A> static __device__ __forceinline__ __nv_bfloat16 from(A value) { return __float2bfloat16_rn(float(value)); }
+};
+
+// Element i of an array of `dtype`, for the few values of a region where a switch costs nothing.
+template <class A>
+__device__ __forceinline__ A load_any(const void* data, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::float32: return as<A>(static_cast<const float*>(data)[i]);
+    case DType::float64: return as<A>(static_cast<const double*>(data)[i]);
+    case DType::float16: return as<A>(static_cast<const __half*>(data)[i]);
+    default: return as<A>(static_cast<const __nv_bfloat16*>(data)[i]);
+  }
+}
+
+// ---- four elements at a time ----------------------------------------------------------------------------------------
+
+template <class T>
+struct alignas(4 * sizeof(T) > 16 ? 16 : 4 * sizeof(T)) Four {
+  T at[4];
+};
+
+// One 16-byte access for float, 8 bytes for the 16-bit types; `from` is aligned to that.
+template <class A, class T>
+__device__ __forceinline__ Four<A> load_four(const T* from) {
+  const Four<T> stored = *reinterpret_cast<const Four<T>*>(from);
+  Four<A> values;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) values.at[k] = as<A>(stored.at[k]);
+  return values;
+}
+
+template <class T, class A>
+__device__ __forceinline__ void store_four(T* to, const Four<A>& values) {
+  Four<T> stored;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) stored.at[k] = Stored<T>::from(values.at[k]);
+  *reinterpret_cast<Four<T>*>(to) = stored;
+}
+
+// ---- atomics --------------------------------------------------------------------------------------------------------
+
+template <class A>
+__device__ __forceinline__ void add(A* to, A value) {
+  atomicAdd(to, value);
+}
+
+// to[0..3] += values; `to` is aligned to 16 bytes (float).
+__device__ __forceinline__ void add_four(float* to, const Four<float>& values) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  atomicAdd(reinterpret_cast<float4*>(to), make_float4(values.at[0], values.at[1], values.at[2], values.at[3]));
+#else
+#pragma unroll
+  for (int k = 0; k < 4; ++k) atomicAdd(to + k, values.at[k]);
+#endif
+}
+__device__ __forceinline__ void add_four(double* to, const Four<double>& values) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) atomicAdd(to + k, values.at[k]);
+}
+
+// ---- warps and blocks -------------------------------------------------------------------------------------------------
+
+// All lanes take part and get the result, the same for any order of the lanes' execution.
+template <class A>
+__device__ __forceinline__ A warp_sum(A value) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  return value;
+}
+template <class A>
+__device__ __forceinline__ A warp_max(A value) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    const A other = __shfl_xor_sync(kAllLanes, value, step);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+// Sum over the block; every thread takes part and gets it. `scratch`: one element a warp. Ends with a barrier, so
+// the scratch may be used again at once.
+template <class A>
+__device__ __forceinline__ A block_sum(A value, const Shared<A>& scratch) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  value = warp_sum(value);
+  if (lane == 0) scratch[warp] = value;
+  __syncthreads();
+  A sum = A(0);
+  for (int w = 0; w < warps; ++w) sum += scratch[w];
+  __syncthreads();
+  return sum;
+}
+
+// True in all threads of the last of `blocks` blocks to call this, once what every block wrote before is visible to it.
+// `done` counts; it starts at zero and is zero again afterwards. `flag`: one shared element.
+__device__ __forceinline__ bool last_block(int32_t* done, int32_t blocks, const Shared<int32_t>& flag) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const int32_t before = atomicAdd(done, 1);
+    flag[0] = before == blocks - 1;
+    if (before == blocks - 1) *done = 0;
+  }
+  __syncthreads();
+  const bool last = flag[0] != 0;
+  if (last) __threadfence();
+  return last;
+}
+
+// ---- launching --------------------------------------------------------------------------------------------------------
+
+// Makes `device` current for the scope, and the caller's again after it.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    error_ = cudaGetDevice(&before_);
+    if (error_ == cudaSuccess && before_ != device) {
+      error_ = cudaSetDevice(device);
+      changed_ = error_ == cudaSuccess;
+    }
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  cudaError_t error() const { return error_; }
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+  cudaError_t error_;
+};
+
+// kernel<<<grid, threads, shared, stream>>>(arguments...), with the extra step that more than 48 KiB of shared memory
+// takes. A grid without blocks is no launch and no error.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, void* stream,
+                   const Arguments&... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
+#ifdef TARDKD_CUDA_ON_CPU
+  (void)stream;
+  return cuda_on_cpu::launch(kernel, grid, dim3(threads), shared, arguments...);
+#else
+  if (shared > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // it is reported here and must not surface in an unrelated call
+      return error;
+    }
+  }
+  kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  return cudaGetLastError();
+#endif
+}
+
+}  // namespace tardkd::cuda

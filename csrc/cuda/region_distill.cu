@@ -1,0 +1,180 @@
+// The flagship: both pyramids to gates, three losses and their gradients in one launch.
+//
+// A block is one region and a group of channels. It decides the region's gates first; a region whose feature gate is
+// closed reads no feature. What the blocks find is added up by the last of them to finish, in a fixed order.
+#include "kernels.h"
+#include "../core/penalty.h"
+#include "pool.cuh"
+#include "region.cuh"
+
+namespace tardkd::cuda {
+namespace {
+
+template <class A>
+struct RegionJob {
+  PyramidView student, teacher, grad;
+  bool want_grad;
+  A* grad_pooled;
+  int32_t tables;      // 1 if one set serves both sides: same geometry and layout
+  RegionTables in;
+  RegionResults<A> out;
+  RoiAlignSpec align;
+  LossSpec spec;
+  int32_t groups;      // blocks a region
+};
+
+// bins = RoIAlign(student) - RoIAlign(teacher) of one chunk: one pass where the difference can be taken on load, else
+// one for each side.
+template <class A>
+__device__ __forceinline__ void pool_difference(const RegionJob<A>& job, int32_t image, int32_t channel,
+                                                const BinGroup& group, PoolShared<A>& shared) {
+  const MapView* student = &job.student.level[shared.place[0].level];
+  const MapView* teacher = &job.teacher.level[shared.place[job.tables - 1].level];
+  const bool on_load = job.tables == 1 && job.student.dtype == job.teacher.dtype;
+  clear_bins(shared, group);
+#pragma unroll 1
+  for (int pass = 0; pass < (on_load ? 1 : 2); ++pass) {
+    const int table = pass < job.tables ? pass : 0;
+    const PoolSource source{pass == 0 ? student : teacher, on_load ? teacher : nullptr,
+                            pass == 0 ? job.student.dtype : job.teacher.dtype, image, job.student.channels, channel};
+    pool(source, shared.place[table], group, shared, shared.tables[table], pass == 0 ? A(1) : A(-1));
+  }
+}
+
+template <class A>
+struct alignas(16) FeatureShared {
+  Decision decision;
+  SharedArray<A, kGroupCells> bin_weight;
+  PoolShared<A> pool;  // last: its end may be missing
+};
+
+template <class A>
+size_t feature_shared_bytes(int32_t tables) {
+  return sizeof(FeatureShared<A>) - sizeof(PoolShared<A>) + pool_shared_bytes<A>(tables);
+}
+
+// Penalty of this block's channels, summed over the block, with the gradient on the way.
+template <class A>
+__device__ __forceinline__ A feature_term(const RegionJob<A>& job, int64_t region, int32_t channel_group,
+                                          FeatureShared<A>& shared, const RegionScratch<A>& scratch) {
+  PoolShared<A>& bins = shared.pool;
+  if (threadIdx.x % kWarp == 0 && threadIdx.x / kWarp < job.tables) {
+    const int side = threadIdx.x / kWarp;
+    bins.place[side] = place_region(side == 0 ? job.student : job.teacher, shared.decision.box, job.align);
+    bins.tables[side].at[0] = -1;  // nothing yet
+  }
+  __syncthreads();
+
+  const int32_t channels = job.student.channels, image = shared.decision.image;
+  const A beta = static_cast<A>(job.spec.beta);
+  const A slope = feature_factor<A>(job.in, region) / (A(channels) * A(job.align.pooled_h * job.align.pooled_w));
+  A sum = A(0);
+  for_each_chunk<A>(channel_group, channels, [&](int32_t channel) {
+    for_each_group(job.align, [&](const BinGroup& group) {
+      if (threadIdx.x < group.bins()) {
+        const int32_t i = group.y + threadIdx.x / group.columns, j = group.x + threadIdx.x % group.columns;
+        shared.bin_weight[threadIdx.x] = bin_weight<A>(shared.decision, job.spec, i * job.align.pooled_w + j,
+                                                       job.align.pooled_h, job.align.pooled_w);
+      }
+      pool_difference(job, image, channel, group, bins);
+      for_own_bins(bins, group, [&](int32_t bin, int32_t, Four<A>& values) {
+        const A weight = shared.bin_weight[bin];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          sum += weight * penalty(job.spec.feature_loss, values.at[k], beta);
+          values.at[k] = slope * weight * penalty_slope(job.spec.feature_loss, values.at[k], beta);
+        }
+      });
+      __syncthreads();
+      if (job.want_grad)
+        scatter(job.grad.level[bins.place[0].level], image, channels, channel, bins.place[0], group, bins,
+                bins.tables[0]);
+      else if (job.grad_pooled)
+        for_pooled(region, channels, channel, job.align, group, bins,
+                   [&](int64_t at, const A& gradient) { job.grad_pooled[at] = gradient; });
+      __syncthreads();
+    });
+  });
+  return block_sum(sum, scratch.sums);
+}
+
+// Whether the feature gate is open. Its own function: what it needs of registers is not to weigh on the pooling.
+template <class A>
+__device__ __noinline__ bool decide(const RegionJob<A>& job, int64_t region, bool write, const RegionScratch<A>& scratch,
+                                    Decision& shared) {
+  const Decision decision = decide_region(job.in, job.out, job.spec, region, write, scratch);
+  if (threadIdx.x == 0) shared = decision;
+  return decision.gates.feature;
+}
+
+template <class A>
+__global__ void __launch_bounds__(kThreads, 3) region_distill_kernel(const __grid_constant__ RegionJob<A> job) {
+  SharedArena arena;
+  RegionScratch<A> scratch;
+  scratch.take(arena);
+  FeatureShared<A>& shared = *arena.rest<FeatureShared<A>>();
+
+  const int64_t region = blockIdx.x / job.groups;
+  const int32_t channel_group = int32_t(blockIdx.x % job.groups);
+  if (region < job.in.regions) {
+    A sum = A(0);
+    if (decide(job, region, channel_group == 0, scratch, shared.decision)) {
+      __syncthreads();
+      sum = feature_term(job, region, channel_group, shared, scratch);
+      sum *= region_weight<A>(job.in, region) /
+             (A(job.student.channels) * A(job.align.pooled_h * job.align.pooled_w));
+    }
+    if (threadIdx.x == 0) job.out.partial[(2 + channel_group) * job.in.regions + region] = sum;
+  }
+  if (last_block(job.out.done, int32_t(gridDim.x), scratch.flag)) finish_losses(job.in, job.out, job.spec, job.groups, scratch);
+}
+
+bool same_geometry(const PyramidView& a, const PyramidView& b) {
+  if (a.levels != b.levels) return false;
+  for (int32_t level = 0; level < a.levels; ++level) {
+    const MapView &x = a.level[level], &y = b.level[level];
+    if (x.map.height != y.map.height || x.map.width != y.map.width || x.map.scale != y.map.scale ||
+        x.planar != y.planar)
+      return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+int64_t region_partials(int64_t regions, int32_t channels) {
+  return (2 + channel_groups<double>(channels)) * regions;  // float takes fewer
+}
+
+template <class A>
+Status region_distill(const Pyramid& student, const Pyramid& teacher, const Pyramid* grad, A* grad_pooled,
+                      const RegionTables& in, const RegionResults<A>& out, const RoiAlignSpec& align,
+                      const LossSpec& spec, const Target& target) {
+  const DeviceGuard guard(target.device);
+  if (guard.error() != cudaSuccess) return Status{guard.error(), "region_distill"};
+  RegionJob<A> job{};
+  job.student = view_of(student);
+  job.teacher = view_of(teacher);
+  job.want_grad = grad != nullptr;
+  if (grad) job.grad = view_of(*grad);
+  job.grad_pooled = grad_pooled;
+  job.tables = same_geometry(job.student, job.teacher) ? 1 : 2;
+  job.in = in;
+  job.out = out;
+  job.align = align;
+  job.spec = spec;
+  job.groups = channel_groups<A>(student.channels) > 0 ? channel_groups<A>(student.channels) : 1;
+  const size_t shared = RegionScratch<A>::bytes() + feature_shared_bytes<A>(job.tables);
+  // Without regions one block still writes the losses.
+  const int64_t blocks = (in.regions > 0 ? in.regions : 1) * job.groups;
+  return Status{launch(region_distill_kernel<A>, dim3(unsigned(blocks)), kThreads, shared, target.stream, job),
+                "region_distill"};
+}
+
+template Status region_distill<float>(const Pyramid&, const Pyramid&, const Pyramid*, float*, const RegionTables&,
+                                      const RegionResults<float>&, const RoiAlignSpec&, const LossSpec&, const Target&);
+template Status region_distill<double>(const Pyramid&, const Pyramid&, const Pyramid*, double*, const RegionTables&,
+                                       const RegionResults<double>&, const RoiAlignSpec&, const LossSpec&,
+                                       const Target&);
+
+}  // namespace tardkd::cuda
