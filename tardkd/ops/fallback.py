@@ -6,7 +6,9 @@ import warnings
 
 import torch
 
-KERNEL_DEVICES = frozenset({"cpu"})
+from .registry import IMPLEMENTATIONS
+
+KERNEL_DEVICES = frozenset(key.lower() for key in IMPLEMENTATIONS)
 
 
 def has_kernels(device: torch.device) -> bool:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from . import checks, reference
 from .fallback import has_kernels
-from .gradients import once_differentiable, scale_gradients, wanted
+from .gradients import once_differentiable, scale_gradient, wanted
+from .registry import defers
 
 
 def gaussian_feature_loss(
@@ -55,11 +56,13 @@ def gaussian_feature_loss(
     scales = list(map(float, scales))
     tensors = (boxes, *student_features, *teacher_features)
     if wanted(*student_features):
-        return _GaussianLoss.apply(scales, float(sigma_squared), *tensors)
+        loss = _DeferredGaussianLoss if defers("gaussian_feature_loss", first.device) else _GaussianLoss
+        return loss.apply(scales, float(sigma_squared), *tensors)
     return _run(scales, float(sigma_squared), tensors, False)[0]
 
 
-def _run(scales: list[float], sigma_squared: float, tensors: Sequence[Tensor], want_grad: bool):
+def _run(scales: list[float], sigma_squared: float, tensors: Sequence[Tensor], want_grad: bool) -> tuple:
+    """The registered op: the loss, the sums of the masks, the gradients."""
     boxes, *features = tensors
     levels = len(scales)
     return torch.ops.tardkd.gaussian_feature_loss(
@@ -68,15 +71,38 @@ def _run(scales: list[float], sigma_squared: float, tensors: Sequence[Tensor], w
 
 
 class _GaussianLoss(torch.autograd.Function):
+    """Gradients in the forward pass."""
+
     @staticmethod
     def forward(ctx, scales, sigma_squared, *tensors):
-        loss, gradients = _run(scales, sigma_squared, tensors, True)
+        loss, _, gradients = _run(scales, sigma_squared, tensors, True)
         ctx.save_for_backward(*gradients)
-        ctx.dtypes = tuple(feature.dtype for feature in tensors[1 : len(scales) + 1])
+        ctx.dtype = tensors[1].dtype
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        gradients = scale_gradients(ctx.saved_tensors, upstream, ctx.dtypes)
+        gradients = [scale_gradient(gradient, upstream, ctx.dtype) for gradient in ctx.saved_tensors]
         return None, None, None, *gradients, *[None] * len(gradients)
+
+
+class _DeferredGaussianLoss(torch.autograd.Function):
+    """Gradients in the backward pass, from the inputs."""
+
+    @staticmethod
+    def forward(ctx, scales, sigma_squared, *tensors):
+        loss, mask_sums, _ = _run(scales, sigma_squared, tensors, False)
+        ctx.save_for_backward(mask_sums, *tensors)
+        ctx.scales, ctx.sigma_squared = scales, sigma_squared
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        mask_sums, boxes, *features = ctx.saved_tensors
+        levels = len(ctx.scales)
+        gradients = torch.ops.tardkd.gaussian_feature_loss_backward(
+            features[:levels], features[levels:], boxes, ctx.scales, ctx.sigma_squared, mask_sums, upstream
+        )
+        return None, None, None, *gradients, *[None] * levels

@@ -1,14 +1,14 @@
 """What the autograd functions of the fused losses share.
 
-A scalar loss computes its gradients in the forward pass, for an upstream gradient of one, in the accumulation dtype;
-the backward pass has only to multiply. (Half-precision gradients are rounded after that multiplication: before it, a
+A scalar loss may compute its gradients in the forward pass, for an upstream gradient of one, in the accumulation dtype;
+then the backward pass has only to multiply. (Half-precision gradients are rounded after that multiplication: before it, a
 gradient meant for a loss scaled by 65536 would underflow.)
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,19 +22,17 @@ def wanted(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def scale_gradients(
-    gradients: Sequence[Tensor], upstream: Tensor | None, inputs_dtypes: Sequence[torch.dtype]
-) -> list[Tensor | None]:
-    """Gradients for an upstream gradient of one times the actual one, in the inputs' dtypes.
+def scale_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient for an upstream gradient of one times the actual one, in the input's dtype.
 
-    In place where nothing can ask for the saved gradients again: a gradient pyramid is the largest tensor of a
+    In place where nothing can ask for the saved gradient again: a gradient pyramid is the largest tensor of a
     training step, and a scaled copy would double it.
     """
-    if upstream is None:
-        return [None] * len(inputs_dtypes)
-    in_place = not torch.compiler.is_compiling() and not _graph_is_kept()
-    scaled = [gradient.mul_(upstream) if in_place else gradient * upstream for gradient in gradients]
-    return [gradient.to(dtype) for gradient, dtype in zip(scaled, inputs_dtypes)]
+    if torch.compiler.is_compiling():
+        return (gradient * upstream).to(dtype)
+    if gradient.is_cuda and dtype != gradient.dtype:  # multiplied and rounded in one pass, which takes the CPU two
+        return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
+    return (gradient * upstream if _graph_is_kept() else gradient.mul_(upstream)).to(dtype)
 
 
 def once_differentiable(backward: Callable) -> Callable:

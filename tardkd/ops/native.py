@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .checks import accumulation_dtype
+from .maps import flat_size, is_channels_last, layout_of, maps_of
 
 try:
     from .. import _native
@@ -21,7 +22,15 @@ except ImportError as error:
         'it ("pip install ." and run from another folder, or "pip install -e .")'
     ) from error
 
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3, torch.int64: -1, torch.bool: -1}
+cuda_module = getattr(_native, "cuda", None)  # None: built without CUDA kernels
+
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+DTYPE_CODES |= {torch.int32: -1, torch.int64: -1, torch.bool: -1}  # only ever one of them in its place
+NONE = 2  # index of "none" among the reductions
+GATES, FACTORS = 3, 5  # indices among the results of the region losses
+
+# Ops that leave their gradients to the backward pass, see registry.defers().
+defers: frozenset[str] = frozenset()
 
 
 def describe(tensor: Tensor | None) -> tuple | None:
@@ -35,26 +44,26 @@ def describe_all(tensors: Sequence[Tensor]) -> list[tuple]:
     return [describe(tensor) for tensor in tensors]
 
 
-def gradient_like(feature: Tensor) -> Tensor:
-    """An uninitialised map of the accumulation dtype, dense, in the feature's memory format."""
-    last = feature.is_contiguous(memory_format=torch.channels_last) and not feature.is_contiguous()
-    memory_format = torch.channels_last if last else torch.contiguous_format
-    return torch.empty_like(feature, dtype=accumulation_dtype(feature.dtype), memory_format=memory_format)
+def gradient_like(feature: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised, dense, in the feature's memory format."""
+    memory_format = torch.channels_last if is_channels_last(feature) else torch.contiguous_format
+    return torch.empty_like(feature, dtype=dtype, memory_format=memory_format)
 
 
 def region_results(
     regions: Tensor, student_logits: Tensor, student_deltas: Tensor, dtype: torch.dtype, reduce: bool, wants: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    """Uninitialised (feature, classification, regression, gates, scores, grad_logits, grad_deltas)."""
+    """Uninitialised (feature, classification, regression, gates, scores, factors, grad_logits, grad_deltas)."""
     count = regions.shape[0]
     losses = [regions.new_empty(() if reduce else (count,), dtype=dtype) for _ in range(3)]
     gates = regions.new_empty((count, 3), dtype=torch.bool)
     scores = regions.new_empty((count, 4), dtype=dtype)
+    factors = regions.new_empty((3,), dtype=dtype)
     gradients = [
         regions.new_empty(head.shape if want else (0,), dtype=dtype)
         for head, want in zip((student_logits, student_deltas), wants[1:])
     ]
-    return *losses, gates, scores, *gradients
+    return *losses, gates, scores, factors, *gradients
 
 
 class _RegionTensors:
@@ -76,7 +85,7 @@ class _RegionTensors:
 
 
 def describe_results(results: Sequence[Tensor], wants: Sequence[bool]) -> tuple:
-    unwanted = (False,) * 5 + tuple(not want for want in wants[1:])
+    unwanted = (False,) * 6 + tuple(not want for want in wants[1:])
     return tuple(None if skip else describe(result) for result, skip in zip(results, unwanted))
 
 
@@ -104,16 +113,18 @@ def region_distill(
     beta: float,
     box_weights: list[float],
     wants: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(student_features[0].dtype)
     heads = (student_logits, teacher_logits, student_deltas, teacher_deltas)
     inputs = _RegionTensors((regions, *heads, labels, gt_boxes, region_weights), upstream, dtype)
     results = region_results(regions, student_logits, student_deltas, dtype, choices[-1] != NONE, wants)
-    gradients = [gradient_like(feature) for feature in student_features] if wants[0] else []
+    results[FACTORS].fill_(1)  # the kernels divide by the counts themselves
+    layout = layout_of(student_features if wants[0] else [])
+    gradient = regions.new_empty((flat_size(layout.sizes),), dtype=dtype)
     _native.region_distill(
         describe_all(student_features),
         describe_all(teacher_features),
-        describe_all(gradients),
+        describe_all(maps_of(gradient, *layout)),
         student_scales,
         teacher_scales,
         inputs.describe(),
@@ -122,7 +133,7 @@ def region_distill(
         (choices, temperature, beta, box_weights),
         torch.get_num_threads(),
     )
-    return *results, gradients
+    return *results, gradient
 
 
 def pooled_layout(pooled: Tensor, last: bool) -> Tensor:
@@ -147,12 +158,13 @@ def pooled_distill(
     beta: float,
     box_weights: list[float],
     wants: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(student_pooled.dtype)
     heads = (student_logits, teacher_logits, student_deltas, teacher_deltas)
     inputs = _RegionTensors((regions, *heads, labels, gt_boxes, region_weights), upstream, dtype)
     results = region_results(regions, student_logits, student_deltas, dtype, choices[-1] != NONE, wants)
-    gradient = gradient_like(student_pooled) if wants[0] else student_pooled.new_empty((0,), dtype=dtype)
+    results[FACTORS].fill_(1)  # the kernels divide by the counts themselves
+    gradient = gradient_like(student_pooled, dtype) if wants[0] else student_pooled.new_empty((0,), dtype=dtype)
     # One layout on all three sides: the kernel walks a region's elements in memory order.
     last = (gradient if wants[0] else student_pooled).stride(-1) != 1
     student_pooled, teacher_pooled = pooled_layout(student_pooled, last), pooled_layout(teacher_pooled, last)
@@ -193,30 +205,22 @@ def roi_align_backward(
     grad_pooled: Tensor,
     regions: Tensor,
     sizes: list[int],
-    channels_last: bool,
+    channels_last: list[bool],
     scales: list[float],
     sampling_ratio: int,
     aligned: bool,
     canonical_scale: float,
     canonical_level: int,
-) -> list[Tensor]:
+) -> Tensor:
     dtype = accumulation_dtype(grad_pooled.dtype)
-    gradients = empty_pyramid(grad_pooled, sizes, channels_last, dtype)
+    gradient = grad_pooled.new_empty((flat_size(sizes),), dtype=dtype)
+    maps = maps_of(gradient, sizes, channels_last)
     boxes, upstream = regions.double().contiguous(), grad_pooled.to(dtype).contiguous()
     align = (*grad_pooled.shape[2:], sampling_ratio, aligned, canonical_scale, canonical_level)
     _native.roi_align(
-        describe_all(gradients), scales, describe(boxes), describe(upstream), align, True, torch.get_num_threads()
+        describe_all(maps), scales, describe(boxes), describe(upstream), align, True, torch.get_num_threads()
     )
-    return [gradient.to(grad_pooled.dtype) for gradient in gradients]
-
-
-def empty_pyramid(like: Tensor, sizes: Sequence[int], channels_last: bool, dtype: torch.dtype) -> list[Tensor]:
-    """``sizes`` lists N, C, H, W of every level, one after the other."""
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return [
-        torch.empty(tuple(sizes[i : i + 4]), dtype=dtype, device=like.device, memory_format=memory_format)
-        for i in range(0, len(sizes), 4)
-    ]
+    return gradient.to(grad_pooled.dtype)
 
 
 def gaussian_feature_loss(
@@ -226,9 +230,11 @@ def gaussian_feature_loss(
     scales: list[float],
     sigma_squared: float,
     want_grad: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    loss = boxes.new_empty((), dtype=accumulation_dtype(student_features[0].dtype))
-    gradients = [gradient_like(feature) for feature in student_features] if want_grad else []
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    dtype = accumulation_dtype(student_features[0].dtype)
+    loss = boxes.new_empty((), dtype=dtype)
+    mask_sums = boxes.new_empty((len(scales),), dtype=torch.float64)
+    gradients = [gradient_like(feature, dtype) for feature in student_features] if want_grad else []
     boxes = boxes.double().contiguous()
     _native.gaussian_feature_loss(
         describe_all(student_features),
@@ -238,9 +244,7 @@ def gaussian_feature_loss(
         describe(boxes),
         sigma_squared,
         describe(loss),
+        describe(mask_sums),
         torch.get_num_threads(),
     )
-    return loss, gradients
-
-
-NONE = 2  # index of "none" among the reductions
+    return loss, mask_sums, gradients

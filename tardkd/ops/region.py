@@ -10,7 +10,9 @@ from torch import Tensor
 
 from . import checks, reference
 from .fallback import has_kernels
-from .gradients import once_differentiable, scale_gradients, wanted
+from .gradients import once_differentiable, scale_gradient, wanted
+from .maps import Layout, layout_of, maps_of
+from .registry import defers
 from .types import RegionLosses
 
 
@@ -142,7 +144,7 @@ def region_distill_loss(
         *align.values(),
         *_loss_settings(options, numbers),
     )
-    return _call(torch.ops.tardkd.region_distill, student_features, teacher_features, regions, per_region, settings)
+    return _call("region_distill", student_features, teacher_features, regions, per_region, settings)
 
 
 def pooled_distill_loss(
@@ -203,7 +205,7 @@ def pooled_distill_loss(
     regions = checks.check_region_loss(student_pooled, None, proposals, per_region, options, numbers)
     checks.check_rows("student_pooled", student_pooled, regions)
     settings = _loss_settings(options, numbers)
-    return _call(torch.ops.tardkd.pooled_distill, [student_pooled], [teacher_pooled], regions, per_region, settings)
+    return _call("pooled_distill", [student_pooled], [teacher_pooled], regions, per_region, settings)
 
 
 def _loss_settings(options: dict[str, str], numbers: dict[str, Any]) -> tuple:
@@ -217,7 +219,7 @@ _NONE = checks.CHOICES["reduction"].index("none")
 
 
 def _call(
-    op: Any,
+    op: str,
     student_features: Sequence[Tensor],
     teacher_features: Sequence[Tensor],
     regions: Tensor,
@@ -227,70 +229,108 @@ def _call(
     student_logits, _, student_deltas, *_ = per_region
     wants = (wanted(*student_features), wanted(student_logits), wanted(student_deltas))
     tensors = (*student_features, *teacher_features, regions, *per_region)
-    if any(wants):
-        return RegionLosses(*_RegionLoss.apply(op, settings, wants, len(student_features), *tensors))
-    return RegionLosses(*_run(op, settings, wants, len(student_features), tensors, None)[:5])
+    levels = len(student_features)
+    if not any(wants):
+        return RegionLosses(*_run(op, settings, wants, levels, tensors, None)[:5])
+    unreduced = settings[-4][-1] == _NONE
+    loss = _DeferredRegionLoss if unreduced or defers(op, regions.device) else _RegionLoss
+    return RegionLosses(*loss.apply(op, settings, wants, levels, *tensors))
 
 
 def _run(
-    op: Any, settings: tuple, wants: Sequence[bool], levels: int, tensors: Sequence[Tensor | None], upstream: Tensor | None
-) -> tuple:
-    """The registered op: five results, then the gradients of logits, deltas and features."""
+    op: str, settings: tuple, wants: Sequence[bool], levels: int, tensors: Sequence[Tensor | None], upstream: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The registered op: five results, the factors, then the gradients of logits, deltas and features."""
     features, others, region_tensors = tensors[:levels], tensors[levels:-8], tensors[-8:]
-    pooled = op is torch.ops.tardkd.pooled_distill
-    sides = (features[0], others[0]) if pooled else (list(features), list(others))
-    *results, gradients = op(*sides, *region_tensors, upstream, *settings, list(wants))
-    return *results, [gradients] if pooled else gradients
+    sides = (features[0], others[0]) if op == "pooled_distill" else (list(features), list(others))
+    return getattr(torch.ops.tardkd, op)(*sides, *region_tensors, upstream, *settings, list(wants))
+
+
+def _layout(op: str, features: Sequence[Tensor]) -> Layout | None:
+    """Of the features' gradient; None: it is a tensor like the feature."""
+    return None if op == "pooled_distill" else layout_of(features)
+
+
+def _dtypes(tensors: Sequence[Tensor]) -> tuple[torch.dtype, ...]:
+    """Of the student's features, logits and deltas."""
+    return tensors[0].dtype, tensors[-7].dtype, tensors[-5].dtype
+
+
+def _input_gradients(
+    levels: int,
+    tensors: int,
+    layout: Layout | None,
+    features: Tensor | None,
+    logits: Tensor | None,
+    deltas: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """What a backward pass returns: in the order of the arguments of ``apply``, of which ``tensors`` are tensors."""
+    if features is None or layout is None:
+        maps = [features] * levels
+    else:
+        maps = maps_of(features, *layout)
+    teacher = [None] * (tensors - levels - 8)
+    return None, None, None, None, *maps, *teacher, None, logits, None, deltas, None, None, None, None
 
 
 class _RegionLoss(torch.autograd.Function):
-    """Gradients in the forward pass for the scalar reductions.
+    """Gradients in the forward pass, for the scalar reductions."""
 
-    With "none" the gradient of a pyramid sums over regions with weights only known in the backward pass: the op runs
-    again there, with them as its upstream gradient.
+    @staticmethod
+    def forward(ctx, op, settings, wants, levels, *tensors):
+        ctx.wants, ctx.levels, ctx.tensors = wants, levels, len(tensors)
+        ctx.layout, ctx.dtypes = _layout(op, tensors[:levels]), _dtypes(tensors)
+        *results, factors, grad_logits, grad_deltas, grad_features = _run(op, settings, wants, levels, tensors, None)
+        ctx.save_for_backward(factors, grad_features, grad_logits, grad_deltas)
+        ctx.mark_non_differentiable(results[3], results[4])
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *upstream):
+        factors, *gradients = ctx.saved_tensors
+        scaled = [
+            scale_gradient(gradient, upstream[term] * factors[term], dtype)
+            if ctx.wants[term] and upstream[term] is not None
+            else None
+            for term, (gradient, dtype) in enumerate(zip(gradients, ctx.dtypes))
+        ]
+        return _input_gradients(ctx.levels, ctx.tensors, ctx.layout, *scaled)
+
+
+class _DeferredRegionLoss(torch.autograd.Function):
+    """Gradients in the backward pass: the op runs again, with the upstream gradient of every region's terms.
+
+    With "none" they are not known earlier, and the gradient of a pyramid sums over regions.
     """
 
     @staticmethod
     def forward(ctx, op, settings, wants, levels, *tensors):
         ctx.op, ctx.settings, ctx.wants, ctx.levels = op, settings, wants, levels
-        unreduced = settings[-4][-1] == _NONE
-        ctx.unreduced = unreduced
-        student = (*tensors[:levels], tensors[-7], tensors[-5])  # features, logits, deltas
-        ctx.dtypes = tuple(tensor.dtype for tensor in student)
-        *results, grad_logits, grad_deltas, grad_features = _run(
-            op, settings, (False,) * 3 if unreduced else wants, levels, tensors, None
-        )
-        if unreduced:
-            ctx.save_for_backward(*tensors)
-        else:
-            ctx.save_for_backward(*grad_features, grad_logits, grad_deltas)
+        *results, factors, _, _, _ = _run(op, settings, (False,) * 3, levels, tensors, None)
+        ctx.save_for_backward(factors, *tensors)
         ctx.mark_non_differentiable(results[3], results[4])
-        ctx.set_materialize_grads(unreduced)
+        ctx.set_materialize_grads(False)
         return tuple(results)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, feature, classification, regression, _gates, _scores):
-        saved, wants, levels = ctx.saved_tensors, ctx.wants, ctx.levels
-        if ctx.unreduced:
-            upstream = torch.stack((feature, classification, regression))
-            *_, grad_logits, grad_deltas, grad_features = _run(ctx.op, ctx.settings, wants, levels, saved, upstream)
-            gradients = (*grad_features, grad_logits, grad_deltas)
-            factors = (None,) * 3
-        else:
-            gradients = saved
-            factors = (feature, classification, regression)
-        *grad_features, grad_logits, grad_deltas = gradients
-
-        def finish(of, want, factor, dtypes):
-            if not want:
-                return [None] * len(dtypes)
-            if ctx.unreduced:
-                return [gradient.to(dtype) for gradient, dtype in zip(of, dtypes)]
-            return scale_gradients(of, factor, dtypes)
-
-        features = finish(grad_features, wants[0], factors[0], ctx.dtypes[:levels])
-        (logits,) = finish([grad_logits], wants[1], factors[1], ctx.dtypes[-2:-1])
-        (deltas,) = finish([grad_deltas], wants[2], factors[2], ctx.dtypes[-1:])
-        teacher = [None] * (len(ctx.needs_input_grad) - 4 - levels - 8)
-        return None, None, None, None, *features, *teacher, None, logits, None, deltas, None, None, None, None
+    def backward(ctx, *upstream):
+        factors, *tensors = ctx.saved_tensors
+        op, levels, terms = ctx.op, ctx.levels, upstream[:3]
+        wants = [want and gradient is not None for want, gradient in zip(ctx.wants, terms)]
+        gradients = [None, None, None]
+        if any(wants):
+            given = next(gradient for gradient in terms if gradient is not None)
+            per_region = torch.stack([given if gradient is None else gradient for gradient in terms])
+            *options, choices, temperature, beta, box_weights = ctx.settings
+            if choices[-1] != _NONE:
+                per_region = (per_region * factors)[:, None].expand(-1, tensors[-8].shape[0])
+            settings = (*options, [*choices[:-1], _NONE], temperature, beta, box_weights)
+            *_, logits, deltas, features = _run(op, settings, wants, levels, tensors, per_region)
+            gradients = [
+                gradient.to(dtype) if want else None
+                for want, gradient, dtype in zip(wants, (features, logits, deltas), _dtypes(tensors))
+            ]
+        return _input_gradients(levels, len(tensors), _layout(op, tensors[:levels]), *gradients)

@@ -1,4 +1,4 @@
-"""The ops as torch sees them: schemas, CPU kernels, shapes for tracing. The only file that talks to the dispatcher.
+"""The ops as torch sees them: schemas, implementations, shapes for tracing. The only file that talks to the dispatcher.
 
 They take and return plain tensors and numbers and know nothing of autograd; ``region.py``, ``roi_align.py`` and
 ``gaussian.py`` wrap them. Options travel as integers, the index of their name in :data:`checks.CHOICES`.
@@ -6,10 +6,27 @@ They take and return plain tensors and numbers and know nothing of autograd; ``r
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from . import native
 from .checks import accumulation_dtype
+from .cuda import CudaKernels
+from .maps import flat_size, layout_of
+
+# What runs the ops, by dispatch key. Looked up at every call: tests put other kernels in the place of these.
+IMPLEMENTATIONS: dict[str, Any] = {"CPU": native}
+if native.cuda_module is not None:
+    IMPLEMENTATIONS["CUDA"] = CudaKernels(
+        native.cuda_module, lambda device: torch.cuda.current_stream(device).cuda_stream
+    )
+
+
+def defers(op: str, device: torch.device) -> bool:
+    """Whether that device's implementation leaves the gradients of this op to the backward pass."""
+    return op in IMPLEMENTATIONS[device.type.upper()].defers
+
 
 _library = torch.library.Library("tardkd", "DEF")
 
@@ -20,23 +37,34 @@ _REGIONS = (
 )
 _ALIGN = "int sampling_ratio, bool aligned, float canonical_scale, int canonical_level"
 _LOSS = "int[] choices, float temperature, float beta, float[] box_weights, bool[] wants"
-# losses (feature, classification, regression), gates, scores, gradients of logits and deltas
-_RESULTS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
+# losses (feature, classification, regression), gates, scores, factors, gradients of logits, deltas and features; those of
+# a pyramid as maps.py lays them out. Gradients are to be multiplied by their term's factor.
+_RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 SCHEMAS = {
     "region_distill": f"(Tensor[] student_features, Tensor[] teacher_features, {_REGIONS}, float[] student_scales, "
-    f"float[] teacher_scales, int[] output_size, {_ALIGN}, {_LOSS}) -> ({_RESULTS}, Tensor[])",
-    "pooled_distill": f"(Tensor student_pooled, Tensor teacher_pooled, {_REGIONS}, {_LOSS}) -> ({_RESULTS}, Tensor)",
+    f"float[] teacher_scales, int[] output_size, {_ALIGN}, {_LOSS}) -> {_RESULTS}",
+    "pooled_distill": f"(Tensor student_pooled, Tensor teacher_pooled, {_REGIONS}, {_LOSS}) -> {_RESULTS}",
     "roi_align": f"(Tensor[] features, Tensor regions, float[] scales, int[] output_size, {_ALIGN}) -> Tensor",
-    "roi_align_backward": "(Tensor grad_pooled, Tensor regions, SymInt[] sizes, bool channels_last, float[] scales, "
-    f"{_ALIGN}) -> Tensor[]",
+    "roi_align_backward": "(Tensor grad_pooled, Tensor regions, SymInt[] sizes, bool[] channels_last, float[] scales, "
+    f"{_ALIGN}) -> Tensor",
+    # loss, sums of the masks, gradients
     "gaussian_feature_loss": "(Tensor[] student_features, Tensor[] teacher_features, Tensor boxes, float[] scales, "
-    "float sigma_squared, bool want_grad) -> (Tensor, Tensor[])",
+    "float sigma_squared, bool want_grad) -> (Tensor, Tensor, Tensor[])",
+    # for devices that defer the gradients of the op above
+    "gaussian_feature_loss_backward": "(Tensor[] student_features, Tensor[] teacher_features, Tensor boxes, "
+    "float[] scales, float sigma_squared, Tensor mask_sums, Tensor upstream) -> Tensor[]",
 }
+
+
+def _implement(name: str, key: str) -> None:
+    _library.impl(name, lambda *arguments: getattr(IMPLEMENTATIONS[key], name)(*arguments), key)
+
 
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
-    _library.impl(_name, getattr(native, _name), "CPU")
+    for _key in IMPLEMENTATIONS:
+        _implement(_name, _key)
 
 
 @torch.library.register_fake("tardkd::region_distill", lib=_library)
@@ -45,7 +73,8 @@ def _(student_features, teacher_features, regions, student_logits, teacher_logit
     dtype = accumulation_dtype(student_features[0].dtype)
     reduce = choices[-1] != native.NONE
     results = native.region_results(regions, student_logits, student_deltas, dtype, reduce, wants)
-    return *results, [native.gradient_like(feature) for feature in student_features] if wants[0] else []
+    layout = layout_of(student_features if wants[0] else [])
+    return *results, regions.new_empty((flat_size(layout.sizes),), dtype=dtype)
 
 
 @torch.library.register_fake("tardkd::pooled_distill", lib=_library)
@@ -54,7 +83,8 @@ def _(student_pooled, teacher_pooled, regions, student_logits, teacher_logits, s
     dtype = accumulation_dtype(student_pooled.dtype)
     reduce = choices[-1] != native.NONE
     results = native.region_results(regions, student_logits, student_deltas, dtype, reduce, wants)
-    return *results, native.gradient_like(student_pooled) if wants[0] else student_pooled.new_empty((0,), dtype=dtype)
+    gradient = native.gradient_like(student_pooled, dtype) if wants[0] else student_pooled.new_empty((0,), dtype=dtype)
+    return *results, gradient
 
 
 @torch.library.register_fake("tardkd::roi_align", lib=_library)
@@ -64,10 +94,17 @@ def _(features, regions, scales, output_size, *align):
 
 @torch.library.register_fake("tardkd::roi_align_backward", lib=_library)
 def _(grad_pooled, regions, sizes, channels_last, *rest):
-    return native.empty_pyramid(grad_pooled, sizes, channels_last, grad_pooled.dtype)
+    return grad_pooled.new_empty((flat_size(sizes),))
 
 
 @torch.library.register_fake("tardkd::gaussian_feature_loss", lib=_library)
 def _(student_features, teacher_features, boxes, scales, sigma_squared, want_grad):
-    loss = boxes.new_empty((), dtype=accumulation_dtype(student_features[0].dtype))
-    return loss, [native.gradient_like(feature) for feature in student_features] if want_grad else []
+    dtype = accumulation_dtype(student_features[0].dtype)
+    mask_sums = boxes.new_empty((len(scales),), dtype=torch.float64)
+    gradients = [native.gradient_like(feature, dtype) for feature in student_features] if want_grad else []
+    return boxes.new_empty((), dtype=dtype), mask_sums, gradients
+
+
+@torch.library.register_fake("tardkd::gaussian_feature_loss_backward", lib=_library)
+def _(student_features, *rest):
+    return [native.gradient_like(feature, feature.dtype) for feature in student_features]

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import checks, reference
 from .fallback import has_kernels
 from .gradients import once_differentiable, wanted
+from .maps import layout_of, maps_of
 
 
 def multiscale_roi_align(
@@ -116,17 +117,12 @@ class _RoIAlign(torch.autograd.Function):
     @staticmethod
     def forward(ctx, regions, scales, output_size, align, *features):
         ctx.save_for_backward(regions)
-        ctx.scales, ctx.align = scales, align
-        ctx.sizes = [size for feature in features for size in feature.shape]
-        first = features[0]
-        ctx.channels_last = first.is_contiguous(memory_format=torch.channels_last) and not first.is_contiguous()
+        ctx.scales, ctx.align, ctx.layout = scales, align, layout_of(features)
         return torch.ops.tardkd.roi_align(list(features), regions, scales, output_size, *align)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_pooled):
         (regions,) = ctx.saved_tensors
-        gradients = torch.ops.tardkd.roi_align_backward(
-            grad_pooled, regions, ctx.sizes, ctx.channels_last, ctx.scales, *ctx.align
-        )
-        return None, None, None, None, *gradients
+        gradient = torch.ops.tardkd.roi_align_backward(grad_pooled, regions, *ctx.layout, ctx.scales, *ctx.align)
+        return None, None, None, None, *maps_of(gradient, *ctx.layout)

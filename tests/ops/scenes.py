@@ -117,8 +117,8 @@ class Scene:
         return scene
 
     def doubled(self) -> Scene:
-        """The same numbers in float64: what the expected values are computed from."""
-        return self.to(torch.float64)
+        """The same numbers in float64, on the same device: what the expected values are computed from."""
+        return self.to(torch.float64, device=self.labels.device)
 
     def rows(self, index: Tensor) -> Scene:
         """Only these regions."""

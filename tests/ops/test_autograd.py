@@ -12,7 +12,7 @@ from .test_pooled_loss import make_pooled
 OPEN = dict(feature_gate="all", classification_gate="all", regression_gate="foreground")
 
 
-def small_scene(seed, geometry="strides", **options):
+def small_scene(seed, backend, geometry="strides", **options):
     """Few numbers, so that every derivative can be taken numerically."""
     scene = make_scene(seed, regions=8, images=1, channels=2, geometry=geometry, **options)
     crop = dict(
@@ -21,7 +21,7 @@ def small_scene(seed, geometry="strides", **options):
         student_scales=scene.student_scales[-2:],
         teacher_scales=scene.teacher_scales[-2:],
     )
-    return scene.replace(**crop).to(torch.float64)
+    return scene.replace(**crop).to(torch.float64, device=backend.device)
 
 
 def losses_of(backend, scene, **options):
@@ -45,15 +45,15 @@ def losses_of(backend, scene, **options):
     ],
     ids=["defaults", "smooth", "open"],
 )
-def test_region_loss(backend, geometry, reduction, options):
-    scene = small_scene(101, geometry)
+def test_region_loss(backend, deterministic, geometry, reduction, options):
+    scene = small_scene(101, backend, geometry)
     function = losses_of(backend, scene, reduction=reduction, **options)
     assert all(loss.any() for loss in function(*scene.leaves))
     assert gradcheck(function, scene.leaves, fast_mode=True)
 
 
 def test_region_loss_derivative_by_derivative(cpu):
-    scene = small_scene(102)
+    scene = small_scene(102, cpu)
     scene.student_features = [f.detach()[..., :3, :4].requires_grad_() for f in scene.student_features]
     assert gradcheck(losses_of(cpu, scene, region_weights=scene.region_weights), scene.leaves)
 
@@ -61,7 +61,7 @@ def test_region_loss_derivative_by_derivative(cpu):
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_pooled_loss(backend, activation, reduction):
-    scene = small_scene(103, activation=activation)
+    scene = small_scene(103, backend, activation=activation)
     student, teacher = make_pooled(scene, torch.float64, torch.float64, size=(2, 3), channels=2)
 
     def function(pooled, logits, deltas):
@@ -74,8 +74,8 @@ def test_pooled_loss(backend, activation, reduction):
 
 @pytest.mark.parametrize("aligned", [False, True], ids=["legacy", "aligned"])
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
-def test_roi_align(backend, sampling_ratio, aligned):
-    scene = small_scene(104)
+def test_roi_align(backend, deterministic, sampling_ratio, aligned):
+    scene = small_scene(104, backend)
 
     def function(*features):
         options = dict(scales=scene.student_scales, output_size=(2, 3), **LEVEL_RULE)
@@ -87,8 +87,8 @@ def test_roi_align(backend, sampling_ratio, aligned):
 
 
 def test_gaussian(backend):
-    scene = small_scene(105, "equal")
-    gt_boxes = [make_boxes(torch.Generator().manual_seed(0), 6)]
+    scene = small_scene(105, backend, "equal")
+    gt_boxes = [make_boxes(torch.Generator().manual_seed(0), 6).to(backend.device)]
 
     def function(*features):
         return backend.ops.gaussian_feature_loss(
@@ -103,7 +103,7 @@ def test_gaussian(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_two_upstream_gradients_through_one_graph(backend, reduction, dtype):
+def test_two_upstream_gradients_through_one_graph(backend, deterministic, reduction, dtype):
     """The second must not see what the first did to anything that was saved."""
     scene = make_scene(106).to(dtype, device=backend.device)
     losses = backend.ops.region_distill_loss(*scene.inputs, **scene.scales, **LEVEL_RULE, **OPEN, reduction=reduction)
@@ -168,7 +168,7 @@ def test_no_graph_without_need(backend):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("wanted", range(6))
-def test_one_input_alone_may_want_a_gradient(backend, wanted, reduction):
+def test_one_input_alone_may_want_a_gradient(backend, deterministic, wanted, reduction):
     scene = make_scene(110).to(torch.float64, device=backend.device)
     options = dict(**scene.scales, **LEVEL_RULE, **OPEN, reduction=reduction)
     expected = torch.autograd.grad(
@@ -180,6 +180,22 @@ def test_one_input_alone_may_want_a_gradient(backend, wanted, reduction):
     losses = backend.ops.region_distill_loss(*scene.inputs, **options)
     actual = torch.autograd.grad(sum(loss.sum() for loss in losses[:3]), scene.leaves[wanted])
     assert torch.equal(actual[0], expected[0]) and actual[0].any()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("term", range(3))
+def test_a_term_alone_reaches_its_own_inputs_alone(backend, term, reduction):
+    scene = make_scene(118).to(torch.float32, device=backend.device)
+    losses = backend.ops.region_distill_loss(*scene.inputs, **scene.scales, **LEVEL_RULE, **OPEN, reduction=reduction)
+    pooled = make_pooled(scene)
+    pooled_losses = backend.ops.pooled_distill_loss(*pooled, *scene.per_region, **OPEN, reduction=reduction)
+    heads = [scene.student_logits, scene.student_deltas]
+    for loss, leaves in ((losses[term], scene.leaves), (pooled_losses[term], [pooled[0], *heads])):
+        gradients = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+        features = len(leaves) - 2
+        for index, gradient in enumerate(gradients):
+            assert (gradient is not None) == (max(index - features + 1, 0) == term)
+            assert gradient is None or gradient.any()
 
 
 def test_gates_and_scores_carry_no_gradient(backend):
@@ -202,7 +218,7 @@ def test_boxes_get_no_gradient(backend):
     assert scene.proposals.grad is None
 
 
-def test_gradients_accumulate(backend):
+def test_gradients_accumulate(backend, deterministic):
     """backward() adds to .grad, as of any op."""
     scene = make_scene(113).to(torch.float64, device=backend.device)
     for _ in range(2):
@@ -233,35 +249,35 @@ def twice(loss, leaf):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_double_backward_is_refused(cpu, reduction):
+def test_double_backward_is_refused(kernel, reduction):
     """Also where the upstream gradient is a constant, which would let a gradient penalty vanish silently."""
-    scene = make_scene(115).to(torch.float32)
+    scene = make_scene(115).to(torch.float32, device=kernel.device)
     for leaf, term in zip((scene.student_features[0], *scene.leaves[-2:]), range(3)):
-        losses = cpu.ops.region_distill_loss(*scene.inputs, **scene.scales, **LEVEL_RULE, reduction=reduction)
+        losses = kernel.ops.region_distill_loss(*scene.inputs, **scene.scales, **LEVEL_RULE, reduction=reduction)
         for loss in (losses[term].sum(), losses[term].pow(2).sum()):
             with pytest.raises(RuntimeError, match="differentiate twice"):
                 twice(loss, leaf)
 
 
 @pytest.mark.parametrize("op", ["pooled", "gaussian", "align"])
-def test_double_backward_is_refused_by_the_other_ops(cpu, op):
-    scene = make_scene(116).to(torch.float32)
+def test_double_backward_is_refused_by_the_other_ops(kernel, op):
+    scene = make_scene(116).to(torch.float32, device=kernel.device)
     leaf, scales = scene.student_features[0], dict(scales=scene.student_scales)
     if op == "pooled":
         leaf, teacher = make_pooled(scene)
-        loss = cpu.ops.pooled_distill_loss(leaf, teacher, *scene.per_region).feature
+        loss = kernel.ops.pooled_distill_loss(leaf, teacher, *scene.per_region).feature
     elif op == "gaussian":
-        gt_boxes = [make_boxes(torch.Generator().manual_seed(1), 4)] * 2
-        loss = cpu.ops.gaussian_feature_loss(scene.student_features, scene.teacher_features, gt_boxes, **scales)
+        gt_boxes = [make_boxes(torch.Generator().manual_seed(1), 4).to(kernel.device)] * 2
+        loss = kernel.ops.gaussian_feature_loss(scene.student_features, scene.teacher_features, gt_boxes, **scales)
     else:
-        loss = cpu.ops.multiscale_roi_align(scene.student_features, scene.proposals, **scales, **LEVEL_RULE).sum()
+        loss = kernel.ops.multiscale_roi_align(scene.student_features, scene.proposals, **scales, **LEVEL_RULE).sum()
     with pytest.raises(RuntimeError, match="differentiate twice"):
         twice(loss, leaf)
 
 
-def test_a_graph_over_the_gradients_is_allowed_while_nobody_differentiates_them(cpu):
-    scene = make_scene(117).to(torch.float32)
-    losses = cpu.ops.region_distill_loss(*scene.inputs, **scene.scales, **LEVEL_RULE, **OPEN)
+def test_a_graph_over_the_gradients_is_allowed_while_nobody_differentiates_them(kernel, deterministic):
+    scene = make_scene(117).to(torch.float32, device=kernel.device)
+    losses = kernel.ops.region_distill_loss(*scene.inputs, **scene.scales, **LEVEL_RULE, **OPEN)
     expected = torch.autograd.grad(sum(losses[:3]), scene.leaves, retain_graph=True)
     actual = torch.autograd.grad(sum(losses[:3]), scene.leaves, create_graph=True)
     for got, want in zip(actual, expected):

@@ -43,6 +43,15 @@ def test_shapes(kernel, channels, size):
     assert_losses_match(kernel.ops, scene, pooled=pooled, bin_weight="gaussian")
 
 
+@pytest.mark.parametrize("size", [(1, 5), (5, 1)], ids=str)
+def test_the_stride_of_an_axis_of_one_bin_means_nothing(kernel, size):
+    scene = make_scene(28).to(torch.float32, device=kernel.device)
+    student, teacher = (
+        side.detach().transpose(2, 3).contiguous().transpose(2, 3) for side in make_pooled(scene, size=size)
+    )
+    assert_losses_match(kernel.ops, scene, pooled=(student.requires_grad_(), teacher))
+
+
 @pytest.mark.parametrize("regression_gate", REGRESSION_GATES)
 @pytest.mark.parametrize("classification_gate", CLASSIFICATION_GATES)
 @pytest.mark.parametrize("feature_gate", FEATURE_GATES)

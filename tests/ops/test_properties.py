@@ -62,50 +62,50 @@ def decided(scene, **options) -> bool:
 
 
 @given(recipes(), st.sampled_from(["squared", "absolute", "smooth_l1"]), st.sampled_from(["uniform", "gaussian"]))
-def test_region_loss_agrees_with_the_reference(cpu, recipe, feature_loss, bin_weight):
+def test_region_loss_agrees_with_the_reference(host, recipe, feature_loss, bin_weight):
     scene, options = cook(recipe)
     assume(decided(scene, **options))
     options |= dict(feature_loss=feature_loss, bin_weight=bin_weight, region_weights=scene.region_weights)
-    assert_losses_match(cpu.ops, scene, **options)
-    assert_losses_match(cpu.ops, scene, feature_gate="all", reduction="none", **options)
+    assert_losses_match(host.ops, scene, **options)
+    assert_losses_match(host.ops, scene, feature_gate="all", reduction="none", **options)
 
 
 @given(recipes(), st.tuples(st.integers(1, 9), st.integers(1, 9)))
-def test_pooled_loss_agrees_with_the_reference(cpu, recipe, size):
+def test_pooled_loss_agrees_with_the_reference(host, recipe, size):
     scene, options = cook(recipe)
     assume(decided(scene, **options))
     dtypes = scene.student_logits.dtype, scene.teacher_logits.dtype
     pooled = make_pooled(scene, *dtypes, size=size, channels=scene.student_features[0].shape[1])
-    assert_losses_match(cpu.ops, scene, pooled=pooled, feature_gate="all", bin_weight="gaussian", **options)
+    assert_losses_match(host.ops, scene, pooled=pooled, feature_gate="all", bin_weight="gaussian", **options)
 
 
 @given(recipes(), st.tuples(st.integers(1, 9), st.integers(1, 9)), st.integers(1, 4), st.booleans())
-def test_roi_align_agrees_with_the_reference(cpu, recipe, output_size, sampling_ratio, aligned):
+def test_roi_align_agrees_with_the_reference(host, recipe, output_size, sampling_ratio, aligned):
     scene, _ = cook(recipe)
     options = dict(output_size=output_size, sampling_ratio=sampling_ratio, aligned=aligned, **LEVEL_RULE)
-    assert_roi_align_matches(cpu.ops, scene.student_features, scene.proposals, scales=scene.student_scales, **options)
+    assert_roi_align_matches(host.ops, scene.student_features, scene.proposals, scales=scene.student_scales, **options)
 
 
 @given(recipes(), st.floats(0.05, 20.0), st.data())
-def test_gaussian_agrees_with_the_reference(cpu, recipe, sigma_squared, data):
+def test_gaussian_agrees_with_the_reference(host, recipe, sigma_squared, data):
     scene, _ = cook(recipe)
     images = scene.student_features[0].shape[0]
     scene.teacher_features = [torch.randn(f.shape).to(f.dtype) for f in scene.student_features]
     gt_boxes = [torch.tensor(data.draw(boxes)) for _ in range(images)]
-    assert_gaussian_matches(cpu.ops, scene, gt_boxes, sigma_squared=sigma_squared)
+    assert_gaussian_matches(host.ops, scene, gt_boxes, sigma_squared=sigma_squared)
 
 
 @given(recipes())
-def test_the_order_of_the_regions_does_not_matter(cpu, recipe):
+def test_the_order_of_the_regions_does_not_matter(host, recipe):
     scene, options = cook(recipe)
     scene = scene.doubled()
     order = torch.randperm(len(scene.labels), generator=torch.Generator().manual_seed(0))
-    losses, gradients = losses_and_gradients(cpu.ops, scene, **options)
+    losses, gradients = losses_and_gradients(host.ops, scene, **options)
     shuffled = scene.rows(order)
     shuffled.student_logits, shuffled.student_deltas = (
         x.detach().requires_grad_() for x in (shuffled.student_logits, shuffled.student_deltas)
     )
-    other, other_gradients = losses_and_gradients(cpu.ops, shuffled, **options)
+    other, other_gradients = losses_and_gradients(host.ops, shuffled, **options)
     assert torch.equal(other.gates, losses.gates[order]) and torch.equal(other.scores, losses.scores[order])
     for term in TERMS:
         torch.testing.assert_close(getattr(other, term), getattr(losses, term), rtol=1e-12, atol=1e-14)

@@ -58,9 +58,10 @@ def calls_of_everything(dtype: torch.dtype, layout: str) -> list[tuple]:
     return calls.seen
 
 
-def test_opcheck():
+def test_opcheck(host):
     calls = calls_of_everything(torch.float32, "nchw")
-    assert {str(func.name()) for func, _, _ in calls} == registered()
+    deferred_only = {"tardkd::gaussian_feature_loss_backward"} if host.name == "cpu" else set()
+    assert {str(func.name()) for func, _, _ in calls} == registered() - deferred_only
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     for func, args, kwargs in calls:
         torch.library.opcheck(func, args, kwargs, test_utils=tests)
@@ -68,7 +69,7 @@ def test_opcheck():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_fake_results_have_the_strides_of_real_ones(dtype, layout):
+def test_fake_results_have_the_strides_of_real_ones(host, dtype, layout):
     """They are what a compiler plans with."""
     for func, args, kwargs in calls_of_everything(dtype, layout):
         real = tree_leaves(func(*args, **kwargs))
@@ -149,7 +150,7 @@ def leaves_of(arguments):
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_compiles_whole_and_once_for_all_numbers_of_regions(name):
+def test_compiles_whole_and_once_for_all_numbers_of_regions(host, deterministic, name):
     torch._dynamo.reset()
     options = dict(geometry="single", images=3)
     step, arguments_of = STEPS[name](make_scene(122, **options))
@@ -167,15 +168,16 @@ def test_compiles_whole_and_once_for_all_numbers_of_regions(name):
         assert torch.equal(gates, compiled_gates)
         targets = torch.autograd.grad(expected, leaves, allow_unused=True)
         for gradient, target in zip(torch.autograd.grad(actual, leaves, allow_unused=True), targets):
-            assert (gradient is None) == (target is None)
-            if target is not None:
+            if target is None:  # of a loss that was not used; compiled, it counts as one with an upstream gradient of zero
+                assert gradient is None or not gradient.any()
+            else:
                 torch.testing.assert_close(gradient, target)
         first = first or counter.frame_count
         assert counter.frame_count == first, f"compiled again for {regions} regions"
 
 
 @pytest.mark.slow
-def test_compiles_with_inductor():
+def test_compiles_with_inductor(host):
     torch._dynamo.reset()
     step, arguments_of = region_step(make_scene(123))
     arguments = arguments_of(make_scene(123).to(torch.float32, None, "channels_last", "nchw"))

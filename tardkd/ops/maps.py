@@ -1,0 +1,42 @@
+"""A pyramid of gradient maps in one flat tensor: one launch fills, scales or casts all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    sizes: list[int]  # N, C, H, W of every level, one after the other
+    channels_last: list[bool]  # of every level; else NCHW
+
+
+def is_channels_last(feature: Tensor) -> bool:
+    return feature.is_contiguous(memory_format=torch.channels_last) and not feature.is_contiguous()
+
+
+def layout_of(features: Sequence[Tensor]) -> Layout:
+    """Maps of the features' shapes and, as far as they are dense, memory formats."""
+    return Layout([size for f in features for size in f.shape], [is_channels_last(f) for f in features])
+
+
+def _levels(sizes: Sequence[int]) -> list[Sequence[int]]:
+    return [sizes[i : i + 4] for i in range(0, len(sizes), 4)]
+
+
+def flat_size(sizes: Sequence[int]) -> int:
+    """Elements of the flat tensor."""
+    return sum(n * c * h * w for n, c, h, w in _levels(sizes))
+
+
+def maps_of(flat: Tensor, sizes: Sequence[int], channels_last: Sequence[bool]) -> list[Tensor]:
+    """The flat tensor's (N, C, H, W) maps. They are as well aligned as it is where four divides the channels."""
+    levels = _levels(sizes)
+    parts = flat.split([n * c * h * w for n, c, h, w in levels])
+    return [
+        part.view(n, h, w, c).permute(0, 3, 1, 2) if last else part.view(n, c, h, w)
+        for part, (n, c, h, w), last in zip(parts, levels, channels_last)
+    ]
