@@ -61,7 +61,7 @@ inline Pyramid pyramid(const py::list& levels, const Scales& scales) {
   return p;
 }
 
-// (R, C, h, w) as (R, C, bins), a PooledTensor of either back end: the Python side sees to it that h and w are one axis.
+// (R, C, h, w) as (R, C, bins), a PooledTensor of either back end. Python sees to it that h and w are one axis.
 template <class Pooled>
 Pooled pooled_tensor(const Tensor& t) {
   if (!t) return Pooled{};

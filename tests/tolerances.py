@@ -2,7 +2,7 @@
 
 The expected values come from the same inputs in float64. ``value`` bounds what is computed in the
 accumulation dtype (losses and scores, whatever the inputs' dtype); ``stored`` bounds what is rounded once
-more to the inputs' dtype (pooled features and gradients).
+more to the inputs' dtype (pooled features and gradients). They are compared where the expected values lie.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TOLERANCES = {
 def assert_values_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str = "value") -> None:
     """Losses and scores: relative to the largest of them, or to 0.1 (a divergence of near equals cancels)."""
     _assert_finite_alike(actual, expected, what)
-    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    actual, expected = actual.detach().double().to(expected.device), expected.detach().double()
     if expected.numel() == 0:
         return
     error = (actual - expected).abs()
@@ -48,7 +48,7 @@ def assert_tensors_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, w
     assert actual.dtype == dtype, f"{what} is {actual.dtype}, expected {dtype}"
     if expected.numel() == 0:
         return
-    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    actual, expected = actual.detach().double().to(expected.device), expected.detach().double()
     tolerance = TOLERANCES[dtype]
     error = actual - expected
     largest = expected.abs().max()

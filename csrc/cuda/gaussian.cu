@@ -41,7 +41,8 @@ __device__ inline Tile tile_of(const GaussianJob& job, int64_t block) {
   tile.level = 0;
   while (block >= job.first_block[tile.level + 1]) ++tile.level;
   const FeatureMap& map = job.student.level[tile.level].map;
-  const int32_t columns = (map.width + kTileWidth - 1) / kTileWidth, rows = (map.height + kTileHeight - 1) / kTileHeight;
+  const int32_t columns = (map.width + kTileWidth - 1) / kTileWidth;
+  const int32_t rows = (map.height + kTileHeight - 1) / kTileHeight;
   int64_t rest = block - job.first_block[tile.level];
   tile.channel = int32_t(rest % job.groups) * kGroup;
   rest /= job.groups;
@@ -120,9 +121,8 @@ __device__ bool make_mask(const GaussianJob& job, const Tile& tile, TileShared<A
   return any;
 }
 
-// Calls body(pixel of the tile, channel, step to the next pixel, step to the next channel, number) for runs of up to
-// four neighbours, so that a warp walks through memory in order: pixels of a row where the map is planar, else
-// channels.
+// Calls body(pixel of the tile, channel of the group, number, along the row?) for runs of up to four neighbours, so
+// that a warp walks through memory in order: pixels of a row where the map is planar, else channels.
 template <class Body>
 __device__ __forceinline__ void for_each_run(const GaussianJob& job, const Tile& tile, bool planar, const Body& body) {
   const FeatureMap& map = job.student.level[tile.level].map;
@@ -193,8 +193,10 @@ __device__ __forceinline__ Masked<A> load_masked(const GaussianJob& job, const T
   }
   if (!run.open) return run;
   const MapView &student = job.student.level[tile.level], &teacher = job.teacher.level[tile.level];
-  const Four<A> s = load_run<A>(student, job.student.dtype, run_at(student, tile, pixel, channel, number, along_row), number);
-  const Four<A> t = load_run<A>(teacher, job.teacher.dtype, run_at(teacher, tile, pixel, channel, number, along_row), number);
+  const Run from = run_at(student, tile, pixel, channel, number, along_row);
+  const Run other = run_at(teacher, tile, pixel, channel, number, along_row);
+  const Four<A> s = load_run<A>(student, job.student.dtype, from, number);
+  const Four<A> t = load_run<A>(teacher, job.teacher.dtype, other, number);
 #pragma unroll
   for (int k = 0; k < 4; ++k)  // where the mask is zero the features are not looked at: they may be NaN
     run.difference.at[k] = run.mask.at[k] > A(0) ? s.at[k] - t.at[k] : A(0);
@@ -234,8 +236,8 @@ __global__ void __launch_bounds__(kThreads, 4) gaussian_loss_kernel(const __grid
   for (int32_t level = 0; level < job.student.levels; ++level) {
     double loss_sum = 0.0, mask_sum = 0.0;
     for (int64_t block = job.first_block[level] + threadIdx.x; block < job.first_block[level + 1]; block += kThreads) {
-      loss_sum += partial[block];
-      mask_sum += partial[blocks + block];
+      loss_sum += load_fresh(&partial[block]);
+      mask_sum += load_fresh(&partial[blocks + block]);
     }
     loss_sum = block_sum(loss_sum, sums);
     mask_sum = block_sum(mask_sum, sums);
@@ -288,7 +290,8 @@ GaussianJob make_job(const Pyramid& student, const Pyramid& teacher, const Table
   job.groups = channel_groups(student.channels);
   for (int32_t level = 0; level < student.levels; ++level) {
     const FeatureMap& map = student.level[level];
-    const int64_t columns = (map.width + kTileWidth - 1) / kTileWidth, rows = (map.height + kTileHeight - 1) / kTileHeight;
+    const int64_t columns = (map.width + kTileWidth - 1) / kTileWidth;
+    const int64_t rows = (map.height + kTileHeight - 1) / kTileHeight;
     job.first_block[level + 1] = job.first_block[level] + columns * rows * student.images * job.groups;
   }
   return job;

@@ -31,7 +31,7 @@ struct Divider {
   __device__ __forceinline__ int32_t operator()(int32_t x) const { return int32_t(uint32_t(x) * factor >> 19); }
 };
 
-// ---- where a region lies ----------------------------------------------------------------------------------------------
+// ---- where a region lies -------------------------------------------------------------------------------------------
 
 struct AxisPlace {
   RoiAxis roi;
@@ -70,7 +70,7 @@ __device__ inline RegionPlace place_region(const PyramidView& pyramid, const dou
   return place;
 }
 
-// ---- tables -----------------------------------------------------------------------------------------------------------
+// ---- tables --------------------------------------------------------------------------------------------------------
 
 // One axis of a batch of samples. `staged` pixels are counted along the rows or columns that are copied.
 template <class A>
@@ -208,7 +208,7 @@ __host__ __device__ inline int32_t group_size(int32_t pooled) {
 template <class A>
 struct Tables {
   AxisTable<A> y, x;
-  int32_t at[4];  // first bins and first samples of what they hold
+  int32_t at[4];  // first bins and first samples of what they hold; at[0] < 0: nothing yet
 };
 
 template <class A>
@@ -229,12 +229,6 @@ __device__ __noinline__ void build_tables(const Batch& batch_y, const Batch& bat
     tables.at[2] = batch_y.first, tables.at[3] = batch_x.first;
   }
   __syncthreads();
-}
-
-// All threads, with a barrier before the tables are used.
-template <class A>
-__device__ __forceinline__ void forget_tables(Tables<A>& tables) {
-  if (threadIdx.x == 0) tables.at[0] = -1;
 }
 
 // Calls body() with the tables of each batch of samples that the group's bins have. All threads of the block.
@@ -262,7 +256,7 @@ __device__ __forceinline__ void for_each_batch(const RegionPlace& place, const M
     }
 }
 
-// ---- the tile and the bins in shared memory -----------------------------------------------------------------------------
+// ---- the tile and the bins in shared memory ------------------------------------------------------------------------
 
 // Where four channels of a row of 128 bytes lie. Staggered, so that threads on different rows hit different banks.
 template <class A>
@@ -290,7 +284,7 @@ size_t pool_shared_bytes(int sides) {
   return sizeof(PoolShared<A>) - (2 - sides) * sizeof(Tables<A>);
 }
 
-// ---- staging ------------------------------------------------------------------------------------------------------------
+// ---- staging -------------------------------------------------------------------------------------------------------
 
 // One image and chunk of a map; `channels` of the kChunk exist, the others read as zero.
 template <class A, class T>
@@ -414,7 +408,7 @@ __device__ __forceinline__ int32_t strip_rows(const Tables<A>& tables) {
   return kTilePixels<A> / tables.x.count;
 }
 
-// ---- bins ---------------------------------------------------------------------------------------------------------------
+// ---- bins ----------------------------------------------------------------------------------------------------------
 
 // Calls body(bin of the group, quad, the four values) for the bins that this thread owns, the same everywhere.
 template <class A, class Body>
@@ -478,7 +472,7 @@ __device__ __forceinline__ void pool(const PoolSource& source, const RegionPlace
   __syncthreads();
 }
 
-// ---- gradient -----------------------------------------------------------------------------------------------------------
+// ---- gradient ------------------------------------------------------------------------------------------------------
 
 // grad += RoIAlign^T(bins): one atomic for every touched pixel and channel, four at once where channels are neighbours.
 template <class A>
@@ -520,10 +514,10 @@ __device__ void scatter(const MapView& view, int32_t image, int32_t all_channels
   });
 }
 
-// ---- pooled tensors -------------------------------------------------------------------------------------------------------
+// ---- pooled tensors ------------------------------------------------------------------------------------------------
 
-// Calls body(index in (R, C, pooled_h, pooled_w), that element of the bins in shared memory) for the group's bins of the
-// channels that exist, in the order of memory.
+// Calls body(index in (R, C, pooled_h, pooled_w), that element of the bins in shared memory) for the group's bins of
+// the channels that exist, in the order of memory.
 template <class A, class Body>
 __device__ __forceinline__ void for_pooled(int64_t region, int32_t all_channels, int32_t channel,
                                            const RoiAlignSpec& spec, const BinGroup& group,
@@ -547,7 +541,7 @@ __device__ __forceinline__ void for_each_group(const RoiAlignSpec& spec, const B
                     spec.pooled_w - x < columns ? spec.pooled_w - x : columns});
 }
 
-// ---- sharing the work -------------------------------------------------------------------------------------------------------
+// ---- sharing the work ----------------------------------------------------------------------------------------------
 
 constexpr int kChunksPerBlock = 2;
 

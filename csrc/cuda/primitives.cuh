@@ -15,7 +15,7 @@ constexpr int kThreads = 256;  // of every block
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// ---- shared memory ------------------------------------------------------------------------------------------------
+// ---- shared memory -------------------------------------------------------------------------------------------------
 
 // A checked array in shared memory: bare pointer on a GPU, an error for an index out of range on the CPU.
 template <class T>
@@ -107,7 +107,7 @@ constexpr size_t shared_bytes(int64_t count) {
   return (count * sizeof(T) + 15) / 16 * 16;
 }
 
-// ---- stored types -------------------------------------------------------------------------------------------------
+// ---- stored types --------------------------------------------------------------------------------------------------
 
 // Calls f(T()) with the type that stores `dtype`: float, double, __half or __nv_bfloat16.
 template <class F>
@@ -123,7 +123,9 @@ __device__ __forceinline__ void with_dtype(DType dtype, const F& f) {
 template <class A> __device__ __forceinline__ A as(float value) { return static_cast<A>(value); }
 template <class A> __device__ __forceinline__ A as(double value) { return static_cast<A>(value); }
 template <class A> __device__ __forceinline__ A as(__half value) { return static_cast<A>(__half2float(value)); }
-template <class A> __device__ __forceinline__ A as(__nv_bfloat16 value) { return static_cast<A>(__bfloat162float(value)); }
+template <class A> __device__ __forceinline__ A as(__nv_bfloat16 value) {
+  return static_cast<A>(__bfloat162float(value));
+}
 
 template <class T> struct Stored {
   template <class A> static __device__ __forceinline__ T from(A value) { return static_cast<T>(value); }
@@ -132,7 +134,9 @@ template <> struct Stored<__half> {
   template <class A> static __device__ __forceinline__ __half from(A value) { return __float2half_rn(float(value)); }
 };
 template <> struct Stored<__nv_bfloat16> {
-  template <class A> static __device__ __forceinline__ __nv_bfloat16 from(A value) { return __float2bfloat16_rn(float(value)); }
+  template <class A> static __device__ __forceinline__ __nv_bfloat16 from(A value) {
+    return __float2bfloat16_rn(float(value));
+  }
 };
 
 // Element i of an array of `dtype`, for the few values of a region where a switch costs nothing.
@@ -146,7 +150,7 @@ __device__ __forceinline__ A load_any(const void* data, DType dtype, int64_t i) 
   }
 }
 
-// ---- four elements at a time ----------------------------------------------------------------------------------------
+// ---- four elements at a time ---------------------------------------------------------------------------------------
 
 template <class T>
 struct alignas(4 * sizeof(T) > 16 ? 16 : 4 * sizeof(T)) Four {
@@ -171,7 +175,7 @@ __device__ __forceinline__ void store_four(T* to, const Four<A>& values) {
   *reinterpret_cast<Four<T>*>(to) = stored;
 }
 
-// ---- atomics --------------------------------------------------------------------------------------------------------
+// ---- atomics -------------------------------------------------------------------------------------------------------
 
 template <class A>
 __device__ __forceinline__ void add(A* to, A value) {
@@ -192,7 +196,7 @@ __device__ __forceinline__ void add_four(double* to, const Four<double>& values)
   for (int k = 0; k < 4; ++k) atomicAdd(to + k, values.at[k]);
 }
 
-// ---- warps and blocks -------------------------------------------------------------------------------------------------
+// ---- warps and blocks ----------------------------------------------------------------------------------------------
 
 // All lanes take part and get the result, the same for any order of the lanes' execution.
 template <class A>
@@ -225,8 +229,21 @@ __device__ __forceinline__ A block_sum(A value, const Shared<A>& scratch) {
   return sum;
 }
 
-// True in all threads of the last of `blocks` blocks to call this, once what every block wrote before is visible to it.
-// `done` counts; it starts at zero and is zero again afterwards. `flag`: one shared element.
+// What another block has written in this launch: from the L2 cache; a multiprocessor's own may hold what was before.
+template <class T>
+__device__ __forceinline__ T load_fresh(const T* from) {
+#ifdef TARDKD_CUDA_ON_CPU
+  return *from;
+#else
+  return __ldcg(from);
+#endif
+}
+__device__ __forceinline__ bool load_fresh(const bool* from) {
+  return load_fresh(reinterpret_cast<const unsigned char*>(from)) != 0;
+}
+
+// True in all threads of the last of `blocks` blocks to call this, once what every block wrote before is visible to
+// load_fresh. `done` counts; it starts at zero and is zero again afterwards. `flag`: one shared element.
 __device__ __forceinline__ bool last_block(int32_t* done, int32_t blocks, const Shared<int32_t>& flag) {
   __threadfence();
   __syncthreads();
@@ -241,7 +258,7 @@ __device__ __forceinline__ bool last_block(int32_t* done, int32_t blocks, const 
   return last;
 }
 
-// ---- launching --------------------------------------------------------------------------------------------------------
+// ---- launching -----------------------------------------------------------------------------------------------------
 
 // Makes `device` current for the scope, and the caller's again after it.
 class DeviceGuard {

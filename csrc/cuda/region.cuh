@@ -39,7 +39,7 @@ struct RegionScratch {
   }
 };
 
-// ---- reading tables -------------------------------------------------------------------------------------------------
+// ---- reading tables ------------------------------------------------------------------------------------------------
 
 // N elements of a row from column `first` on.
 template <int N, class A>
@@ -116,7 +116,7 @@ struct LogSoftmax {
   __device__ __forceinline__ A operator()(A z) const { return (z - top) * inverse_temperature - log_sum; }
 };
 
-// ---- decision -------------------------------------------------------------------------------------------------------
+// ---- decision ------------------------------------------------------------------------------------------------------
 
 // Probability a model gives the region's own class, 0 where none is needed; by one warp.
 template <class A>
@@ -269,7 +269,7 @@ __device__ __forceinline__ A bin_weight(const Decision& region, const LossSpec& 
                         bin_gaussian(box[0], box[2], bin % pooled_w, pooled_w, gt[0], gt[2]));
 }
 
-// ---- sums over the regions ------------------------------------------------------------------------------------------
+// ---- sums over the regions -----------------------------------------------------------------------------------------
 
 // By the last block, once all of `partial` and the gates are written: the losses, and the factors that stand for the
 // normalisers. Rows of `partial`, R elements each: the weighted classification term, the weighted regression term, and
@@ -282,12 +282,13 @@ __device__ void finish_losses(const RegionTables& in, const RegionResults<A>& ou
   double sums[3] = {}, open[3] = {};
   for (int64_t r = threadIdx.x; r < regions; r += kThreads) {
     double feature = 0.0;
-    for (int group = 0; group < groups; ++group) feature += out.partial[(2 + group) * regions + r];
-    const double values[3] = {feature, double(out.partial[r]), double(out.partial[regions + r])};
+    for (int group = 0; group < groups; ++group) feature += load_fresh(&out.partial[(2 + group) * regions + r]);
+    const double values[3] = {feature, double(load_fresh(&out.partial[r])),
+                              double(load_fresh(&out.partial[regions + r]))};
 #pragma unroll
     for (int term = 0; term < 3; ++term) {
       sums[term] += values[term];
-      open[term] += out.gates[3 * r + term];
+      open[term] += load_fresh(&out.gates[3 * r + term]);
       if (spec.reduction == Reduction::none) out.losses[term][r] = static_cast<A>(values[term]);
     }
   }

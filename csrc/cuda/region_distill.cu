@@ -61,7 +61,7 @@ __device__ __forceinline__ A feature_term(const RegionJob<A>& job, int64_t regio
   if (threadIdx.x % kWarp == 0 && threadIdx.x / kWarp < job.tables) {
     const int side = threadIdx.x / kWarp;
     bins.place[side] = place_region(side == 0 ? job.student : job.teacher, shared.decision.box, job.align);
-    bins.tables[side].at[0] = -1;  // nothing yet
+    bins.tables[side].at[0] = -1;
   }
   __syncthreads();
 
@@ -100,8 +100,8 @@ __device__ __forceinline__ A feature_term(const RegionJob<A>& job, int64_t regio
 
 // Whether the feature gate is open. Its own function: what it needs of registers is not to weigh on the pooling.
 template <class A>
-__device__ __noinline__ bool decide(const RegionJob<A>& job, int64_t region, bool write, const RegionScratch<A>& scratch,
-                                    Decision& shared) {
+__device__ __noinline__ bool decide(const RegionJob<A>& job, int64_t region, bool write,
+                                    const RegionScratch<A>& scratch, Decision& shared) {
   const Decision decision = decide_region(job.in, job.out, job.spec, region, write, scratch);
   if (threadIdx.x == 0) shared = decision;
   return decision.gates.feature;
@@ -126,7 +126,14 @@ __global__ void __launch_bounds__(kThreads, 3) region_distill_kernel(const __gri
     }
     if (threadIdx.x == 0) job.out.partial[(2 + channel_group) * job.in.regions + region] = sum;
   }
-  if (last_block(job.out.done, int32_t(gridDim.x), scratch.flag)) finish_losses(job.in, job.out, job.spec, job.groups, scratch);
+  if (last_block(job.out.done, int32_t(gridDim.x), scratch.flag))
+    finish_losses(job.in, job.out, job.spec, job.groups, scratch);
+}
+
+// Even without channels there are losses of the heads.
+template <class A>
+int32_t blocks_of_region(int32_t channels) {
+  return channel_groups<A>(channels) > 0 ? channel_groups<A>(channels) : 1;
 }
 
 bool same_geometry(const PyramidView& a, const PyramidView& b) {
@@ -143,7 +150,7 @@ bool same_geometry(const PyramidView& a, const PyramidView& b) {
 }  // namespace
 
 int64_t region_partials(int64_t regions, int32_t channels) {
-  return (2 + channel_groups<double>(channels)) * regions;  // float takes fewer
+  return (2 + blocks_of_region<double>(channels)) * regions;  // float takes fewer
 }
 
 template <class A>
@@ -163,7 +170,7 @@ Status region_distill(const Pyramid& student, const Pyramid& teacher, const Pyra
   job.out = out;
   job.align = align;
   job.spec = spec;
-  job.groups = channel_groups<A>(student.channels) > 0 ? channel_groups<A>(student.channels) : 1;
+  job.groups = blocks_of_region<A>(student.channels);
   const size_t shared = RegionScratch<A>::bytes() + feature_shared_bytes<A>(job.tables);
   // Without regions one block still writes the losses.
   const int64_t blocks = (in.regions > 0 ? in.regions : 1) * job.groups;

@@ -21,7 +21,7 @@ __device__ inline bool read_region(const Table& proposals, int64_t region, int32
   return valid;
 }
 
-// ---- by region: forward, and scatter ------------------------------------------------------------------------------------
+// ---- by region: forward, and scatter -------------------------------------------------------------------------------
 
 template <class A>
 struct AlignJob {
@@ -50,7 +50,7 @@ __device__ bool for_region(const AlignJob<A>& job, const Body& body) {
     double box[4];
     found[0] = read_region(job.proposals, region, job.maps.images, box, found[1]);
     if (found[0]) shared.place[0] = place_region(job.maps, box, job.align);
-    shared.tables[0].at[0] = -1;  // nothing yet
+    shared.tables[0].at[0] = -1;
   }
   __syncthreads();
   if (!found[0]) return false;
@@ -107,12 +107,13 @@ Status launch_by_region(const char* name, Kernel kernel, const Pyramid& maps, co
                         void* pooled, DType pooled_dtype, const RoiAlignSpec& align, const Target& target) {
   const DeviceGuard guard(target.device);
   if (guard.error() != cudaSuccess) return Status{guard.error(), name};
-  const AlignJob<A> job{view_of(maps), proposals, regions, pooled, pooled_dtype, align, channel_groups<A>(maps.channels)};
+  const AlignJob<A> job{view_of(maps), proposals, regions, pooled, pooled_dtype, align,
+                        channel_groups<A>(maps.channels)};
   return Status{launch(kernel, dim3(unsigned(regions * job.groups)), kThreads, align_shared<A>(), target.stream, job),
                 name};
 }
 
-// ---- by tile of the map: gather ---------------------------------------------------------------------------------------------
+// ---- by tile of the map: gather ------------------------------------------------------------------------------------
 
 constexpr int kTile = 8;  // pixels a side
 constexpr int kWindow = 6;  // integers a region: image, level (-1: none), first and last row, first and last column

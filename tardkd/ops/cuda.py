@@ -1,9 +1,10 @@
 """CUDA implementations of the registered ops: allocate results and scratch memory, hand pointers and the stream to the
 native module.
 
-Nothing here waits for the device: sizes follow from shapes, and what depends on data is decided by the kernels. They read
-every tensor where it lies, in any floating dtype and of any strides. With ``torch.use_deterministic_algorithms(True)``
-feature gradients are gathered in a fixed order; otherwise atomics scatter them.
+Nothing here waits for the device: sizes follow from shapes, and what depends on data is decided by the kernels. They
+read every tensor where it lies, in any floating dtype and of any strides. With
+``torch.use_deterministic_algorithms(True)`` feature gradients are gathered in a fixed order; otherwise atomics scatter
+them.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ class CudaKernels:
         grad_pooled: Tensor,
         align: tuple,
     ) -> None:
-        """Write the maps' gradient from that of the pooled features, of all regions or those with an open feature gate."""
+        """Write the maps' gradient from that of the pooled features, of all regions or of those with an open gate."""
         windows = regions.new_empty((6 * regions.shape[0],), dtype=torch.int32)
         self._module.roi_align_gather(
             describe_all(maps_of(gradient, *layout)),

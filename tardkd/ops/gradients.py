@@ -1,8 +1,8 @@
 """What the autograd functions of the fused losses share.
 
-A scalar loss may compute its gradients in the forward pass, for an upstream gradient of one, in the accumulation dtype;
-then the backward pass has only to multiply. (Half-precision gradients are rounded after that multiplication: before it, a
-gradient meant for a loss scaled by 65536 would underflow.)
+A scalar loss may compute its gradients in the forward pass, for an upstream gradient of one, in the accumulation
+dtype; then the backward pass has only to multiply. (Half-precision gradients are rounded after that multiplication:
+before it, a gradient meant for a loss scaled by 65536 would underflow.)
 """
 
 from __future__ import annotations

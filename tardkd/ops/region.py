@@ -238,7 +238,12 @@ def _call(
 
 
 def _run(
-    op: str, settings: tuple, wants: Sequence[bool], levels: int, tensors: Sequence[Tensor | None], upstream: Tensor | None
+    op: str,
+    settings: tuple,
+    wants: Sequence[bool],
+    levels: int,
+    tensors: Sequence[Tensor | None],
+    upstream: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """The registered op: five results, the factors, then the gradients of logits, deltas and features."""
     features, others, region_tensors = tensors[:levels], tensors[levels:-8], tensors[-8:]

@@ -37,8 +37,8 @@ _REGIONS = (
 )
 _ALIGN = "int sampling_ratio, bool aligned, float canonical_scale, int canonical_level"
 _LOSS = "int[] choices, float temperature, float beta, float[] box_weights, bool[] wants"
-# losses (feature, classification, regression), gates, scores, factors, gradients of logits, deltas and features; those of
-# a pyramid as maps.py lays them out. Gradients are to be multiplied by their term's factor.
+# losses (feature, classification, regression), gates, scores, factors, gradients of logits, deltas and features; those
+# of a pyramid as maps.py lays them out. Gradients are to be multiplied by their term's factor.
 _RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 SCHEMAS = {

@@ -367,7 +367,7 @@ def test_weights_of_zero_and_below(backend):
 # --- more than 2^31 elements ------------------------------------------------------------------------------
 
 
-def test_offsets_beyond_31_bits(cpu, tmp_path):
+def test_offsets_beyond_31_bits(host, tmp_path):
     """Sparse files stand in for the memory: only the pages that the region touches exist."""
     images, side = 3, 2**15
     count = images * side * side
@@ -382,14 +382,14 @@ def test_offsets_beyond_31_bits(cpu, tmp_path):
     near, near_boxes = student[2:, :, -40:, -40:].clone(), boxes - torch.tensor([2.0, low, low, low, low])
 
     options = dict(scales=[1.0], canonical_scale=1e6)
-    expected = cpu.ops.multiscale_roi_align([near], near_boxes, **options)
-    assert expected.any() and torch.equal(cpu.ops.multiscale_roi_align([student], boxes, **options), expected)
+    expected = host.ops.multiscale_roi_align([near], near_boxes, **options)
+    assert expected.any() and torch.equal(host.ops.multiscale_roi_align([student], boxes, **options), expected)
 
     scene = make_scene(99, regions=1).to(torch.bfloat16)
     rest = (*(head.detach() for head in scene.heads), scene.labels, scene.gt_boxes)
     options = dict(student_scales=[1.0], canonical_scale=1e6, **OPEN)
-    expected = cpu.ops.region_distill_loss([near], [torch.zeros_like(near)], near_boxes, *rest, **options)
-    actual = cpu.ops.region_distill_loss([student], [teacher], boxes, *rest, **options)
+    expected = host.ops.region_distill_loss([near], [torch.zeros_like(near)], near_boxes, *rest, **options)
+    actual = host.ops.region_distill_loss([student], [teacher], boxes, *rest, **options)
     assert expected.feature > 0 and torch.equal(actual.feature, expected.feature)
 
 
@@ -531,22 +531,22 @@ MISFITS = {
     "device of the sides": (
         lambda s: dict(teacher_features=[f.to("meta") for f in s.teacher_features]),
         ValueError,
-        r"teacher_features is on meta but student_features is on cpu",
+        r"teacher_features is on meta but student_features is on (cpu|cuda)",
     ),
     "device of a head": (
         lambda s: dict(student_logits=s.student_logits.to("meta")),
         ValueError,
-        r"student_logits is on meta but student_features is on cpu",
+        r"student_logits is on meta but student_features is on (cpu|cuda)",
     ),
     "device of the proposals": (
         lambda s: dict(proposals=s.proposals.to("meta")),
         ValueError,
-        r"proposals are on meta .*cpu",
+        r"proposals are on meta .*(cpu|cuda)",
     ),
     "device of the labels": (
         lambda s: dict(labels=s.labels.to("meta")),
         ValueError,
-        r"labels is on meta but student_features is on cpu",
+        r"labels is on meta but student_features is on (cpu|cuda)",
     ),
     "columns of proposals": (
         lambda s: dict(proposals=s.proposals[:, 1:]),
@@ -637,10 +637,10 @@ MISFITS = {
 }
 
 
-def test_more_levels_than_the_kernels_have_room_for(cpu):
+def test_more_levels_than_the_kernels_have_room_for(host):
     scene = make_scene(100).to(torch.float32)
     with pytest.raises(ValueError, match="at most 8 levels, got 9"):
-        cpu.ops.multiscale_roi_align([scene.student_features[0]] * 9, scene.proposals, scales=[0.25] * 9)
+        host.ops.multiscale_roi_align([scene.student_features[0]] * 9, scene.proposals, scales=[0.25] * 9)
 
 
 @pytest.mark.parametrize("misfit", MISFITS)
@@ -721,7 +721,7 @@ GAUSSIAN_MISFITS = {
     "device": (
         lambda s: dict(gt_boxes=[b.to("meta") for b in s.gt_boxes]),
         ValueError,
-        r"gt_boxes .*meta.* cpu",
+        r"gt_boxes .*meta.* (cpu|cuda)",
     ),
     "grad": (
         lambda s: dict(teacher_features=[wanting_grad(f) for f in s.teacher_features]),

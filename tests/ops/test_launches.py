@@ -1,4 +1,4 @@
-"""How many kernels an op launches, and whether the order of their threads shows in the results.
+"""How many kernels an op launches, what torch launches beside them, and whether the order of their threads shows.
 
 Run by csrc/cuda_on_cpu, which counts launches and shuffles blocks and threads by a seed.
 """
@@ -7,34 +7,40 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tardkd.ops
+from tardkd.ops.registry import IMPLEMENTATIONS
 
 from .scenes import LEVEL_RULE, make_boxes, make_scene
 from .test_pooled_loss import make_pooled
 
 
+# Each makes its inputs and returns what calls the op, and the leaves.
+
+
 def region(scene, **options):
     options = dict(**scene.scales, **LEVEL_RULE, feature_gate="all", **options)
-    return tardkd.ops.region_distill_loss(*scene.inputs, **options)[:3], scene.leaves
+    return lambda: tardkd.ops.region_distill_loss(*scene.inputs, **options)[:3], scene.leaves
 
 
 def pooled(scene, **options):
-    student, teacher = make_pooled(scene)
-    losses = tardkd.ops.pooled_distill_loss(student, teacher, *scene.per_region, **options)[:3]
-    return losses, [student, scene.student_logits, scene.student_deltas]
+    dtype = scene.student_logits.dtype
+    student, teacher = make_pooled(scene, dtype, dtype)
+    leaves = [student, scene.student_logits, scene.student_deltas]
+    return lambda: tardkd.ops.pooled_distill_loss(student, teacher, *scene.per_region, **options)[:3], leaves
 
 
 def align(scene):
-    options = dict(scales=scene.student_scales, **LEVEL_RULE)
-    return [tardkd.ops.multiscale_roi_align(scene.student_features, scene.proposals, **options)], scene.student_features
+    features, options = scene.student_features, dict(scales=scene.student_scales, **LEVEL_RULE)
+    return lambda: [tardkd.ops.multiscale_roi_align(features, scene.proposals, **options)], features
 
 
 def gaussian(scene):
+    features, options = scene.student_features, dict(scales=scene.student_scales)
     gt_boxes = [make_boxes(torch.Generator().manual_seed(1), 9)] * 2
-    others = [f.detach() + 1 for f in scene.student_features]
-    options = dict(scales=scene.student_scales)
-    return [tardkd.ops.gaussian_feature_loss(scene.student_features, others, gt_boxes, **options)], scene.student_features
+    others = [f.detach() + 1 for f in features]
+    return lambda: [tardkd.ops.gaussian_feature_loss(features, others, gt_boxes, **options)], features
 
 
 STEPS = {
@@ -45,10 +51,6 @@ STEPS = {
     "align": align,
     "gaussian": gaussian,
 }
-
-
-def backward(losses, leaves):
-    return torch.autograd.grad([loss.sum() for loss in losses], leaves)
 
 
 # Launches of the forward and of the backward pass.
@@ -71,10 +73,10 @@ DETERMINISTIC_LAUNCHES = {
 
 
 def assert_launches(module, step, expected):
-    scene = make_scene(151).to(torch.float32)
-    losses, leaves = step(scene)
+    run, leaves = step(make_scene(151).to(torch.float32))
+    outputs = run()
     forward = module.launches()
-    backward(losses, leaves)
+    torch.autograd.grad(outputs, leaves, list(map(torch.ones_like, outputs)))
     both = module.launches()
     assert (len(forward), len(both) - len(forward)) == expected, both
 
@@ -93,38 +95,96 @@ def test_no_backward_pass_no_more_launches(cuda_on_cpu):
     scene = make_scene(152).to(torch.float32)
     with torch.no_grad():
         for count, step in enumerate(STEPS.values(), 1):
-            step(scene)
+            run, _ = step(scene)
+            run()
             assert len(cuda_on_cpu.launches()) == count
+
+
+# --- what torch launches beside them ---------------------------------------------------------------------
+
+BESIDE = {
+    "region": (["zeros"], ["mul", "mul_"] * 3),
+    "region-none": (["zeros"], ["stack", "zeros"]),
+    "pooled": (["zeros"], ["stack", "mul", "zeros"]),
+    "pooled-none": (["zeros"], ["stack", "zeros"]),
+    "align": ([], ["new_zeros"]),
+    "gaussian": (["full_like"] * 2 + ["cat"] * 3 + ["zeros"], []),
+}
+
+
+class Launches(TorchDispatchMode):
+    """Notes the ops of torch, inside ours too, that compute something or wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().split("::")[1].split(".")[0]
+        if func.namespace == "tardkd":
+            with self:
+                return getattr(IMPLEMENTATIONS["CPU"], name)(*args)
+        result = func(*args, **(kwargs or {}))
+        view = func.is_view and not (name == "to" and result is not args[0])
+        if not view and "empty" not in name:
+            self.seen.append(name)
+        return result
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_what_torch_launches_beside_them(cuda_on_cpu, name):
+    """A fill, a scaling; and nothing that waits, such as _local_scalar_dense or nonzero."""
+    run, leaves = STEPS[name](make_scene(155).to(torch.float32))
+    with Launches() as forward:
+        outputs = run()
+    upstream = list(map(torch.ones_like, outputs))
+    with Launches() as backward:
+        torch.autograd.grad(outputs, leaves, upstream)
+    assert (forward.seen, backward.seen) == BESIDE[name]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_nothing_is_copied_before_a_launch(cuda_on_cpu, name):
+    """Whatever the dtypes and strides; rounding to the features' dtype comes after it."""
+    run, leaves = STEPS[name](make_scene(155).to(torch.bfloat16, None, "channels_last", "sliced"))
+    with Launches() as forward:
+        outputs = run()
+    upstream = list(map(torch.ones_like, outputs))
+    with Launches() as backward:
+        torch.autograd.grad(outputs, leaves, upstream)
+    assert forward.seen == BESIDE[name][0]
+    assert [op for op in backward.seen if op not in ("to", "_to_copy")] == BESIDE[name][1]
 
 
 # --- the order of the threads --------------------------------------------------------------------------
 
 
 def results_of_orders(module, name, dtype, layout):
-    """Losses and gradients under several orders of blocks and threads."""
+    """Outputs and gradients under several orders of blocks and threads."""
     scene = make_scene(153, regions=96, channels=6).to(dtype, None, layout)
     for seed in range(4):
         module.set_seed(seed)
-        losses, leaves = STEPS[name](scene)
-        yield losses, backward(losses, leaves)
+        run, leaves = STEPS[name](scene)
+        outputs = run()
+        yield outputs, torch.autograd.grad(outputs, leaves, list(map(torch.ones_like, outputs)))
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", STEPS)
 def test_deterministic_algorithms_give_the_same_bits_in_any_order(cuda_on_cpu, deterministic, name, dtype, layout):
-    (losses, gradients), *others = results_of_orders(cuda_on_cpu, name, dtype, layout)
-    for other_losses, other_gradients in others:
-        assert all(map(torch.equal, other_losses, losses))
+    (outputs, gradients), *others = results_of_orders(cuda_on_cpu, name, dtype, layout)
+    for other_outputs, other_gradients in others:
+        assert all(map(torch.equal, other_outputs, outputs))
         assert all(map(torch.equal, other_gradients, gradients))
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_atomics_touch_the_gradients_of_maps_alone(cuda_on_cpu, name):
-    (losses, gradients), *others = results_of_orders(cuda_on_cpu, name, torch.float32, "nchw")
+    (outputs, gradients), *others = results_of_orders(cuda_on_cpu, name, torch.float32, "nchw")
     maps = gradients[:4] if name.startswith(("region", "align")) else ()
-    for other_losses, other_gradients in others:
-        assert all(map(torch.equal, other_losses, losses))
+    for other_outputs, other_gradients in others:
+        assert all(map(torch.equal, other_outputs, outputs))
         assert all(map(torch.equal, other_gradients[len(maps) :], gradients[len(maps) :]))
         torch.testing.assert_close(other_gradients, gradients, rtol=1e-4, atol=1e-6)
     if maps:  # else the test above shows nothing

@@ -225,3 +225,12 @@ def test_the_teacher_shares_the_scales_by_default(kernel):
 def test_numbers_of_regions(kernel, regions):
     scene = make_scene(17, regions=regions).to(torch.float32, device=kernel.device)
     assert_losses_match(kernel.ops, scene, feature_gate="all", classification_gate="all")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtypes", ["float64", "float32", "bfloat16"])
+def test_deterministic_algorithms(kernel, deterministic, dtypes, layout, reduction):
+    """Where it takes other kernels to make the same gradients."""
+    scene = make_scene(19, regions=60, channels=35).to(*DTYPES[dtypes], layout, layout, device=kernel.device)
+    assert_losses_match(kernel.ops, scene, reduction=reduction)

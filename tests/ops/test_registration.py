@@ -168,7 +168,7 @@ def test_compiles_whole_and_once_for_all_numbers_of_regions(host, deterministic,
         assert torch.equal(gates, compiled_gates)
         targets = torch.autograd.grad(expected, leaves, allow_unused=True)
         for gradient, target in zip(torch.autograd.grad(actual, leaves, allow_unused=True), targets):
-            if target is None:  # of a loss that was not used; compiled, it counts as one with an upstream gradient of zero
+            if target is None:  # of a loss that is not used, which counts as times zero once compiled
                 assert gradient is None or not gradient.any()
             else:
                 torch.testing.assert_close(gradient, target)

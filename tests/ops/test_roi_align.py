@@ -117,3 +117,26 @@ def test_one_output_alone_has_a_gradient(kernel):
         targets = torch.autograd.grad(expected, wide.student_features, upstream, retain_graph=True)
         for gradient, target in zip(gradients, targets):
             assert_tensors_close(gradient, target, torch.float64)
+
+
+def test_boxes_narrower_than_rounding_errors(kernel):
+    """Neighbouring samples of such a box may come out in descending order, on either side of a pixel."""
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.randn(1, 4, 40, 40, generator=generator, dtype=torch.float64).to(kernel.device).requires_grad_()]
+    ulp = 2.0**-46  # of numbers from 64 to 128
+    steps = ulp * torch.arange(7, dtype=torch.float64)
+    pixel, before, size = torch.cartesian_prod(torch.tensor([18.0, 19.0]).double(), -steps, steps).T
+    corner = 4 * pixel + 2 + before  # `pixel` on the map, nearly
+    proposals = torch.stack([0 * pixel, corner, corner, corner + size, corner + size], 1).to(kernel.device)
+    options = dict(scales=[0.25], aligned=True, output_size=4, sampling_ratio=11)
+    assert_roi_align_matches(kernel.ops, features, proposals, **options)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("output_size", [1, 7, (3, 16)], ids=str)
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_deterministic_algorithms(kernel, deterministic, sampling_ratio, output_size, layout):
+    """Where it takes other kernels to make the same gradients; more regions than such a kernel looks at in a turn."""
+    scene = make_scene(35, regions=300, channels=9).to(torch.float32, None, layout, device=kernel.device)
+    options = dict(scales=scene.student_scales, **LEVEL_RULE, sampling_ratio=sampling_ratio, output_size=output_size)
+    assert_roi_align_matches(kernel.ops, scene.student_features, scene.proposals, **options)
