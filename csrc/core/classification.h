@@ -10,7 +10,7 @@ namespace tardkd {
 // log(1 + exp(x))
 template <class A>
 TARDKD_HD A softplus(A x) {
-  return x > A(0) ? x + log1p(exp(-x)) : log1p(exp(x));
+  return (x > A(0) ? x : A(0)) + log1p(exp(x > A(0) ? -x : x));
 }
 
 template <class A>
@@ -18,11 +18,15 @@ TARDKD_HD A sigmoid(A x) {
   return A(1) / (A(1) + exp(-x));
 }
 
-// KL of two Bernoulli distributions given by their logits: t from the teacher, s from the student.
+// KL of two Bernoulli distributions given by their logits: t from the teacher, s from the student. The form for the
+// outcome the teacher thinks the less likely: what is small stays accurate.
 template <class A>
 TARDKD_HD A binary_kl(A t, A s) {
-  const A p = sigmoid(t);
-  return p * (softplus(-s) - softplus(-t)) + (A(1) - p) * (softplus(s) - softplus(t));
+  if (t > A(0)) {
+    t = -t;
+    s = -s;
+  }
+  return softplus(s) - softplus(t) + sigmoid(t) * (t - s);
 }
 
 // One class of KL(teacher || student) from log-probabilities. A class the teacher gives no mass adds nothing,

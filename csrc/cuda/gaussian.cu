@@ -2,6 +2,9 @@
 //
 // A block is a tile of one map and a group of channels. It makes the tile's mask in shared memory from the boxes that
 // meet it, one exponential a box, row and column, and reads features only where the mask is not zero.
+#include <cstring>
+#include <type_traits>
+
 #include "kernels.h"
 #include "../core/box.h"
 #include "maps.cuh"
@@ -9,10 +12,15 @@
 namespace tardkd::cuda {
 namespace {
 
-constexpr int kTileWidth = 32, kTileHeight = 8;  // pixels; one a thread
-constexpr int kGroup = 64;                       // channels a block
-constexpr int kBoxes = 32;                       // boxes whose Gaussians are held at a time
-static_assert(kTileWidth * kTileHeight == kThreads, "a thread makes the mask of one pixel");
+constexpr int kGroup = 64;  // channels a block
+constexpr int kBoxes = 32;  // boxes whose Gaussians are held at a time
+constexpr int kSteps = 16;  // of a thread through the block's elements, four at a time
+static_assert(kGroup == 4 * kSteps, "the steps cover the block");
+
+// A tile has kThreads pixels, one a thread while the mask is made: long rows where a row's pixels are neighbours in
+// memory, else as many rows as steps.
+constexpr int kPlanarWidth = 32, kPlanarHeight = kThreads / kPlanarWidth;
+constexpr int kPixelWidth = kThreads / kSteps, kPixelHeight = kSteps;
 
 struct GaussianJob {
   PyramidView student, teacher, grad;
@@ -21,45 +29,56 @@ struct GaussianJob {
   double sigma_squared;
   int64_t first_block[kMaxLevels + 1];  // of each level
   int32_t groups;                       // of channels
+  bool quads[kMaxLevels];  // all maps of a level are of one type and one order, and accessible in fours throughout
 };
 
 template <class A>
 struct alignas(16) TileShared {
   SharedArray<A, kThreads> mask;
-  SharedArray<A, kBoxes * kTileWidth> along_x;
-  SharedArray<A, kBoxes * kTileHeight> along_y;
-  SharedArray<int32_t, kThreads> found;  // boxes that meet the tile
+  SharedArray<A, kBoxes * kPlanarWidth> along_x;
+  SharedArray<A, kBoxes * kPixelHeight> along_y;
+  SharedArray<double, 4 * kThreads> boxes;  // of those looked at together, the ones that meet the tile
   SharedArray<int32_t, kThreads / kWarp> counts;
 };
 
 struct Tile {
   int32_t level, image, y, x, channel;
+  int32_t width, height;  // powers of two
 };
+
+__host__ __device__ inline int32_t tile_width(const MapView& view) { return view.planar ? kPlanarWidth : kPixelWidth; }
+__host__ __device__ inline int32_t tile_height(const MapView& view) {
+  return view.planar ? kPlanarHeight : kPixelHeight;
+}
 
 __device__ inline Tile tile_of(const GaussianJob& job, int64_t block) {
   Tile tile;
   tile.level = 0;
   while (block >= job.first_block[tile.level + 1]) ++tile.level;
-  const FeatureMap& map = job.student.level[tile.level].map;
-  const int32_t columns = (map.width + kTileWidth - 1) / kTileWidth;
-  const int32_t rows = (map.height + kTileHeight - 1) / kTileHeight;
-  int64_t rest = block - job.first_block[tile.level];
-  tile.channel = int32_t(rest % job.groups) * kGroup;
+  const MapView& view = job.student.level[tile.level];
+  tile.width = tile_width(view);
+  tile.height = tile_height(view);
+  const int32_t columns = (view.map.width + tile.width - 1) / tile.width,
+                rows = (view.map.height + tile.height - 1) / tile.height;
+  int32_t rest = int32_t(block - job.first_block[tile.level]);
+  tile.channel = rest % job.groups * kGroup;
   rest /= job.groups;
-  tile.x = int32_t(rest % columns) * kTileWidth;
+  tile.x = rest % columns * tile.width;
   rest /= columns;
-  tile.y = int32_t(rest % rows) * kTileHeight;
-  tile.image = int32_t(rest / rows);
+  tile.y = rest % rows * tile.height;
+  tile.image = rest / rows;
   return tile;
 }
 
+// ---- mask -----------------------------------------------------------------------------------------------------------
+
 // A box in the map's pixels; false if it lies on another image, has no area or is not finite.
-__device__ inline bool read_box(const GaussianJob& job, int64_t index, const Tile& tile, double* box) {
+template <class T>
+__device__ inline bool read_box(const GaussianJob& job, int64_t index, const Tile& tile, double (&box)[4]) {
+  const T* from = static_cast<const T*>(job.boxes.data) + index * job.boxes.stride_row;
   double row[5];
 #pragma unroll
-  for (int k = 0; k < 5; ++k)
-    row[k] = load_any<double>(job.boxes.data, job.boxes.dtype,
-                              index * job.boxes.stride_row + k * job.boxes.stride_column);
+  for (int k = 0; k < 5; ++k) row[k] = from[k * job.boxes.stride_column];
   if (!(row[0] >= tile.image && row[0] < tile.image + 1.0)) return false;
   if (!is_finite(row + 1) || !(row[3] > row[1]) || !(row[4] > row[2])) return false;
 #pragma unroll
@@ -72,13 +91,16 @@ template <class A>
 __device__ bool make_mask(const GaussianJob& job, const Tile& tile, TileShared<A>& shared) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const FeatureMap& map = job.student.level[tile.level].map;
-  const int32_t y = threadIdx.x / kTileWidth, x = threadIdx.x % kTileWidth;
+  const int32_t y = threadIdx.x / tile.width, x = threadIdx.x % tile.width;
   const bool on_map = tile.y + y < map.height && tile.x + x < map.width;
   A mask = A(0);
   for (int64_t begin = 0; begin < job.count; begin += kThreads) {
     double box[4];
-    const bool meets = begin + threadIdx.x < job.count && read_box(job, begin + threadIdx.x, tile, box) &&
-                       box[0] <= tile.x + kTileWidth - 1 && box[2] >= tile.x && box[1] <= tile.y + kTileHeight - 1 &&
+    const int64_t index = begin + threadIdx.x;
+    const bool meets = index < job.count &&
+                       (job.boxes.dtype == DType::float64 ? read_box<double>(job, index, tile, box)
+                                                          : read_box<float>(job, index, tile, box)) &&
+                       box[0] <= tile.x + tile.width - 1 && box[2] >= tile.x && box[1] <= tile.y + tile.height - 1 &&
                        box[3] >= tile.y;
     const unsigned votes = __ballot_sync(kAllLanes, meets);
     if (lane == 0) shared.counts[warp] = __popc(votes);
@@ -88,24 +110,26 @@ __device__ bool make_mask(const GaussianJob& job, const Tile& tile, TileShared<A
       if (w < warp) before += shared.counts[w];
       found += shared.counts[w];
     }
-    if (meets) shared.found[before + __popc(votes & ((1u << lane) - 1u))] = threadIdx.x;
+    if (meets) {
+      const int32_t at = before + __popc(votes & ((1u << lane) - 1u));
+#pragma unroll
+      for (int k = 0; k < 4; ++k) shared.boxes[4 * at + k] = box[k];
+    }
     __syncthreads();
     for (int32_t first = 0; first < found; first += kBoxes) {
-      const int32_t boxes = found - first < kBoxes ? found - first : kBoxes;
-      for (int32_t task = threadIdx.x; task < boxes * (kTileWidth + kTileHeight); task += kThreads) {
-        const int32_t b = task / (kTileWidth + kTileHeight), at = task % (kTileWidth + kTileHeight);
-        read_box(job, begin + shared.found[first + b], tile, box);
-        const bool is_x = at < kTileWidth;
-        const double value = is_x ? axis_gaussian(tile.x + at, box[0], box[2], job.sigma_squared)
-                                  : axis_gaussian(tile.y + at - kTileWidth, box[1], box[3], job.sigma_squared);
-        if (is_x)
-          shared.along_x[b * kTileWidth + at] = static_cast<A>(value);
+      const int32_t boxes = found - first < kBoxes ? found - first : kBoxes, axes = tile.width + tile.height;
+      for (int32_t task = threadIdx.x; task < boxes * axes; task += kThreads) {
+        const int32_t b = task / axes, at = task % axes, box_at = 4 * (first + b);
+        if (at < tile.width)
+          shared.along_x[b * tile.width + at] = static_cast<A>(axis_gaussian(
+              tile.x + at, shared.boxes[box_at], shared.boxes[box_at + 2], job.sigma_squared));
         else
-          shared.along_y[b * kTileHeight + at - kTileWidth] = static_cast<A>(value);
+          shared.along_y[b * tile.height + at - tile.width] = static_cast<A>(axis_gaussian(
+              tile.y + at - tile.width, shared.boxes[box_at + 1], shared.boxes[box_at + 3], job.sigma_squared));
       }
       __syncthreads();
       for (int32_t b = 0; b < boxes; ++b) {
-        const A value = shared.along_y[b * kTileHeight + y] * shared.along_x[b * kTileWidth + x];
+        const A value = shared.along_y[b * tile.height + y] * shared.along_x[b * tile.width + x];
         mask = value > mask ? value : mask;
       }
       __syncthreads();
@@ -116,97 +140,218 @@ __device__ bool make_mask(const GaussianJob& job, const Tile& tile, TileShared<A
   const unsigned votes = __ballot_sync(kAllLanes, mask > A(0));
   if (lane == 0) shared.counts[warp] = votes != 0;
   __syncthreads();
-  bool any = false;
-  for (int w = 0; w < kThreads / kWarp; ++w) any = any || shared.counts[w] != 0;
-  return any;
+  int32_t any = 0;
+  for (int w = 0; w < kThreads / kWarp; ++w) any |= shared.counts[w];
+  return any != 0;
 }
 
-// Calls body(pixel of the tile, channel of the group, number, along the row?) for runs of up to four neighbours, so
-// that a warp walks through memory in order: pixels of a row where the map is planar, else channels.
-template <class Body>
-__device__ __forceinline__ void for_each_run(const GaussianJob& job, const Tile& tile, bool planar, const Body& body) {
-  const FeatureMap& map = job.student.level[tile.level].map;
-  const int32_t left = job.student.channels - tile.channel, channels = left < kGroup ? left : kGroup;
-  if (planar) {
-    constexpr int kRuns = kThreads / 4;  // of the tile
-    const int32_t pixel = threadIdx.x % kRuns * 4, y = tile.y + pixel / kTileWidth, x = tile.x + pixel % kTileWidth;
-    const int32_t number = map.width - x < 4 ? map.width - x : 4;
-    if (y >= map.height || number <= 0) return;
-    for (int32_t channel = threadIdx.x / kRuns; channel < channels; channel += kThreads / kRuns)
-      body(pixel, channel, number, true);
-  } else {
-    constexpr int kRuns = kGroup / 4;  // of the group
-    const int32_t channel = threadIdx.x % kRuns * 4;
-    const int32_t number = channels - channel < 4 ? channels - channel : 4;
-    if (number <= 0) return;
-    for (int32_t pixel = threadIdx.x / kRuns; pixel < kThreads; pixel += kThreads / kRuns)
-      if (tile.y + pixel / kTileWidth < map.height && tile.x + pixel % kTileWidth < map.width)
-        body(pixel, channel, number, false);
+// ---- features -------------------------------------------------------------------------------------------------------
+
+// A thread's walk through the block's elements, four at a time. In a planar map it stays at its pixels and steps
+// through the channels, else it stays at its channels and steps down the rows. Its four are neighbours (`quads`), or
+// the lanes are and the four lie apart: either way a warp reads memory in order.
+struct Walk {
+  bool planar;
+  int32_t pixel, channel;              // of the first element, in the tile and in the group
+  int32_t pixel_apart, channel_apart;  // from one of the four to the next
+  int32_t steps;
+
+  __device__ __forceinline__ Walk(const GaussianJob& job, const Tile& tile, bool planar, bool quads) : planar(planar) {
+    const int32_t threads = (planar ? kThreads : kGroup) / 4;  // side by side
+    const int32_t along = threadIdx.x % threads * (quads ? 4 : 1), across = threadIdx.x / threads;
+    const int32_t apart = quads ? 1 : threads;
+    pixel = planar ? along : across;
+    pixel_apart = planar ? apart : 0;
+    channel = planar ? across : along;
+    channel_apart = planar ? 0 : apart;
+    const FeatureMap& map = job.student.level[tile.level].map;
+    const int32_t left = planar ? (job.student.channels - tile.channel - channel + 3) / 4 : map.height - tile.y;
+    steps = left < kSteps ? left : kSteps;
   }
-}
-
-// Where a run begins in a map, and the step between its elements.
-struct Run {
-  int64_t at, step;
-  bool vector;
+  // Whether element k exists, in any step.
+  __device__ __forceinline__ bool exists(const GaussianJob& job, const Tile& tile, int k) const {
+    const FeatureMap& map = job.student.level[tile.level].map;
+    const int32_t at = pixel + k * pixel_apart;
+    return tile.y + at / tile.width < map.height && tile.x + at % tile.width < map.width &&
+           tile.channel + channel + k * channel_apart < job.student.channels;
+  }
 };
 
-__device__ __forceinline__ Run run_at(const MapView& view, const Tile& tile, int32_t pixel, int32_t channel,
-                                      int32_t number, bool along_row) {
-  const FeatureMap& map = view.map;
-  return Run{tile.image * map.stride_n + (tile.channel + channel) * map.stride_c +
-                 (tile.y + pixel / kTileWidth) * map.stride_h + (tile.x + pixel % kTileWidth) * map.stride_w,
-             along_row ? map.stride_w : map.stride_c, view.vector && view.planar == along_row && number == 4};
-}
+// That walk through the memory of one map, in bytes.
+struct Way {
+  char* at;
+  int64_t step, apart;
 
-template <class A>
-__device__ __forceinline__ Four<A> load_run(const MapView& view, DType dtype, const Run& run, int32_t number) {
-  Four<A> values{};
-  with_stored<A>(dtype, [&](auto stored) {
-    const auto* from = static_cast<const decltype(stored)*>(view.map.data) + run.at;
-    if (run.vector) {
-      values = load_four<A>(from);
-    } else {
-#pragma unroll
-      for (int k = 0; k < 4; ++k)
-        if (k < number) values.at[k] = as<A>(from[k * run.step]);
-    }
-  });
-  return values;
-}
-
-// Student less teacher, and the mask, of one run.
-template <class A>
-struct Masked {
-  Four<A> difference, mask;
-  bool open;
+  __device__ __forceinline__ Way(const FeatureMap& map, int32_t bytes, const Tile& tile, const Walk& walk) {
+    const int32_t y = tile.y + walk.pixel / tile.width, x = tile.x + walk.pixel % tile.width;
+    const int64_t first = tile.image * map.stride_n + (tile.channel + walk.channel) * map.stride_c + y * map.stride_h +
+                          x * map.stride_w;
+    at = static_cast<char*>(map.data) + bytes * first;
+    step = bytes * (walk.planar ? 4 * map.stride_c : map.stride_h);
+    apart = bytes * (walk.channel_apart * map.stride_c + walk.pixel_apart / kPlanarWidth * map.stride_h);
+  }
 };
 
-template <class A>
-__device__ __forceinline__ Masked<A> load_masked(const GaussianJob& job, const Tile& tile, TileShared<A>& shared,
-                                                 int32_t pixel, int32_t channel, int32_t number, bool along_row) {
-  Masked<A> run{};
+// Stored elements as words. What is read under a condition stays in them until it is used: taking 16-bit elements apart
+// at once would wait for each read.
+template <int kBytes>
+struct alignas(kBytes > 16 ? 16 : kBytes) Words {
+  uint32_t at[kBytes / 4];
+};
+
+// The elements of a block of which all maps store T: every thread walks its quads. Returns the sum of M d^2; with
+// kGradient, slope M d is written for every element.
+template <bool kGradient, bool kPlanar, class T, class A>
+__device__ __forceinline__ A walk_quads(const GaussianJob& job, const Tile& tile, TileShared<A>& shared, A slope) {
+  using Quad = Words<4 * sizeof(T)>;
+  constexpr int kBatch = sizeof(T) == 2 ? 4 : sizeof(T) == 4 ? 2 : 1;  // quads of either side in flight: 64 bytes
+  const Walk walk(job, tile, kPlanar, true);
+  if (!walk.exists(job, tile, 0)) return A(0);
+  Way student(job.student.level[tile.level].map, sizeof(T), tile, walk);
+  Way teacher(job.teacher.level[tile.level].map, sizeof(T), tile, walk);
+  Way grad(job.grad.level[tile.level].map, sizeof(T), tile, walk);
+  Four<A> own;
+  bool any = false;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    run.mask.at[k] = shared.mask[along_row ? pixel + k : pixel];
-    run.open = run.open || run.mask.at[k] > A(0);
+    own.at[k] = shared.mask[walk.pixel + (kPlanar ? k : 0)];
+    any = any || own.at[k] > A(0);
   }
-  if (!run.open) return run;
-  const MapView &student = job.student.level[tile.level], &teacher = job.teacher.level[tile.level];
-  const Run from = run_at(student, tile, pixel, channel, number, along_row);
-  const Run other = run_at(teacher, tile, pixel, channel, number, along_row);
-  const Four<A> s = load_run<A>(student, job.student.dtype, from, number);
-  const Four<A> t = load_run<A>(teacher, job.teacher.dtype, other, number);
+  if (kPlanar && !kGradient && !any) return A(0);
+
+  A sum = A(0);
+#pragma unroll 1
+  for (int32_t step = 0; step < walk.steps; step += kBatch) {
+    Quad s[kBatch], t[kBatch];
+    A masks[kBatch];
 #pragma unroll
-  for (int k = 0; k < 4; ++k)  // where the mask is zero the features are not looked at: they may be NaN
-    run.difference.at[k] = run.mask.at[k] > A(0) ? s.at[k] - t.at[k] : A(0);
-  return run;
+    for (int b = 0; b < kBatch; ++b) {
+      const bool here = step + b < walk.steps;
+      masks[b] = !kPlanar && here ? shared.mask[walk.pixel + (step + b) * kPixelWidth] : A(0);
+      const bool open = kPlanar ? here && any : masks[b] > A(0);
+      s[b] = open ? *reinterpret_cast<const Quad*>(student.at + b * student.step) : Quad{};
+      t[b] = open ? *reinterpret_cast<const Quad*>(teacher.at + b * teacher.step) : Quad{};
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      Four<T> of_student, of_teacher;
+      memcpy(&of_student, &s[b], sizeof(Quad));
+      memcpy(&of_teacher, &t[b], sizeof(Quad));
+      Four<A> gradient;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const A mask = kPlanar ? own.at[k] : masks[b];
+        // Where the mask is zero the features are not looked at: they may be NaN.
+        const A d = mask > A(0) ? as<A>(of_student.at[k]) - as<A>(of_teacher.at[k]) : A(0);
+        sum += mask * d * d;
+        gradient.at[k] = mask > A(0) ? slope * mask * d : A(0);
+      }
+      if (kGradient && step + b < walk.steps) store_four(reinterpret_cast<T*>(grad.at + b * grad.step), gradient);
+    }
+    student.at += kBatch * student.step;
+    teacher.at += kBatch * teacher.step;
+    grad.at += kBatch * grad.step;
+  }
+  return sum;
+}
+
+// One element, as it is stored.
+template <class A> using Bits = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
+
+template <class A>
+__device__ __forceinline__ Bits<A> load_bits(const char* from, DType dtype) {
+  return bytes_of(dtype) == 2 ? *reinterpret_cast<const uint16_t*>(from) : *reinterpret_cast<const Bits<A>*>(from);
 }
 
 template <class A>
-__global__ void __launch_bounds__(kThreads, 4) gaussian_loss_kernel(const __grid_constant__ GaussianJob job,
-                                                                 double* partial, int32_t* done, double* mask_sums,
-                                                                 A* loss) {
+__device__ __forceinline__ A value_of(Bits<A> bits, DType dtype) {
+  A value;
+  with_stored<A>(dtype, [&](auto stored) {
+    memcpy(&stored, &bits, sizeof stored);
+    value = as<A>(stored);
+  });
+  return value;
+}
+
+// The same element by element, for any types and strides.
+template <bool kGradient, class A>
+__device__ __forceinline__ A walk_elements(const GaussianJob& job, const Tile& tile, TileShared<A>& shared, A slope) {
+  const DType student_dtype = job.student.dtype, teacher_dtype = job.teacher.dtype, grad_dtype = job.grad.dtype;
+  const Walk walk(job, tile, job.student.level[tile.level].planar, false);
+  Way student(job.student.level[tile.level].map, bytes_of(student_dtype), tile, walk);
+  Way teacher(job.teacher.level[tile.level].map, bytes_of(teacher_dtype), tile, walk);
+  Way grad(job.grad.level[tile.level].map, bytes_of(grad_dtype), tile, walk);
+  bool exists[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) exists[k] = walk.exists(job, tile, k);
+
+  A sum = A(0);
+#pragma unroll 1
+  for (int32_t step = 0; step < walk.steps; ++step) {
+    Bits<A> s[4], t[4];
+    A masks[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      masks[k] = exists[k] ? shared.mask[walk.pixel + (walk.planar ? k * walk.pixel_apart : step * kPixelWidth)] : A(0);
+      s[k] = masks[k] > A(0) ? load_bits<A>(student.at + k * student.apart, student_dtype) : 0;
+      t[k] = masks[k] > A(0) ? load_bits<A>(teacher.at + k * teacher.apart, teacher_dtype) : 0;
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const A d = value_of<A>(s[k], student_dtype) - value_of<A>(t[k], teacher_dtype);  // 0 where neither was read
+      sum += masks[k] * d * d;
+      if (kGradient && exists[k])
+        with_stored<A>(grad_dtype, [&](auto stored) {
+          using T = decltype(stored);
+          *reinterpret_cast<T*>(grad.at + k * grad.apart) =
+              Stored<T>::from(masks[k] > A(0) ? slope * masks[k] * d : A(0));
+        });
+    }
+    student.at += student.step;
+    teacher.at += teacher.step;
+    grad.at += grad.step;
+  }
+  return sum;
+}
+
+template <bool kGradient, class A>
+__device__ __forceinline__ A walk_block(const GaussianJob& job, const Tile& tile, TileShared<A>& shared, A slope) {
+  if (!job.quads[tile.level]) return walk_elements<kGradient>(job, tile, shared, slope);
+  A sum;
+  with_stored<A>(job.student.dtype, [&](auto stored) {
+    using T = decltype(stored);
+    sum = job.student.level[tile.level].planar ? walk_quads<kGradient, true, T>(job, tile, shared, slope)
+                                               : walk_quads<kGradient, false, T>(job, tile, shared, slope);
+  });
+  return sum;
+}
+
+// By the last block: the levels' mask sums and the mean of their losses.
+__device__ inline double finish(const GaussianJob& job, const double* partial, double* mask_sums,
+                                const Shared<double>& sums) {
+  const int64_t blocks = job.first_block[job.student.levels];
+  double total = 0.0;
+  for (int32_t level = 0; level < job.student.levels; ++level) {
+    double loss_sum = 0.0, mask_sum = 0.0;
+    for (int64_t block = job.first_block[level] + threadIdx.x; block < job.first_block[level + 1]; block += kThreads) {
+      loss_sum += partial[block];
+      mask_sum += partial[blocks + block];
+    }
+    loss_sum = block_sum(loss_sum, sums);
+    mask_sum = block_sum(mask_sum, sums);
+    if (threadIdx.x == 0) mask_sums[level] = mask_sum;
+    total += loss_sum / (2.0 * (mask_sum > 1.0 ? mask_sum : 1.0));
+  }
+  return total / job.student.levels;
+}
+
+// ---- kernels --------------------------------------------------------------------------------------------------------
+
+// At most 64 registers a thread for float, so that four blocks share a multiprocessor; double is there for checks.
+template <class A>
+__global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 4 : 2)
+    gaussian_loss_kernel(const __grid_constant__ GaussianJob job, double* partial, int32_t* done, double* mask_sums,
+                         A* loss) {
   SharedArena arena;
   const Shared<double> sums = arena.take<double>(kThreads / kWarp);
   const Shared<int32_t> flag = arena.take<int32_t>(1);
@@ -217,12 +362,7 @@ __global__ void __launch_bounds__(kThreads, 4) gaussian_loss_kernel(const __grid
     const Tile tile = tile_of(job, blockIdx.x);
     A sum = A(0), mask = A(0);
     if (make_mask(job, tile, shared)) {
-      for_each_run(job, tile, job.student.level[tile.level].planar,
-                   [&](int32_t pixel, int32_t channel, int32_t number, bool along_row) {
-                     const Masked<A> run = load_masked(job, tile, shared, pixel, channel, number, along_row);
-#pragma unroll
-                     for (int k = 0; k < 4; ++k) sum += run.mask.at[k] * run.difference.at[k] * run.difference.at[k];
-                   });
+      sum = walk_block<false>(job, tile, shared, A(0));
       if (tile.channel == 0) mask = shared.mask[threadIdx.x];
     }
     const double loss_sum = block_sum(double(sum), sums), mask_sum = block_sum(double(mask), sums);
@@ -232,66 +372,41 @@ __global__ void __launch_bounds__(kThreads, 4) gaussian_loss_kernel(const __grid
     }
   }
   if (!last_block(done, int32_t(gridDim.x), flag)) return;
-  double total = 0.0;
-  for (int32_t level = 0; level < job.student.levels; ++level) {
-    double loss_sum = 0.0, mask_sum = 0.0;
-    for (int64_t block = job.first_block[level] + threadIdx.x; block < job.first_block[level + 1]; block += kThreads) {
-      loss_sum += load_fresh(&partial[block]);
-      mask_sum += load_fresh(&partial[blocks + block]);
-    }
-    loss_sum = block_sum(loss_sum, sums);
-    mask_sum = block_sum(mask_sum, sums);
-    if (threadIdx.x == 0) mask_sums[level] = mask_sum;
-    total += loss_sum / (2.0 * (mask_sum > 1.0 ? mask_sum : 1.0));
-  }
-  if (threadIdx.x == 0) *loss = static_cast<A>(total / job.student.levels);
+  const double total = finish(job, partial, mask_sums, sums);
+  if (threadIdx.x == 0) *loss = static_cast<A>(total);
 }
 
 template <class A>
-__global__ void __launch_bounds__(kThreads, 4) gaussian_gradient_kernel(const __grid_constant__ GaussianJob job,
-                                                                     const double* mask_sums, const A* upstream) {
+__global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 4 : 2)
+    gaussian_gradient_kernel(const __grid_constant__ GaussianJob job, const double* mask_sums, const A* upstream) {
   SharedArena arena;
   TileShared<A>& shared = *arena.rest<TileShared<A>>();
   const Tile tile = tile_of(job, blockIdx.x);
   const double mask_sum = mask_sums[tile.level];
   const A slope = static_cast<A>(*upstream / ((mask_sum > 1.0 ? mask_sum : 1.0) * job.student.levels));
   make_mask(job, tile, shared);
-  const MapView& grad = job.grad.level[tile.level];
-  for_each_run(job, tile, grad.planar, [&](int32_t pixel, int32_t channel, int32_t number, bool along_row) {
-    const Masked<A> loaded = load_masked(job, tile, shared, pixel, channel, number, along_row);
-    Four<A> values;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) values.at[k] = loaded.open ? slope * loaded.mask.at[k] * loaded.difference.at[k] : A(0);
-    const Run run = run_at(grad, tile, pixel, channel, number, along_row);
-    with_stored<A>(job.grad.dtype, [&](auto stored) {
-      using T = decltype(stored);
-      T* to = static_cast<T*>(grad.map.data) + run.at;
-      if (run.vector) {
-        store_four(to, values);
-      } else {
-#pragma unroll
-        for (int k = 0; k < 4; ++k)
-          if (k < number) to[k * run.step] = Stored<T>::from(values.at[k]);
-      }
-    });
-  });
+  walk_block<true>(job, tile, shared, slope);
 }
 
-int32_t channel_groups(int32_t channels) { return (channels + kGroup - 1) / kGroup; }
-
-GaussianJob make_job(const Pyramid& student, const Pyramid& teacher, const Table& boxes, int64_t count,
-                     double sigma_squared) {
+// Without `grad`: for the loss.
+GaussianJob make_job(const Pyramid& student, const Pyramid& teacher, const Pyramid* grad, const Table& boxes,
+                     int64_t count, double sigma_squared) {
   GaussianJob job{};
   job.student = view_of(student);
   job.teacher = view_of(teacher);
+  if (grad) job.grad = view_of(*grad);
   job.boxes = boxes;
   job.count = count;
   job.sigma_squared = sigma_squared;
-  job.groups = channel_groups(student.channels);
+  job.groups = (student.channels + kGroup - 1) / kGroup;
   for (int32_t level = 0; level < student.levels; ++level) {
-    const FeatureMap& map = student.level[level];
-    const int64_t columns = (map.width + kTileWidth - 1) / kTileWidth;
-    const int64_t rows = (map.height + kTileHeight - 1) / kTileHeight;
+    const MapView &s = job.student.level[level], &t = job.teacher.level[level];
+    const MapView& g = grad ? job.grad.level[level] : s;
+    job.quads[level] = s.vector && t.vector && g.vector && s.planar == t.planar && s.planar == g.planar &&
+                       (s.planar || student.channels % 4 == 0) && teacher.dtype == student.dtype &&
+                       (!grad || grad->dtype == student.dtype);
+    const int64_t columns = (s.map.width + tile_width(s) - 1) / tile_width(s),
+                  rows = (s.map.height + tile_height(s) - 1) / tile_height(s);
     job.first_block[level + 1] = job.first_block[level] + columns * rows * student.images * job.groups;
   }
   return job;
@@ -300,7 +415,7 @@ GaussianJob make_job(const Pyramid& student, const Pyramid& teacher, const Table
 }  // namespace
 
 int64_t gaussian_partials(const Pyramid& student) {
-  return 2 * make_job(student, student, Table{}, 0, 1.0).first_block[student.levels];
+  return 2 * make_job(student, student, nullptr, Table{}, 0, 1.0).first_block[student.levels];
 }
 
 template <class A>
@@ -309,7 +424,7 @@ Status gaussian_feature_loss(const Pyramid& student, const Pyramid& teacher, con
                              const Target& target) {
   const DeviceGuard guard(target.device);
   if (guard.error() != cudaSuccess) return Status{guard.error(), "gaussian_feature_loss"};
-  const GaussianJob job = make_job(student, teacher, boxes, count, sigma_squared);
+  const GaussianJob job = make_job(student, teacher, nullptr, boxes, count, sigma_squared);
   const int64_t blocks = job.first_block[student.levels];
   const size_t shared = shared_bytes<double>(kThreads / kWarp) + shared_bytes<int32_t>(1) + sizeof(TileShared<A>);
   // Without pixels one block still writes the loss.
@@ -324,8 +439,7 @@ Status gaussian_feature_loss_backward(const Pyramid& student, const Pyramid& tea
                                       const double* mask_sums, const A* upstream, const Target& target) {
   const DeviceGuard guard(target.device);
   if (guard.error() != cudaSuccess) return Status{guard.error(), "gaussian_feature_loss_backward"};
-  GaussianJob job = make_job(student, teacher, boxes, count, sigma_squared);
-  job.grad = view_of(grad);
+  const GaussianJob job = make_job(student, teacher, &grad, boxes, count, sigma_squared);
   return Status{launch(gaussian_gradient_kernel<A>, dim3(unsigned(job.first_block[student.levels])), kThreads,
                        sizeof(TileShared<A>), target.stream, job, mask_sums, upstream),
                 "gaussian_feature_loss_backward"};

@@ -34,7 +34,9 @@ struct PyramidView {
   DType dtype;
 };
 
-inline int32_t bytes_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+__host__ __device__ inline int32_t bytes_of(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
 
 inline MapView view_of(const FeatureMap& map, DType dtype) {
   MapView view{map, map.stride_c != 1, false};
@@ -44,6 +46,18 @@ inline MapView view_of(const FeatureMap& map, DType dtype) {
                 map.stride_h % 4 == 0 && map.stride_n % 4 == 0 && (!view.planar || map.width % 4 == 0);
   return view;
 }
+
+// Within an image the kernels keep strides in 32 bits; offsets have 64.
+inline bool strides_fit(const Pyramid& pyramid) {
+  const auto fits = [](int64_t stride) { return stride == int64_t(int32_t(stride)); };
+  for (int32_t level = 0; level < pyramid.levels; ++level) {
+    const FeatureMap& map = pyramid.level[level];
+    if (!fits(map.stride_c) || !fits(map.stride_h) || !fits(map.stride_w)) return false;
+  }
+  return true;
+}
+
+__device__ __forceinline__ int64_t steps(int32_t count, int32_t stride) { return int64_t(count) * stride; }
 
 inline PyramidView view_of(const Pyramid& pyramid) {
   PyramidView view{};

@@ -290,36 +290,36 @@ size_t pool_shared_bytes(int sides) {
 template <class A, class T>
 struct Source {
   const T* data;
-  int64_t stride_c, stride_h, stride_w;
+  int32_t stride_c, stride_h, stride_w;  // see strides_fit
   int32_t channels;
   bool vector;
 
   __device__ Source(const MapView& view, int32_t image, int32_t all_channels, int32_t channel)
       : data(static_cast<const T*>(view.map.data) + image * view.map.stride_n + channel * view.map.stride_c),
-        stride_c(view.map.stride_c), stride_h(view.map.stride_h), stride_w(view.map.stride_w),
-        channels(all_channels - channel), vector(view.vector) {}
+        stride_c(int32_t(view.map.stride_c)), stride_h(int32_t(view.map.stride_h)),
+        stride_w(int32_t(view.map.stride_w)), channels(all_channels - channel), vector(view.vector) {}
 
   // Four staged pixels in a row, of one channel.
   __device__ __forceinline__ Four<A> pixels(const AxisTable<A>& columns, int32_t channel, int32_t y,
                                             int32_t staged) const {
     Four<A> values{};
     if (channel >= channels) return values;
-    const T* row = data + channel * stride_c + y * stride_h;
+    const T* row = data + steps(channel, stride_c) + steps(y, stride_h);
     const int32_t x = columns.pixel[staged];
     if (vector && (x & 3) == 0 && columns.pixel[staged + 3] == x + 3) return load_four<A>(row + x);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) values.at[k] = as<A>(row[columns.pixel[staged + k] * stride_w]);
+    for (int k = 0; k < 4; ++k) values.at[k] = as<A>(row[steps(columns.pixel[staged + k], stride_w)]);
     return values;
   }
 
   // Four channels of one pixel.
   __device__ __forceinline__ Four<A> quad(int32_t quad, int32_t y, int32_t x) const {
-    const T* pixel = data + y * stride_h + x * stride_w;
+    const T* pixel = data + steps(y, stride_h) + steps(x, stride_w);
     if (vector && 4 * quad + 4 <= channels) return load_four<A>(pixel + 4 * quad);
     Four<A> values{};
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      if (4 * quad + k < channels) values.at[k] = as<A>(pixel[(4 * quad + k) * stride_c]);
+      if (4 * quad + k < channels) values.at[k] = as<A>(pixel[steps(4 * quad + k, stride_c)]);
     return values;
   }
 };
@@ -331,17 +331,20 @@ __device__ __forceinline__ Four<A> minus(Four<A> left, const Four<A>& right) {
   return left;
 }
 
-// Two maps of one geometry and layout: subtract on load.
+// A map, less another one of the same geometry and layout if asked for.
 template <class A, class T>
 struct Difference {
-  Source<A, T> student, teacher;
+  Source<A, T> map, other;
+  bool subtract;
 
   __device__ __forceinline__ Four<A> pixels(const AxisTable<A>& columns, int32_t channel, int32_t y,
                                             int32_t staged) const {
-    return minus(student.pixels(columns, channel, y, staged), teacher.pixels(columns, channel, y, staged));
+    const Four<A> values = map.pixels(columns, channel, y, staged);
+    return subtract ? minus(values, other.pixels(columns, channel, y, staged)) : values;
   }
   __device__ __forceinline__ Four<A> quad(int32_t quad, int32_t y, int32_t x) const {
-    return minus(student.quad(quad, y, x), teacher.quad(quad, y, x));
+    const Four<A> values = map.quad(quad, y, x);
+    return subtract ? minus(values, other.quad(quad, y, x)) : values;
   }
 };
 
@@ -392,13 +395,11 @@ __device__ __forceinline__ void stage(const PoolSource& source, PoolShared<A>& s
                                       int32_t row, int32_t rows) {
   with_stored<A>(source.dtype, [&](auto stored) {
     using T = decltype(stored);
-    const Source<A, T> from(*source.map, source.image, source.channels, source.channel);
-    if (source.subtract) {
-      const Source<A, T> other(*source.subtract, source.image, source.channels, source.channel);
-      stage(Difference<A, T>{from, other}, source.map->planar, shared, tables, row, rows);
-    } else {
-      stage(from, source.map->planar, shared, tables, row, rows);
-    }
+    const MapView& other = source.subtract ? *source.subtract : *source.map;
+    const Difference<A, T> from{Source<A, T>(*source.map, source.image, source.channels, source.channel),
+                                Source<A, T>(other, source.image, source.channels, source.channel),
+                                source.subtract != nullptr};
+    stage(from, source.map->planar, shared, tables, row, rows);
   });
 }
 
@@ -480,7 +481,8 @@ __device__ void scatter(const MapView& view, int32_t image, int32_t all_channels
                         const RegionPlace& place, const BinGroup& group, PoolShared<A>& shared,
                         Tables<A>& tables) {
   A* data = static_cast<A*>(view.map.data) + image * view.map.stride_n + channel * view.map.stride_c;
-  const int64_t stride_c = view.map.stride_c, stride_h = view.map.stride_h, stride_w = view.map.stride_w;
+  const int32_t stride_c = int32_t(view.map.stride_c), stride_h = int32_t(view.map.stride_h),
+                stride_w = int32_t(view.map.stride_w);
   const int32_t channels = all_channels - channel;
   for_each_batch(place, view, group, tables, [&] {
     const int32_t columns = tables.x.count, pixels = tables.y.count * columns;
@@ -502,13 +504,14 @@ __device__ void scatter(const MapView& view, int32_t image, int32_t all_channels
 #pragma unroll
           for (int k = 0; k < 4; ++k) sum.at[k] += weight * bin.at[k];
         }
-      A* at = data + 4 * quad * stride_c + tables.y.pixel[y] * stride_h + tables.x.pixel[x] * stride_w;
+      A* at = data + steps(4 * quad, stride_c) + steps(tables.y.pixel[y], stride_h) +
+              steps(tables.x.pixel[x], stride_w);
       if (!view.planar && view.vector && 4 * quad + 4 <= channels) {
         add_four(at, sum);
       } else {
 #pragma unroll
         for (int k = 0; k < 4; ++k)
-          if (4 * quad + k < channels) add(at + k * stride_c, sum.at[k]);
+          if (4 * quad + k < channels) add(at + steps(k, stride_c), sum.at[k]);
       }
     }
   });

@@ -15,6 +15,14 @@ constexpr int kThreads = 256;  // of every block
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+// Blocks that are to share a multiprocessor, for __launch_bounds__ of kernels that take much shared memory: before
+// compute capability 8.0 there is room for one, which then may have more registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define TARDKD_BLOCKS(count) 1
+#else
+#define TARDKD_BLOCKS(count) count
+#endif
+
 // ---- shared memory -------------------------------------------------------------------------------------------------
 
 // A checked array in shared memory: bare pointer on a GPU, an error for an index out of range on the CPU.

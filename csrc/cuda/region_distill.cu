@@ -108,7 +108,8 @@ __device__ __noinline__ bool decide(const RegionJob<A>& job, int64_t region, boo
 }
 
 template <class A>
-__global__ void __launch_bounds__(kThreads, 3) region_distill_kernel(const __grid_constant__ RegionJob<A> job) {
+__global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
+    region_distill_kernel(const __grid_constant__ RegionJob<A> job) {
   SharedArena arena;
   RegionScratch<A> scratch;
   scratch.take(arena);
@@ -159,6 +160,7 @@ Status region_distill(const Pyramid& student, const Pyramid& teacher, const Pyra
                       const LossSpec& spec, const Target& target) {
   const DeviceGuard guard(target.device);
   if (guard.error() != cudaSuccess) return Status{guard.error(), "region_distill"};
+  if (!strides_fit(student) || !strides_fit(teacher)) return Status{cudaErrorInvalidValue, "region_distill"};
   RegionJob<A> job{};
   job.student = view_of(student);
   job.teacher = view_of(teacher);

@@ -61,7 +61,8 @@ __device__ bool for_region(const AlignJob<A>& job, const Body& body) {
 }
 
 template <class A>
-__global__ void __launch_bounds__(kThreads) roi_align_kernel(const __grid_constant__ AlignJob<A> job) {
+__global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
+    roi_align_kernel(const __grid_constant__ AlignJob<A> job) {
   const int32_t channels = job.maps.channels;
   const bool valid = for_region(job, [&](int64_t region, int32_t image, int32_t channel, const BinGroup& group,
                                          PoolShared<A>& shared) {
@@ -89,7 +90,8 @@ __global__ void __launch_bounds__(kThreads) roi_align_kernel(const __grid_consta
 }
 
 template <class A>
-__global__ void __launch_bounds__(kThreads) roi_align_scatter_kernel(const __grid_constant__ AlignJob<A> job) {
+__global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
+    roi_align_scatter_kernel(const __grid_constant__ AlignJob<A> job) {
   for_region(job, [&](int64_t region, int32_t image, int32_t channel, const BinGroup& group, PoolShared<A>& shared) {
     clear_bins(shared, group);  // of channels that do not exist
     __syncthreads();
@@ -107,6 +109,7 @@ Status launch_by_region(const char* name, Kernel kernel, const Pyramid& maps, co
                         void* pooled, DType pooled_dtype, const RoiAlignSpec& align, const Target& target) {
   const DeviceGuard guard(target.device);
   if (guard.error() != cudaSuccess) return Status{guard.error(), name};
+  if (!strides_fit(maps)) return Status{cudaErrorInvalidValue, name};
   const AlignJob<A> job{view_of(maps), proposals, regions, pooled, pooled_dtype, align,
                         channel_groups<A>(maps.channels)};
   return Status{launch(kernel, dim3(unsigned(regions * job.groups)), kThreads, align_shared<A>(), target.stream, job),
@@ -242,7 +245,8 @@ __device__ void gather_region(const GatherJob& job, const Tile& tile, int64_t re
 }
 
 template <class A>
-__global__ void __launch_bounds__(kThreads) roi_align_gather_kernel(const __grid_constant__ GatherJob job) {
+__global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
+    roi_align_gather_kernel(const __grid_constant__ GatherJob job) {
   SharedArena arena;
   GatherShared<A>& shared = *arena.rest<GatherShared<A>>();
 
