@@ -209,6 +209,7 @@ template <class A>
 struct Tables {
   AxisTable<A> y, x;
   int32_t at[4];  // first bins and first samples of what they hold; at[0] < 0: nothing yet
+  bool planar;    // and for which order of memory
 };
 
 template <class A>
@@ -227,6 +228,7 @@ __device__ __noinline__ void build_tables(const Batch& batch_y, const Batch& bat
   if (threadIdx.x == 0) {
     tables.at[0] = batch_y.bin, tables.at[1] = batch_x.bin;
     tables.at[2] = batch_y.first, tables.at[3] = batch_x.first;
+    tables.planar = planar;
   }
   __syncthreads();
 }
@@ -245,7 +247,8 @@ __device__ __forceinline__ void for_each_batch(const RegionPlace& place, const M
   range(place.x, group.x, group.columns, first_x, last_x);
   for (int32_t sy = first_y; sy < last_y; sy += kSamples)
     for (int32_t sx = first_x; sx < last_x; sx += kSamples) {
-      const bool same = tables.at[0] == group.y && tables.at[1] == group.x && tables.at[2] == sy && tables.at[3] == sx;
+      const bool same = tables.at[0] == group.y && tables.at[1] == group.x && tables.at[2] == sy &&
+                        tables.at[3] == sx && tables.planar == view.planar;
       if (!same) {
         const int32_t count_y = last_y - sy < kSamples ? last_y - sy : kSamples;
         const int32_t count_x = last_x - sx < kSamples ? last_x - sx : kSamples;
@@ -280,7 +283,7 @@ struct alignas(16) PoolShared {
 };
 
 template <class A>
-size_t pool_shared_bytes(int sides) {
+__host__ __device__ size_t pool_shared_bytes(int sides) {
   return sizeof(PoolShared<A>) - (2 - sides) * sizeof(Tables<A>);
 }
 

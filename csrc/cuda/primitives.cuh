@@ -100,9 +100,14 @@ class SharedArena {
 #endif
     return Shared<T>(data, count);
   }
-  // What is left, as a struct of SharedArrays.
+  // What is left, as a struct of SharedArrays of which `bytes` are there.
   template <class T>
-  __device__ __forceinline__ T* rest() {
+  __device__ __forceinline__ T* rest(size_t bytes = sizeof(T)) {
+#ifdef TARDKD_CUDA_ON_CPU
+    cuda_on_cpu::check_shared_end(next_ + bytes);
+#else
+    (void)bytes;
+#endif
     return reinterpret_cast<T*>(next_);
   }
 

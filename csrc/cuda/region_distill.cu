@@ -49,7 +49,7 @@ struct alignas(16) FeatureShared {
 };
 
 template <class A>
-size_t feature_shared_bytes(int32_t tables) {
+__host__ __device__ size_t feature_shared_bytes(int32_t tables) {
   return sizeof(FeatureShared<A>) - sizeof(PoolShared<A>) + pool_shared_bytes<A>(tables);
 }
 
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
   SharedArena arena;
   RegionScratch<A> scratch;
   scratch.take(arena);
-  FeatureShared<A>& shared = *arena.rest<FeatureShared<A>>();
+  FeatureShared<A>& shared = *arena.rest<FeatureShared<A>>(feature_shared_bytes<A>(job.tables));
 
   const int64_t region = blockIdx.x / job.groups;
   const int32_t channel_group = int32_t(blockIdx.x % job.groups);
@@ -160,7 +160,8 @@ Status region_distill(const Pyramid& student, const Pyramid& teacher, const Pyra
                       const LossSpec& spec, const Target& target) {
   const DeviceGuard guard(target.device);
   if (guard.error() != cudaSuccess) return Status{guard.error(), "region_distill"};
-  if (!strides_fit(student) || !strides_fit(teacher)) return Status{cudaErrorInvalidValue, "region_distill"};
+  if (!strides_fit(student) || !strides_fit(teacher) || (grad && !strides_fit(*grad)))
+    return Status{cudaErrorInvalidValue, "region_distill"};
   RegionJob<A> job{};
   job.student = view_of(student);
   job.teacher = view_of(teacher);

@@ -44,7 +44,7 @@ template <class A, class Body>
 __device__ bool for_region(const AlignJob<A>& job, const Body& body) {
   SharedArena arena;
   const Shared<int32_t> found = arena.take<int32_t>(2);  // whether the region is valid, its image
-  PoolShared<A>& shared = *arena.rest<PoolShared<A>>();
+  PoolShared<A>& shared = *arena.rest<PoolShared<A>>(pool_shared_bytes<A>(1));
   const int64_t region = blockIdx.x / job.groups;
   if (threadIdx.x == 0) {
     double box[4];
