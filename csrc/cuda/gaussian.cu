@@ -334,8 +334,8 @@ __device__ inline double finish(const GaussianJob& job, const double* partial, d
   for (int32_t level = 0; level < job.student.levels; ++level) {
     double loss_sum = 0.0, mask_sum = 0.0;
     for (int64_t block = job.first_block[level] + threadIdx.x; block < job.first_block[level + 1]; block += kThreads) {
-      loss_sum += partial[block];
-      mask_sum += partial[blocks + block];
+      loss_sum += load_fresh(&partial[block]);
+      mask_sum += load_fresh(&partial[blocks + block]);
     }
     loss_sum = block_sum(loss_sum, sums);
     mask_sum = block_sum(mask_sum, sums);
