@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
     sub = command(demo, "teacher, student alone and distilled student on the built-in scenes")
-    sub.add_argument("--out", required=True, metavar="DIR")
+    sub.add_argument("--out", default="runs/demo", metavar="DIR", help="default: %(default)s")
     sub.add_argument("--seeds", type=_positive, default=1, metavar="N", help="repeat with N seeds (default 1)")
     sub.add_argument("--quick", action="store_true", help="tiny budgets: everything runs, nothing is learned")
     sub.add_argument("--overwrite", action="store_true", help="remove an earlier demo from the folder")

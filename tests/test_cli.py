@@ -170,11 +170,12 @@ def test_help_needs_no_optional_package():
 
 def test_demo(tmp_path, monkeypatch, capsys):
     """All of the demo on a recipe still smaller than --quick."""
+    monkeypatch.chdir(tmp_path)
     small = {**tree(tmp_path), "output": None}
     monkeypatch.setattr(demo, "demo_recipe", lambda: small)
     monkeypatch.setattr(demo, "QUICK", ("data.train=4", "train.epochs=2"))
-    out = tmp_path / "demo"
-    assert cli.main(["demo", "--out", str(out), "--quick", "--seeds", "2"]) == 0
+    assert cli.main(["demo", "--quick", "--seeds", "2"]) == 0
+    out = tmp_path / "runs" / "demo"
     results = json.loads((out / "results.json").read_text())
     for role in ("teacher", "baseline", "distilled"):
         values = [seed[role]["AP"] for seed in results["seeds"]]
@@ -187,7 +188,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
     assert {path.name for path in out.iterdir()} == {"results.json", "curves.png", "detections.png", "seed0", "seed1"}
     shown = capsys.readouterr().out
     assert "AP in percent, 2 seeds" in shown and "distilled" in shown and "gain" in shown
-    assert cli.main(["demo", "--out", str(out), "--quick"]) == 2
+    assert cli.main(["demo", "--out", "runs/demo", "--quick"]) == 2
     assert "holds an earlier demo" in capsys.readouterr().err
     demo._claim(out, overwrite=True)
     assert not list(out.iterdir())

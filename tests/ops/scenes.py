@@ -20,6 +20,7 @@ GEOMETRIES = {
     "resolution": ((1.0, (4, 8, 16)), (1.7, (4, 8, 16))),
     "repeated": ((1.0, (8, 8, 16)), (1.0, (4, 4, 4))),  # as torchvision's MobileNet pyramids repeat a stride
     "single": ((1.0, (16,)), (1.0, (8,))),
+    "eight": ((1.0, (1, 2, 4, 8, 16, 32, 64, 128)), (1.0, (2, 4, 8, 16, 32, 64, 128, 256))),  # as many as there may be
 }
 
 

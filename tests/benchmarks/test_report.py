@@ -1,0 +1,94 @@
+"""The report, made of a small recorded run (``results.json``, of tiny inputs on a CPU: its times mean nothing)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import report
+
+RECORDED = Path(__file__).parent / "results.json"
+
+
+@pytest.fixture
+def results() -> dict:
+    return json.loads(RECORDED.read_text())
+
+
+def of(results: dict, **wanted: str) -> list[dict]:
+    """The benchmarks whose ``extra_info`` has these values."""
+    return [b for b in results["benchmarks"] if wanted.items() <= b["extra_info"].items()]
+
+
+def test_every_part_is_there(results, tmp_path):
+    text = report.write_report(results, tmp_path)
+    assert (tmp_path / "report.md").read_text() == text
+    for part in ("## Ratios", "## Roofline", "## Growth", results["commit_info"]["id"]):
+        assert part in text
+    assert "## Host and device" not in text
+    for name in ("ratios.png", "roofline.png", "growth.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert f"({name})" in text
+
+
+def test_ratio_is_of_the_rival_to_tardkd(results, tmp_path):
+    for side, median in (("tardkd", 0.002), ("eager", 0.05)):
+        (one,) = of(results, op="pooled_distill_loss", side=side, gate="all")
+        one["stats"]["median"] = median
+    lines = report.write_report(results, tmp_path).splitlines()
+    rows = [line for line in lines if line.startswith("| cpu float32 NCHW | all | eager | 2 | 50 | 25 |")]
+    assert len(rows) == 1
+
+
+def test_only_the_same_work_is_compared(results):
+    rows = report.read(results)
+    for ours, rival in report.pairs(rows):
+        assert (ours["side"], report.place(ours)) == ("tardkd", report.place(rival)) and rival["side"] != "tardkd"
+    without = [row for row in rows if row["side"] != "tardkd"]
+    assert report.pairs(rows) and report.pairs(without) == []
+
+
+def test_time_on_the_device_comes_first(results, tmp_path):
+    """As of a GPU, where it is known."""
+    on_gpu = copy.deepcopy(of(results, op="pooled_distill_loss", gate="all"))
+    for one in on_gpu:
+        measured = dict(device_seconds=0.001, host_seconds=0.003, launches=4, synchronisations=0)
+        one["extra_info"] |= {"case": "cuda float32 NCHW", **measured}
+        one["stats"]["median"] = 0.004
+    results["benchmarks"] += on_gpu
+    text = report.write_report(results, tmp_path)
+    assert "| `pooled_distill_loss` | cuda float32 NCHW | all | tardkd | 1 | 3 | 4 | 4 | 0 |" in text
+    assert "| cuda float32 NCHW | all | eager | 1 | 1 | 1 |" in text
+
+
+def test_a_point_that_is_missing_leaves_its_cell_empty(results, tmp_path):
+    point = next(b for b in results["benchmarks"] if "curve" in b["extra_info"])
+    results["benchmarks"].remove(point)
+    value = point["extra_info"]["value"]
+    rows = [line for line in report.write_report(results, tmp_path).splitlines() if line.startswith(f"| {value} |")]
+    assert any(" |  |" in row for row in rows)
+
+
+def test_parts_without_results_are_left_out(results, tmp_path):
+    for one in results["benchmarks"]:
+        one["extra_info"].pop("floor_seconds", None)
+    results["benchmarks"] = [b for b in results["benchmarks"] if "curve" not in b["extra_info"]]
+    text = report.write_report(results, tmp_path)
+    assert "## Roofline" not in text and "## Growth" not in text
+    assert not (tmp_path / "roofline.png").exists() and not (tmp_path / "growth.png").exists()
+
+
+def test_nothing_to_report_is_an_error(results, tmp_path):
+    results["benchmarks"] = []
+    with pytest.raises(SystemExit, match="no result"):
+        report.write_report(results, tmp_path)
+
+
+def test_command_line(tmp_path):
+    command = [sys.executable, report.__file__, str(RECORDED), "--out", str(tmp_path / "new" / "folder")]
+    subprocess.run(command, check=True)
+    assert (tmp_path / "new" / "folder" / "report.md").exists()
