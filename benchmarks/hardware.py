@@ -4,7 +4,8 @@
 
 Wants Python with torch, torchvision, pytest, hypothesis, pytest-benchmark, CMake, ninja and pybind11 installed, and
 nvcc on PATH; downloads nothing. Ends within nine minutes: a step that takes too long is stopped, the others still run.
-OUTPUT gets record.json, record.md, log.txt and benchmarks.json. Fails unless every step passed.
+OUTPUT gets record.json, record.md, log.txt, benchmarks.json and, where matplotlib is, report.md with plots. Fails
+unless every step passed.
 """
 
 from __future__ import annotations
@@ -192,7 +193,11 @@ def main() -> None:
             limit = min(120, runner.left())  # its own limit comes first: only it can stop what it has started
             sanitize = (sys.executable, "tests/gpu/sanitize.py", "--summary", str(summary))
             runner.step("sanitizer", (*sanitize, "--limit", f"{limit - 10:.0f}"), limit)
-            tests("benchmarks", 120, "-q", "benchmarks", f"--benchmark-json={output / 'benchmarks.json'}")
+            limit = min(200, runner.left() - 15)  # stops by itself: pytest-benchmark writes its file at the end
+            results = output / "benchmarks.json"
+            tests("benchmarks", limit, "-q", "benchmarks", f"--budget={limit - 45:.0f}", f"--benchmark-json={results}")
+            if results.exists() and importlib.util.find_spec("matplotlib") is not None:
+                runner.step("report", (sys.executable, "benchmarks/report.py", str(results), "--out", str(output)), 30)
 
         record["sanitizer"] = json.loads(summary.read_text()) if summary.exists() else []
     record["steps"] = runner.steps

@@ -1,50 +1,91 @@
-"""``region_distill_loss``, forward and backward, against torchvision's RoIAlign on both pyramids and PyTorch losses."""
+"""``region_distill_loss``, forward and backward, against torchvision's RoIAlign and PyTorch losses."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import cases
 import pytest
+import record
 import rivals
+import roofline
+import steps
+import timing
 import torch
-import workloads
+from torch import Tensor
+from workloads import SCALES, Workload
 
 from tardkd import ops
 
-SIDES = ("tardkd", "torchvision")
+# The same work, pooling included. "filtered": only what the gates open; "subtracted": pools the difference of the maps.
+POOLING = {
+    "eager": {},
+    "compiled": {},
+    "filtered": dict(filtered=True),
+    "filtered compiled": dict(filtered=True),
+    "subtracted": dict(subtracted=True),
+    "subtracted filtered": dict(subtracted=True, filtered=True),
+}
+# Losses on regions that the box heads have pooled already, gradients up to there.
+POOLED = {
+    "pooled": {},
+    "pooled compiled": {},
+    "pooled filtered": dict(filtered=True),
+}
+# Other losses, for scale.
+WHOLE_MAPS = {
+    "imitation": rivals.imitation_loss,
+    "imitation compiled": rivals.imitation_loss,
+    "correlation": rivals.correlation_loss,
+    "correlation compiled": rivals.correlation_loss,
+}
 
 
-def losses(side: str, workload: workloads.Workload, gate: str) -> tuple[torch.Tensor, ...]:
+def tardkd_losses(gate: str, workload: Workload) -> Sequence[Tensor]:
     features = (workload.student_features, workload.teacher_features, workload.boxes)
+    return ops.region_distill_loss(*features, *workload.per_region, student_scales=SCALES, feature_gate=gate)[:3]
+
+
+def step_of(side: str, gate: str, compiled: Callable) -> steps.Step:
+    prepare = compiled if side.endswith("compiled") else lambda function: function
+    if side in POOLING:
+        loss = prepare(rivals.RegionDistill(len(SCALES), gate, **POOLING[side]))
+        return steps.of_losses(
+            lambda w: loss(w.student_features, w.teacher_features, w.boxes, w.image_shapes, *w.per_region)
+        )
+    if side in POOLED:
+        loss = prepare(partial(rivals.pooled_losses, feature_gate=gate, **POOLED[side]))
+        return steps.of_losses(lambda w: loss(*w.pooled, torch.cat(w.boxes), *w.per_region), lambda w: w.pooled_leaves)
+    if side in WHOLE_MAPS:
+        loss = prepare(WHOLE_MAPS[side])
+        return steps.of_losses(lambda w: [loss(w.student_features, w.teacher_features)], lambda w: w.student_features)
+    return steps.of_losses(partial(tardkd_losses, gate))
+
+
+@pytest.mark.parametrize("gate", rivals.FEATURE_GATES)
+@pytest.mark.parametrize("case, side", cases.with_sides(["tardkd", *POOLING, *POOLED]))
+def test_regions(benchmark, inputs_of, compiled, quick, case, side, gate) -> None:
+    inputs = inputs_of(case)
+    step = step_of(side, gate, compiled)
+    if side != "tardkd":
+        steps.assert_agree(step_of("tardkd", gate, compiled), step, inputs[0])
+    info = record.describe(benchmark, "region_distill_loss", side, case, inputs[0], gate)
+    timing.measure(benchmark, step, inputs, quick)
     if side == "tardkd":
-        scales = dict(student_scales=workloads.SCALES)
-        return ops.region_distill_loss(*features, *workload.per_region, **scales, feature_gate=gate)[:3]
-    rival = rivals.RegionDistill(len(workload.student_features), feature_gate=gate)
-    return rival(*features, workload.image_shapes, *workload.per_region)
+        features = (inputs[0].student_features, inputs[0].teacher_features, inputs[0].boxes)
+        losses = ops.region_distill_loss(*features, *inputs[0].per_region, student_scales=SCALES, feature_gate=gate)
+        info["open"] = losses.gates.float().mean(0).tolist()
+        if benchmark.enabled:
+            work = roofline.region_distill(inputs[0], losses.gates)
+            info |= work.describe(record.seconds_of(benchmark), inputs[0].labels.device)
 
 
-def step(side: str, workload: workloads.Workload, gate: str) -> None:
-    """One forward and backward, with upstream gradients other than one, as weighted losses have them."""
-    for leaf in workload.leaves:
-        leaf.grad = None
-    feature, classification, regression = losses(side, workload, gate)
-    (0.5 * feature + 0.25 * classification + 0.125 * regression).backward()
-
-
-@pytest.mark.parametrize("gate", rivals.FEATURE_GATES)
-def test_both_sides_agree(coco: workloads.Workload, gate: str) -> None:
-    gradients = []
-    for side in SIDES:
-        step(side, coco, gate)
-        gradients.append([leaf.grad for leaf in coco.leaves])
-    torch.testing.assert_close(losses("tardkd", coco, gate), losses("torchvision", coco, gate), rtol=1e-4, atol=1e-6)
-    for ours, theirs in zip(*gradients):
-        # torchvision places samples in float32, tardkd in float64: some 1e-5 of a pixel apart.
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
-
-
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("gate", rivals.FEATURE_GATES)
-def test_forward_and_backward(benchmark, coco: workloads.Workload, gate: str, side: str, quick: bool) -> None:
-    benchmark.group = f"region_distill_loss, forward + backward, feature gate {gate}"
-    benchmark.extra_info["threads"] = torch.get_num_threads()
-    benchmark.extra_info["torch"] = torch.__version__
-    benchmark.pedantic(step, args=(side, coco, gate), rounds=1 if quick else 5, warmup_rounds=1)
+@pytest.mark.parametrize("case, side", cases.with_sides(WHOLE_MAPS))
+def test_whole_maps(benchmark, inputs_of, compiled, quick, case, side) -> None:
+    """Not the same work, so there is nothing to compare but that it is finite."""
+    inputs = inputs_of(case)
+    step = step_of(side, "all", compiled)
+    assert all(result.isfinite() for result in step(inputs[0]))
+    record.describe(benchmark, "region_distill_loss", side, case, inputs[0], "all")
+    timing.measure(benchmark, step, inputs, quick)

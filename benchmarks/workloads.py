@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from tardkd import ops
 
 SCALES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
 
@@ -41,6 +44,55 @@ class Workload:
     @property
     def leaves(self) -> list[Tensor]:
         return [*self.student_features, self.student_logits, self.student_deltas]
+
+    @cached_property
+    def pooled(self) -> tuple[Tensor, Tensor]:
+        """Both sides' regions (R, C, 7, 7), as box heads hold them; the student's is a leaf."""
+        with torch.no_grad():
+            student, teacher = ops.shared_roi_align(
+                self.student_features, self.teacher_features, self.boxes, student_scales=SCALES
+            )
+        return student.requires_grad_(), teacher
+
+    @property
+    def pooled_leaves(self) -> list[Tensor]:
+        return [self.pooled[0], self.student_logits, self.student_deltas]
+
+    @property
+    def sizes(self) -> str:
+        height, width = self.image_shapes[0]
+        channels, classes = self.student_features[0].shape[1], self.student_logits.shape[1] - 1
+        return (
+            f"{len(self.boxes)} x {height} x {width}, {len(self.boxes[0])} regions an image, {channels} channels, "
+            f"{classes} classes"
+        )
+
+    def to(self, device: str, dtype: torch.dtype, channels_last: bool) -> Workload:
+        """A copy: what networks compute in ``dtype``, boxes in float32."""
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+        def maps(features: list[Tensor]) -> list[Tensor]:
+            return [f.detach().to(device, dtype, copy=True, memory_format=memory_format) for f in features]
+
+        def head(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(device, dtype, copy=True)
+
+        copy = replace(
+            self,
+            student_features=maps(self.student_features),
+            teacher_features=maps(self.teacher_features),
+            boxes=[boxes.to(device) for boxes in self.boxes],
+            student_logits=head(self.student_logits),
+            teacher_logits=head(self.teacher_logits),
+            student_deltas=head(self.student_deltas),
+            teacher_deltas=head(self.teacher_deltas),
+            labels=self.labels.to(device),
+            gt_boxes=self.gt_boxes.to(device),
+            gt_per_image=[boxes.to(device) for boxes in self.gt_per_image],
+        )
+        for leaf in copy.leaves:
+            leaf.requires_grad_()
+        return copy
 
 
 def coco(

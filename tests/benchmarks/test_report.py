@@ -35,6 +35,13 @@ def test_every_part_is_there(results, tmp_path):
         assert f"({name})" in text
 
 
+def test_tiny_inputs_are_said_to_be_tiny(results, tmp_path):
+    assert "the times mean nothing" in report.write_report(results, tmp_path)
+    for one in results["benchmarks"]:
+        one["extra_info"]["quick"] = False
+    assert "the times mean nothing" not in report.write_report(results, tmp_path)
+
+
 def test_ratio_is_of_the_rival_to_tardkd(results, tmp_path):
     for side, median in (("tardkd", 0.002), ("eager", 0.05)):
         (one,) = of(results, op="pooled_distill_loss", side=side, gate="all")

@@ -1,0 +1,160 @@
+"""How a step is timed, and what else is measured of it.
+
+pytest-benchmark's own statistics are wall time, until the device has finished. On a CUDA device ``extra_info`` gets too
+
+- ``device_seconds``: between events; the work is queued behind a plug, so that the device need not wait for the host;
+- ``host_seconds``: until the call returns;
+- ``launches`` (kernels, fills and copies) and ``synchronisations``;
+
+and everywhere ``peak_extra_bytes``, as far as it can be had.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+import re
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from steps import Step
+from torch.autograd import DeviceType
+from workloads import Workload
+
+SECONDS = 2  # a step is timed for about so long, in 5 to 50 rounds
+PLUG_CYCLES = 20_000_000  # some 10 ms: longer than the host needs to queue a step
+
+
+def copies_needed(device: str, input_bytes: int) -> int:
+    """How many inputs to rotate on a GPU: eight times its L2 cache, as closed gates leave much of each unread."""
+    if device != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, math.ceil(8 * cache / input_bytes))
+
+
+def measure(benchmark, step: Step, inputs: Sequence[Workload], quick: bool) -> None:
+    """Times ``step`` on the ``inputs`` in turn."""
+    device = inputs[0].labels.device.type
+    turns = itertools.cycle(inputs)
+
+    def run() -> None:
+        step(next(turns))
+
+    def run_to_the_end() -> None:
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(0 if quick else 2 * len(inputs)):
+        run_to_the_end()
+    start = time.perf_counter()
+    run_to_the_end()
+    rounds = 1 if quick else min(50, max(5, int(SECONDS / (time.perf_counter() - start))))
+    benchmark.extra_info["quick"] = quick
+    benchmark.pedantic(run_to_the_end, rounds=rounds)
+    if benchmark.enabled:
+        benchmark.extra_info |= MEASUREMENTS[device](run, step, inputs[0], rounds)
+
+
+def measure_cuda(run: Callable[[], None], step: Step, workload: Workload, rounds: int) -> dict[str, float]:
+    return {
+        "host_seconds": statistics.median(host_seconds(run) for _ in range(rounds)),
+        "device_seconds": statistics.median(device_seconds(run) for _ in range(rounds)),
+        "launches": launches(run),
+        "synchronisations": synchronisations(run),
+        "peak_extra_bytes": peak_allocated(step, workload),
+    }
+
+
+def measure_cpu(run: Callable[[], None], step: Step, workload: Workload, rounds: int) -> dict[str, float]:
+    peak = peak_resident(step, workload)
+    return {} if peak is None else {"peak_extra_bytes": peak}
+
+
+MEASUREMENTS = {"cuda": measure_cuda, "cpu": measure_cpu}
+
+
+# --- time ----------------------------------------------------------------------------------------------------------
+
+
+def host_seconds(run: Callable[[], None]) -> float:
+    """Until ``run`` returns, starting from an idle device."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def device_seconds(run: Callable[[], None]) -> float:
+    """Of the work that ``run`` queues; where ``run`` waits for the device, the host's time after that is in it."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(PLUG_CYCLES)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+# --- launches ------------------------------------------------------------------------------------------------------
+
+
+def launches(run: Callable[[], None]) -> int:
+    """Kernels, fills and copies on the device."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.device_type == DeviceType.CUDA for event in profile.events())
+
+
+def synchronisations(run: Callable[[], None]) -> int:
+    """How often torch waited for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+def peak_allocated(step: Step, workload: Workload) -> int:
+    """Most bytes that torch held on the device beyond the inputs; the gradients that the step leaves are in it."""
+    step.clear(workload)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step(workload)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def peak_resident(step: Step, workload: Workload) -> int | None:
+    """The same by the resident set of the process; misses what malloc had kept of earlier steps. None but on Linux."""
+    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    step.clear(workload)
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        clear.write_text("5")  # the peak starts anew
+    except (OSError, AttributeError):
+        return None
+    before = resident(status, "VmRSS")
+    step(workload)
+    return max(0, resident(status, "VmHWM") - before)
+
+
+def resident(status: Path, key: str) -> int:
+    """Bytes."""
+    return int(re.search(rf"{key}:\s*(\d+) kB", status.read_text())[1]) * 1024
