@@ -82,8 +82,8 @@ def compiled(request: pytest.FixtureRequest, quick: bool) -> Callable:
 
 
 @lru_cache(maxsize=1)
-def made(**sizes: int | float) -> workloads.Workload:
-    return workloads.coco(**sizes)
+def made(make: Callable[..., workloads.Workload], **sizes: int | float) -> workloads.Workload:
+    return make(**sizes)
 
 
 @pytest.fixture(scope="session")
@@ -91,8 +91,8 @@ def inputs_of(quick: bool) -> Callable[..., list[workloads.Workload]]:
     """COCO's shapes, or others, as a case wants them; more than one where they are to rotate."""
 
     @lru_cache(maxsize=1)
-    def inputs(case: Case, **sizes: int | float) -> list[workloads.Workload]:
-        one = made(**{**QUICK, **sizes} if quick else sizes)
+    def inputs(case: Case, make: Callable = workloads.training, **sizes: int | float) -> list[workloads.Workload]:
+        one = made(make, **{**sizes, **QUICK} if quick else sizes)
         bytes_of_maps = sum(f.numel() for f in one.student_features) * 2 * case.dtype.itemsize
         copies = timing.copies_needed(case.device, bytes_of_maps)
         return [one.to(case.device, case.dtype, case.channels_last) for _ in range(copies)]

@@ -13,6 +13,7 @@ import record
 import steps
 import timing
 import torch
+import workloads
 from test_region_distill import step_of
 
 SIDES = ("tardkd", "eager", "filtered", "pooled")
@@ -56,7 +57,7 @@ def test_growth(benchmark, inputs_of, compiled, quick, case, curve, value, sizes
         torch.set_num_threads(value)
     # Every region would be open by "all"; of the curve over open regions exactly the foreground is.
     gate = "foreground" if curve == OPEN_SHARE else "either"
-    inputs = inputs_of(case, **sizes)
+    inputs = inputs_of(case, workloads.coco, **sizes)
     step = step_of(side, gate, compiled)
     if side != "tardkd":
         steps.assert_agree(step_of("tardkd", gate, compiled), step, inputs[0])

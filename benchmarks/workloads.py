@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tardkd import ops
 
 SCALES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
+RECORDED = Path(__file__).with_name("regions.npz")  # by record_regions.py
 
 
 @dataclass
@@ -77,7 +81,7 @@ class Workload:
         def head(tensor: Tensor) -> Tensor:
             return tensor.detach().to(device, dtype, copy=True)
 
-        copy = replace(
+        return replace(
             self,
             student_features=maps(self.student_features),
             teacher_features=maps(self.teacher_features),
@@ -89,10 +93,78 @@ class Workload:
             labels=self.labels.to(device),
             gt_boxes=self.gt_boxes.to(device),
             gt_per_image=[boxes.to(device) for boxes in self.gt_per_image],
-        )
-        for leaf in copy.leaves:
+        ).with_leaves()
+
+    def with_leaves(self) -> Workload:
+        for leaf in self.leaves:
             leaf.requires_grad_()
-        return copy
+        return self
+
+
+def training(
+    images: int = 2,
+    height: int = 800,
+    width: int = 1344,
+    regions: int = 512,
+    channels: int = 256,
+    classes: int = 80,
+    seed: int = 0,
+) -> Workload:
+    """What a training had before it: the regions that ``record_regions.py`` kept, on maps of COCO's size.
+
+    Proposals, what they were matched with, and both models' scores and deltas for the region's own class are those of the
+    demonstration (seed 0, trained to its end), so the gates are its gates. The rest of logits and deltas, and the
+    maps, are random. ``regions`` an image: at most 512.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with np.load(RECORDED) as arrays:
+        recorded = {key: torch.from_numpy(arrays[key]) for key in arrays}
+    per_image = int(recorded.pop("counts")[0])
+    kept = torch.arange(regions) * per_image // regions  # evenly, as the order is by objectness, ground truth last
+    # More images than were recorded: the first ones again.
+    of_image = torch.arange(images) % (len(recorded["labels"]) // per_image)
+    rows = (of_image[:, None] * per_image + kept).flatten()
+    recorded = {key: values[rows] for key, values in recorded.items()}
+    labels = recorded["labels"]
+    sides = torch.tensor([width, height, width, height], dtype=torch.float32)
+    every = torch.arange(len(labels))
+
+    def logits(scores: Tensor) -> Tensor:
+        """Random ones, but for the class that has a recorded probability."""
+        others = torch.randn((len(labels), classes + 1), generator=generator)
+        others[every, labels] = -torch.inf
+        others[every, labels] = others.logsumexp(1) + scores.clamp(1e-6, 1 - 1e-6).logit()
+        return others
+
+    def deltas(own: Tensor) -> Tensor:
+        of_classes = 0.5 * torch.randn((len(labels), classes + 1, 4), generator=generator)
+        of_classes[every, labels] = own
+        return of_classes.flatten(1)
+
+    gt_boxes = recorded["gt_boxes"] * sides
+    foreground = labels > 0
+    matched = [gt_boxes[rows][foreground[rows]] for rows in every.split(regions)]
+    return Workload(
+        **pyramids(images, height, width, channels, generator),
+        boxes=list((recorded["proposals"] * sides).split(regions)),
+        student_logits=logits(recorded["student_scores"]),
+        teacher_logits=logits(recorded["teacher_scores"]),
+        student_deltas=deltas(recorded["student_deltas"]),
+        teacher_deltas=deltas(recorded["teacher_deltas"]),
+        labels=labels,
+        gt_boxes=gt_boxes,
+        gt_per_image=[boxes.unique(dim=0) for boxes in matched],
+    ).with_leaves()
+
+
+def pyramids(images: int, height: int, width: int, channels: int, generator: torch.Generator) -> dict[str, Any]:
+    """Both sides' random maps, and the size of the images that they belong to."""
+
+    def maps() -> list[Tensor]:
+        sizes = [(math.ceil(height * scale), math.ceil(width * scale)) for scale in SCALES]
+        return [torch.randn((images, channels, *size), generator=generator) for size in sizes]
+
+    return dict(student_features=maps(), teacher_features=maps(), image_shapes=[(height, width)] * images)
 
 
 def coco(
@@ -106,7 +178,7 @@ def coco(
     foreground: float = 0.25,
     seed: int = 0,
 ) -> Workload:
-    """``regions`` an image around ``objects`` boxes: foreground ones overlap an object closely, as in training."""
+    """``regions`` an image around ``objects`` boxes, any number and share of foreground; random logits and deltas."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -114,9 +186,6 @@ def coco(
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
-
-    def pyramid() -> list[Tensor]:
-        return [normal(images, channels, math.ceil(height * s), math.ceil(width * s)) for s in SCALES]
 
     def clip(boxes: Tensor) -> Tensor:
         limit = torch.tensor([width, height, width, height])
@@ -146,11 +215,9 @@ def coco(
         objects_of.append(gt)
 
     total = images * regions
-    workload = Workload(
-        student_features=pyramid(),
-        teacher_features=pyramid(),
+    return Workload(
+        **pyramids(images, height, width, channels, generator),
         boxes=boxes,
-        image_shapes=[(height, width)] * images,
         student_logits=normal(total, classes + 1),
         teacher_logits=normal(total, classes + 1),
         student_deltas=0.5 * normal(total, 4 * (classes + 1)),
@@ -158,7 +225,4 @@ def coco(
         labels=torch.cat(labels),
         gt_boxes=torch.cat(matched),
         gt_per_image=objects_of,
-    )
-    for leaf in workload.leaves:
-        leaf.requires_grad_()
-    return workload
+    ).with_leaves()
