@@ -40,7 +40,7 @@ def record(path: str, batches: int, overrides: list[str]) -> dict[str, np.ndarra
     for (images, targets), _ in zip(loader, range(batches)):
         with torch.no_grad():
             ours = student.student_pass(images, targets)
-            theirs = teacher.teacher_pass(images, ours, teacher.input_size / student.input_size)
+            theirs = teacher.teacher_pass(images, ours.inputs, teacher.input_size / student.input_size)
             regions, head = share_regions(student, teacher, ours, theirs, config.distill)
         sides = [torch.tensor([width, height, width, height]) for height, width in ours.inputs.sizes]
         sides = torch.cat([side.expand(count, 4) for side, count in zip(sides, regions.counts)])

@@ -35,13 +35,13 @@ RegionInputs<A> region_inputs(const py::tuple& regions, int32_t images) {
   return in;
 }
 
-// results = (feature, classification, regression, gates, scores, factors, grad_logits | None, grad_deltas | None); the
-// factors are not the kernels' business: what they return is divided by the counts already.
+// results = (feature, classification, regression, gates, scores, factors, grad_logits | None, grad_deltas | None)
 template <class A>
 RegionOutputs<A> region_outputs(const py::tuple& results) {
   return RegionOutputs<A>{{tensor(results[0]).as<A>(), tensor(results[1]).as<A>(), tensor(results[2]).as<A>()},
                           tensor(results[3]).as<bool>(),
                           tensor(results[4]).as<A>(),
+                          tensor(results[5]).as<A>(),
                           tensor(results[6]).as<A>(),
                           tensor(results[7]).as<A>()};
 }
@@ -94,17 +94,30 @@ void roi_align(const py::list& levels, const Scales& scales, const py::object& p
 }
 
 void gaussian_feature_loss(const py::list& student_levels, const py::list& teacher_levels,
-                           const py::list& grad_levels, const Scales& scales, const py::object& boxes_object,
-                           double sigma_squared, const py::object& loss_object, const py::object& mask_sums_object,
-                           int threads) {
-  const Pyramid student = pyramid(student_levels, scales), teacher = pyramid(teacher_levels, scales),
-                grad = pyramid(grad_levels, scales);
+                           const Scales& scales, const py::object& boxes_object, double sigma_squared,
+                           const py::object& loss_object, const py::object& mask_sums_object, int threads) {
+  const Pyramid student = pyramid(student_levels, scales), teacher = pyramid(teacher_levels, scales);
   const Tensor boxes = tensor(boxes_object), loss = tensor(loss_object), mask_sums = tensor(mask_sums_object);
   accumulate_as(student.dtype, [&](auto a) {
     using A = decltype(a);
     py::gil_scoped_release release;
-    cpu::gaussian_feature_loss<A>(student, teacher, grad.levels ? &grad : nullptr, boxes.as<double>(),
-                                  boxes.shape[0], sigma_squared, loss.as<A>(), mask_sums.as<double>(), threads);
+    cpu::gaussian_feature_loss<A>(student, teacher, boxes.as<double>(), boxes.shape[0], sigma_squared, loss.as<A>(),
+                                  mask_sums.as<double>(), threads);
+  });
+}
+
+void gaussian_feature_loss_backward(const py::list& student_levels, const py::list& teacher_levels,
+                                    const py::list& grad_levels, const Scales& scales, const py::object& boxes_object,
+                                    double sigma_squared, const py::object& mask_sums_object, double upstream,
+                                    int threads) {
+  const Pyramid student = pyramid(student_levels, scales), teacher = pyramid(teacher_levels, scales),
+                grad = pyramid(grad_levels, scales);
+  const Tensor boxes = tensor(boxes_object), mask_sums = tensor(mask_sums_object);
+  accumulate_as(student.dtype, [&](auto a) {
+    using A = decltype(a);
+    py::gil_scoped_release release;
+    cpu::gaussian_feature_loss_backward<A>(student, teacher, grad, boxes.as<double>(), boxes.shape[0], sigma_squared,
+                                           mask_sums.as<double>(), upstream, threads);
   });
 }
 
@@ -130,6 +143,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("pooled_distill", &pooled_distill);
   m.def("roi_align", &roi_align);
   m.def("gaussian_feature_loss", &gaussian_feature_loss);
+  m.def("gaussian_feature_loss_backward", &gaussian_feature_loss_backward);
 #ifdef TARDKD_CUDA_ARCHITECTURES
   py::module_ cuda = m.def_submodule("cuda", "The CUDA kernels.");
   bind_cuda(cuda);

@@ -84,6 +84,7 @@ struct RegionOutputs {
   A* losses[3];     // feature, classification, regression: a scalar each, or (R,) with Reduction::none
   bool* gates;      // (R, 3) feature, classification, regression
   A* scores;        // (R, 4) p_T(y), p_S(y), IoU of the teacher's box, IoU it was compared with
+  A* factors;       // (3,) by which each term's gradient is to be multiplied yet: 1 / gate count with Reduction::mean
   A* grad_logits;   // (R, logit_columns)
   A* grad_deltas;   // (R, student_delta_columns)
 };

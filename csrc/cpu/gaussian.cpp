@@ -1,5 +1,5 @@
 // Gaussian-mask loss. The mask of a whole level never exists: a task makes the few rows it needs from one exponential
-// per box and axis, and drops them again. Only the masks' sum, which scales the gradient, is known beforehand.
+// per box and axis, and drops them again.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -15,6 +15,8 @@ namespace {
 
 // Rows of a task: enough for long runs in NCHW planes, few enough that mask and rows of all channels stay in cache.
 constexpr int32_t kBandRows = 8;
+
+int32_t bands_of(const FeatureMap& map) { return (map.height + kBandRows - 1) / kBandRows; }
 
 // One box on one level: the pixels it covers, and the x part of its Gaussian there.
 template <class A>
@@ -79,62 +81,82 @@ double make_mask(const std::vector<BoxOnMap<A>>& boxes, int32_t width, int32_t r
   return sum;
 }
 
+// Calls body(task, image, row, rows, mask, extent, sum of the mask) for every band of a level, on `threads` threads.
+template <class A, class Body>
+void for_bands(const FeatureMap& map, int32_t images, const double* boxes, int64_t count, double sigma_squared,
+               int threads, const Body& body) {
+  const auto placed = place_boxes<A>(map, images, boxes, count, sigma_squared);
+  const int32_t bands = bands_of(map);
+  for_each_task(int64_t(images) * bands, threads, [&](int64_t task, int) {
+    const int32_t image = static_cast<int32_t>(task / bands), row = static_cast<int32_t>(task % bands) * kBandRows;
+    const int32_t rows = std::min(kBandRows, map.height - row);
+    std::vector<A> mask(int64_t(rows) * map.width);
+    int32_t extent[2 * kBandRows];
+    const double sum = make_mask(placed[image], map.width, row, rows, sigma_squared, mask.data(), extent);
+    body(task, image, row, rows, mask.data(), extent, sum);
+  });
+}
+
+template <class A>
+GaussianJob<A> gaussian_job(const Pyramid& student, const Pyramid& teacher, int32_t level) {
+  GaussianJob<A> job{};
+  job.student = student.level[level];
+  job.teacher = teacher.level[level];
+  job.student_dtype = student.dtype;
+  job.teacher_dtype = teacher.dtype;
+  job.channels = student.channels;
+  return job;
+}
+
 }  // namespace
 
 template <class A>
-void gaussian_feature_loss(const Pyramid& student, const Pyramid& teacher, const Pyramid* grad, const double* boxes,
-                           int64_t count, double sigma_squared, A* loss, double* mask_sums, int threads) {
+void gaussian_feature_loss(const Pyramid& student, const Pyramid& teacher, const double* boxes, int64_t count,
+                           double sigma_squared, A* loss, double* mask_sums, int threads) {
   const Kernels<A>& hot = kernels(A());
   double total = 0;
   for (int32_t level = 0; level < student.levels; ++level) {
     const FeatureMap& map = student.level[level];
-    const int32_t bands = (map.height + kBandRows - 1) / kBandRows;
-    const int64_t tasks = int64_t(student.images) * bands;
-
-    const auto placed = place_boxes<A>(map, student.images, boxes, count, sigma_squared);
-
-    // Bands are made twice, once for the sum and once for the loss: 1 / channels of the work either time.
-    const auto for_bands = [&](const auto& body) {
-      for_each_task(tasks, threads, [&](int64_t task, int) {
-        const int32_t image = static_cast<int32_t>(task / bands), row = static_cast<int32_t>(task % bands) * kBandRows;
-        const int32_t rows = std::min(kBandRows, map.height - row);
-        std::vector<A> mask(int64_t(rows) * map.width);
-        int32_t extent[2 * kBandRows];
-        const double sum = make_mask(placed[image], map.width, row, rows, sigma_squared, mask.data(), extent);
-        body(task, image, row, rows, mask.data(), extent, sum);
-      });
-    };
+    const GaussianJob<A> job = gaussian_job<A>(student, teacher, level);
+    const int64_t tasks = int64_t(student.images) * bands_of(map);
     std::vector<double> sums(tasks), losses(tasks);
-    for_bands([&](int64_t task, int32_t, int32_t, int32_t, const A*, const int32_t*, double sum) { sums[task] = sum; });
-    double mask_sum = 0;
-    for (double sum : sums) mask_sum += sum;
+    for_bands<A>(map, student.images, boxes, count, sigma_squared, threads,
+                 [&](int64_t task, int32_t image, int32_t row, int32_t rows, const A* mask, const int32_t* extent,
+                     double sum) {
+                   sums[task] = sum;
+                   losses[task] = hot.gaussian_loss(job, image, row, rows, mask, extent);
+                 });
+    double mask_sum = 0, sum = 0;
+    for (int64_t task = 0; task < tasks; ++task) mask_sum += sums[task], sum += losses[task];
     mask_sums[level] = mask_sum;
-    const double normaliser = std::max(1.0, mask_sum);
-
-    GaussianJob<A> job{};
-    job.student = map;
-    job.teacher = teacher.level[level];
-    job.student_dtype = student.dtype;
-    job.teacher_dtype = teacher.dtype;
-    job.channels = student.channels;
-    job.want_grad = grad != nullptr;
-    job.slope = static_cast<A>(1.0 / (normaliser * student.levels));
-    if (grad) {
-      job.grad = grad->level[level];
-      advise_huge_pages(job.grad.data, sizeof(A) * student.images * student.channels * map.height * map.width);
-    }
-    for_bands([&](int64_t task, int32_t image, int32_t row, int32_t rows, const A* mask, const int32_t* extent,
-                  double) { losses[task] = hot.gaussian_band(job, image, row, rows, mask, extent); });
-    double sum = 0;
-    for (double value : losses) sum += value;
-    total += sum / (2.0 * normaliser);
+    total += sum / (2.0 * std::max(1.0, mask_sum));
   }
   *loss = static_cast<A>(total / student.levels);
 }
 
-template void gaussian_feature_loss<float>(const Pyramid&, const Pyramid&, const Pyramid*, const double*,
-                                           int64_t, double, float*, double*, int);
-template void gaussian_feature_loss<double>(const Pyramid&, const Pyramid&, const Pyramid*, const double*,
-                                            int64_t, double, double*, double*, int);
+template <class A>
+void gaussian_feature_loss_backward(const Pyramid& student, const Pyramid& teacher, const Pyramid& grad,
+                                    const double* boxes, int64_t count, double sigma_squared, const double* mask_sums,
+                                    double upstream, int threads) {
+  const Kernels<A>& hot = kernels(A());
+  for (int32_t level = 0; level < student.levels; ++level) {
+    const FeatureMap& map = student.level[level];
+    GaussianJob<A> job = gaussian_job<A>(student, teacher, level);
+    job.grad = grad.level[level];
+    job.slope = static_cast<A>(upstream / (std::max(1.0, mask_sums[level]) * student.levels));
+    advise_huge_pages(job.grad.data, sizeof(A) * student.images * student.channels * map.height * map.width);
+    for_bands<A>(map, student.images, boxes, count, sigma_squared, threads,
+                 [&](int64_t, int32_t image, int32_t row, int32_t rows, const A* mask, const int32_t* extent,
+                     double) { hot.gaussian_gradient(job, image, row, rows, mask, extent); });
+  }
+}
+
+#define TARDKD_INSTANTIATE(A)                                                                                       \
+  template void gaussian_feature_loss<A>(const Pyramid&, const Pyramid&, const double*, int64_t, double, A*,        \
+                                         double*, int);                                                            \
+  template void gaussian_feature_loss_backward<A>(const Pyramid&, const Pyramid&, const Pyramid&, const double*,    \
+                                                  int64_t, double, const double*, double, int)
+TARDKD_INSTANTIATE(float);
+TARDKD_INSTANTIATE(double);
 
 }  // namespace tardkd::cpu

@@ -373,92 +373,144 @@ void pooled_loss_region(const PooledLossJob<A>& job, int64_t region) {
 
 // ---- Gaussian-mask loss ----------------------------------------------------------------------------------------------
 
-// Columns [x0, x1) of one row of one channel; stride-1 rows run in vectors.
+// A run is `count` consecutive pixels of a row, or channels of a pixel; the mask's zeros keep a NaN between two boxes out.
 template <class S, class T, class A>
-A gaussian_run(const S* s, const T* t, A* grad, const A* mask, int count, A slope) {
-  A sums[kLanes] = {};
+void add_loss(const S* s, const T* t, const A* mask, int count, Vec<A>& sum, A& rest) {
   int x = 0;
   for (; x + kLanes <= count; x += kLanes) {
-    A d[kLanes];
-    for (int l = 0; l < kLanes; ++l) {
-      const A difference = load_as<A>(s + x + l) - load_as<A>(t + x + l);
-      d[l] = mask[x + l] == A(0) ? A(0) : difference;  // NaN between two boxes stays out
+    const Vec<A> m = load(mask + x), d = Loader<A, S>::load8(s + x) - Loader<A, T>::load8(t + x);
+    const Vec<A> inside = m != Vec<A>{} ? d : Vec<A>{};
+    sum += m * inside * inside;
+  }
+  for (; x < count; ++x)
+    if (mask[x] != A(0)) {
+      const A d = load_as<A>(s + x) - load_as<A>(t + x);
+      rest += mask[x] * d * d;
     }
-    for (int l = 0; l < kLanes; ++l) sums[l] += mask[x + l] * d[l] * d[l];
-    if (grad)
-      for (int l = 0; l < kLanes; ++l) grad[x + l] = slope * mask[x + l] * d[l];
-  }
-  for (; x < count; ++x) {
-    const A d = mask[x] == A(0) ? A(0) : load_as<A>(s + x) - load_as<A>(t + x);
-    sums[0] += mask[x] * d * d;
-    if (grad) grad[x] = slope * mask[x] * d;
-  }
-  A total = 0;
-  for (int l = 0; l < kLanes; ++l) total += sums[l];
-  return total;
 }
 
 template <class S, class T, class A>
-double gaussian_rows(const GaussianJob<A>& job, int32_t image, int32_t row, int32_t rows, const A* mask,
-                     const int32_t* extent) {
-  const FeatureMap &sm = job.student, &tm = job.teacher, &gm = job.grad;
-  const S* s = static_cast<const S*>(sm.data) + image * sm.stride_n + row * sm.stride_h;
-  const T* t = static_cast<const T*>(tm.data) + image * tm.stride_n + row * tm.stride_h;
-  A* g = job.want_grad ? static_cast<A*>(gm.data) + image * gm.stride_n + row * gm.stride_h : nullptr;
-  const int width = sm.width, channels = job.channels;
-  double total = 0;
+void write_gradient(const S* s, const T* t, A* grad, const A* mask, int count, A slope) {
+  int x = 0;
+  for (; x + kLanes <= count; x += kLanes) {
+    const Vec<A> m = load(mask + x), d = Loader<A, S>::load8(s + x) - Loader<A, T>::load8(t + x);
+    store(grad + x, broadcast(slope) * m * (m != Vec<A>{} ? d : Vec<A>{}));
+  }
+  for (; x < count; ++x) grad[x] = mask[x] == A(0) ? A(0) : slope * mask[x] * (load_as<A>(s + x) - load_as<A>(t + x));
+}
 
-  if (sm.stride_c == 1 && tm.stride_c == 1 && (!g || gm.stride_c == 1)) {  // channels_last
+// One band of one image, on both sides and in the gradient.
+template <class S, class T, class A>
+struct Band {
+  const GaussianJob<A>& job;
+  const S* s;
+  const T* t;
+  A* g;
+  int width;
+
+  Band(const GaussianJob<A>& j, int32_t image, int32_t row)
+      : job(j),
+        s(static_cast<const S*>(j.student.data) + image * j.student.stride_n + row * j.student.stride_h),
+        t(static_cast<const T*>(j.teacher.data) + image * j.teacher.stride_n + row * j.teacher.stride_h),
+        g(j.grad.data ? static_cast<A*>(j.grad.data) + image * j.grad.stride_n + row * j.grad.stride_h : nullptr),
+        width(j.student.width) {}
+
+  const S* student(int c, int y, int x) const { return s + at(job.student, c, y, x); }
+  const T* teacher(int c, int y, int x) const { return t + at(job.teacher, c, y, x); }
+  A* grad(int c, int y, int x) const { return g + at(job.grad, c, y, x); }
+
+  static int64_t at(const FeatureMap& map, int c, int y, int x) {
+    return c * map.stride_c + y * map.stride_h + x * map.stride_w;
+  }
+};
+
+template <class S, class T, class A>
+double gaussian_loss(const Band<S, T, A>& band, int rows, const A* mask, const int32_t* extent) {
+  const FeatureMap &sm = band.job.student, &tm = band.job.teacher;
+  const int channels = band.job.channels, width = band.width;
+  double total = 0;
+  if (sm.stride_c == 1 && tm.stride_c == 1) {
     for (int y = 0; y < rows; ++y)
-      for (int x = 0; x < width; ++x) {
-        const A m = mask[y * width + x];
-        A* to = g ? g + y * gm.stride_h + x * gm.stride_w : nullptr;
-        if (m != A(0))
-          total += m * pooled_run<S, T, A, FeatureLoss::squared>(s + y * sm.stride_h + x * sm.stride_w,
-                                                                 t + y * tm.stride_h + x * tm.stride_w, to, channels,
-                                                                 nullptr, A(0), A(0.5) * job.slope * m);
-        else if (to)
-          std::memset(to, 0, sizeof(A) * channels);
-      }
+      for (int x = extent[2 * y]; x < extent[2 * y + 1]; ++x)
+        if (const A m = mask[y * width + x]; m != A(0))
+          total += m * pooled_run<S, T, A, FeatureLoss::squared>(band.student(0, y, x), band.teacher(0, y, x), nullptr,
+                                                                 channels, nullptr, A(0), A(0));
     return total;
   }
+  const bool dense = sm.stride_w == 1 && tm.stride_w == 1;
+  for (int c = 0; c < channels; ++c) {
+    Vec<A> sum{};
+    A rest = 0;
+    for (int y = 0; y < rows; ++y) {
+      const int x0 = extent[2 * y], x1 = extent[2 * y + 1], step = dense ? x1 - x0 : 1;
+      for (int x = x0; x < x1; x += step)
+        add_loss<S, T, A>(band.student(c, y, x), band.teacher(c, y, x), mask + y * width + x, step, sum, rest);
+    }
+    for (int l = 0; l < kLanes; ++l) rest += sum[l];
+    total += rest;
+  }
+  return total;
+}
 
-  const bool rows_dense = sm.stride_w == 1 && tm.stride_w == 1 && (!g || gm.stride_w == 1);
-  for (int c = 0; c < channels; ++c)
+// The driver's gradient maps are dense: channels_last, or else NCHW.
+template <class S, class T, class A>
+void gaussian_gradient(const Band<S, T, A>& band, int rows, const A* mask, const int32_t* extent) {
+  const FeatureMap &sm = band.job.student, &tm = band.job.teacher, &gm = band.job.grad;
+  const int channels = band.job.channels, width = band.width;
+  if (gm.stride_c == 1 && gm.stride_w == channels) {
+    const bool dense = sm.stride_c == 1 && tm.stride_c == 1;
     for (int y = 0; y < rows; ++y) {
       const int x0 = extent[2 * y], x1 = extent[2 * y + 1];
-      const S* from_s = s + c * sm.stride_c + y * sm.stride_h + x0 * sm.stride_w;
-      const T* from_t = t + c * tm.stride_c + y * tm.stride_h + x0 * tm.stride_w;
-      A* to = g ? g + c * gm.stride_c + y * gm.stride_h : nullptr;
-      if (to) {
-        if (gm.stride_w == 1) {
-          std::memset(to, 0, sizeof(A) * x0);
-          std::memset(to + x1, 0, sizeof(A) * (width - x1));
-        } else {
-          for (int x = 0; x < width; ++x) to[x * gm.stride_w] = 0;
-        }
-        to += x0 * gm.stride_w;
+      std::memset(band.grad(0, y, 0), 0, sizeof(A) * channels * x0);
+      std::memset(band.grad(0, y, x1), 0, sizeof(A) * channels * (width - x1));
+      for (int x = x0; x < x1; ++x) {
+        const A m = mask[y * width + x], slope = A(0.5) * band.job.slope * m;
+        A* to = band.grad(0, y, x);
+        if (m == A(0))
+          std::memset(to, 0, sizeof(A) * channels);
+        else if (dense)
+          pooled_run<S, T, A, FeatureLoss::squared>(band.student(0, y, x), band.teacher(0, y, x), to, channels, nullptr,
+                                                    A(0), slope);
+        else
+          for (int c = 0; c < channels; ++c)
+            pooled_run<S, T, A, FeatureLoss::squared>(band.student(c, y, x), band.teacher(c, y, x), to + c, 1, nullptr,
+                                                      A(0), slope);
       }
-      const A* m = mask + y * width + x0;
-      if (rows_dense)
-        total += gaussian_run(from_s, from_t, to, m, x1 - x0, job.slope);
-      else
-        for (int x = 0; x < x1 - x0; ++x)
-          total += gaussian_run(from_s + x * sm.stride_w, from_t + x * tm.stride_w, to ? to + x * gm.stride_w : to,
-                                m + x, 1, job.slope);
     }
-  return total;
+    return;
+  }
+  const bool dense = sm.stride_w == 1 && tm.stride_w == 1;
+  for (int c = 0; c < channels; ++c) {
+    std::memset(band.grad(c, 0, 0), 0, sizeof(A) * rows * width);
+    for (int y = 0; y < rows; ++y) {
+      const int x0 = extent[2 * y], x1 = extent[2 * y + 1], step = dense ? x1 - x0 : 1;
+      for (int x = x0; x < x1; x += step)
+        write_gradient<S, T, A>(band.student(c, y, x), band.teacher(c, y, x), band.grad(c, y, x), mask + y * width + x,
+                                step, band.job.slope);
+    }
+  }
+}
+
+// Calls f(band) with a Band of the stored types.
+template <class A, class F>
+auto with_band(const GaussianJob<A>& job, int32_t image, int32_t row, const F& f) {
+  return with_type<A>(job.student_dtype, [&](auto* s) {
+    return with_type<A>(job.teacher_dtype, [&](auto* t) {
+      return f(Band<std::decay_t<decltype(*s)>, std::decay_t<decltype(*t)>, A>(job, image, row));
+    });
+  });
 }
 
 template <class A>
-double gaussian_band(const GaussianJob<A>& job, int32_t image, int32_t row, int32_t rows, const A* mask,
-                     const int32_t* extent) {
-  return with_type<A>(job.student_dtype, [&](auto* s) {
-    return with_type<A>(job.teacher_dtype, [&](auto* t) {
-      return gaussian_rows<std::decay_t<decltype(*s)>, std::decay_t<decltype(*t)>, A>(job, image, row, rows, mask,
-                                                                                     extent);
-    });
-  });
+double gaussian_loss_any(const GaussianJob<A>& job, int32_t image, int32_t row, int32_t rows, const A* mask,
+                         const int32_t* extent) {
+  return with_band(job, image, row, [&](const auto& band) { return gaussian_loss(band, rows, mask, extent); });
+}
+
+template <class A>
+void gaussian_gradient_any(const GaussianJob<A>& job, int32_t image, int32_t row, int32_t rows, const A* mask,
+                           const int32_t* extent) {
+  with_band(job, image, row, [&](const auto& band) { gaussian_gradient(band, rows, mask, extent); });
 }
 
 }  // namespace
@@ -466,9 +518,9 @@ double gaussian_band(const GaussianJob<A>& job, int32_t image, int32_t row, int3
 namespace TARDKD_ISA {
 
 extern const Kernels<float> float_kernels{pool_scratch<float>, pool_task_any<float>, pooled_loss_region<float>,
-                                          gaussian_band<float>};
+                                          gaussian_loss_any<float>, gaussian_gradient_any<float>};
 extern const Kernels<double> double_kernels{pool_scratch<double>, pool_task_any<double>, pooled_loss_region<double>,
-                                            gaussian_band<double>};
+                                            gaussian_loss_any<double>, gaussian_gradient_any<double>};
 
 }  // namespace TARDKD_ISA
 }  // namespace tardkd::cpu

@@ -78,7 +78,6 @@ template <class A>
 struct GaussianJob {
   FeatureMap student, teacher, grad;
   DType student_dtype, teacher_dtype;
-  bool want_grad;
   int32_t channels;
   A slope;              // gradient = slope * M * (F_S - F_T)
 };
@@ -89,9 +88,11 @@ struct Kernels {
   void (*pool_task)(const PoolJob<A>&, int32_t image, int32_t level, int32_t block, A* scratch);
   void (*pooled_loss_region)(const PooledLossJob<A>&, int64_t region);
   // Rows [row, row + rows) of one image; mask is (rows, width) and zero outside columns [extent[2y], extent[2y + 1])
-  // of row y. Returns sum of M d^2.
-  double (*gaussian_band)(const GaussianJob<A>&, int32_t image, int32_t row, int32_t rows, const A* mask,
+  // of row y. The sum of M d^2, and the gradient there, which is written completely.
+  double (*gaussian_loss)(const GaussianJob<A>&, int32_t image, int32_t row, int32_t rows, const A* mask,
                           const int32_t* extent);
+  void (*gaussian_gradient)(const GaussianJob<A>&, int32_t image, int32_t row, int32_t rows, const A* mask,
+                            const int32_t* extent);
 };
 
 const Kernels<float>& kernels(float);

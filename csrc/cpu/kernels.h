@@ -7,7 +7,7 @@
 
 namespace tardkd::cpu {
 
-// Both pyramids to gates, three losses and their gradients. `grad`, maps of A with the student's shapes, dense in
+// Both pyramids to gates, three losses and their gradients, each to be multiplied by its term's factor. `grad`, maps of A with the student's shapes, dense in
 // NCHW or channels_last order, is written completely; null when not wanted.
 template <class A>
 void region_distill(const Pyramid& student, const Pyramid& teacher, const Pyramid* grad, const RegionInputs<A>& in,
@@ -38,7 +38,13 @@ void roi_align_backward(const Pyramid& grad, const double* proposals, int64_t re
 
 // `boxes`: (count, 5) image index, x1, y1, x2, y2. `mask_sums`: (levels,), written.
 template <class A>
-void gaussian_feature_loss(const Pyramid& student, const Pyramid& teacher, const Pyramid* grad, const double* boxes,
-                           int64_t count, double sigma_squared, A* loss, double* mask_sums, int threads);
+void gaussian_feature_loss(const Pyramid& student, const Pyramid& teacher, const double* boxes, int64_t count,
+                           double sigma_squared, A* loss, double* mask_sums, int threads);
+
+// Its gradient, times `upstream`; `mask_sums` from the forward pass, `grad` as in region_distill.
+template <class A>
+void gaussian_feature_loss_backward(const Pyramid& student, const Pyramid& teacher, const Pyramid& grad,
+                                    const double* boxes, int64_t count, double sigma_squared, const double* mask_sums,
+                                    double upstream, int threads);
 
 }  // namespace tardkd::cpu

@@ -27,11 +27,11 @@ void log_softmax(const A* z, int32_t columns, A temperature, A* log_p) {
   for (int32_t k = 0; k < columns; ++k) log_p[k] -= log_sum;
 }
 
-// Classification term of one region, T^2 KL(teacher || student), and its gradient T (q - p) where `grad` is given.
-// `teacher` and `student` hold log-probabilities for softmax, logits for sigmoid; `temperature` is T.
+// Classification term of one region, T^2 KL(teacher || student), and `slope` times its gradient T (q - p) where `grad` is
+// given. `teacher` and `student` hold log-probabilities for softmax, logits for sigmoid; `temperature` is T.
 template <class A>
 A classification_term(const A* teacher, const A* student, int32_t columns, Activation activation, A temperature,
-                      A* grad) {
+                      A slope, A* grad) {
   A sum = 0;
   for (int32_t k = 0; k < columns; ++k) {
     A p, q = 0;
@@ -45,7 +45,7 @@ A classification_term(const A* teacher, const A* student, int32_t columns, Activ
       p = sigmoid(t);
       if (grad) q = sigmoid(s);
     }
-    if (grad) grad[k] = temperature * (q - p);
+    if (grad) grad[k] = slope * temperature * (q - p);
   }
   return temperature * temperature * sum;
 }
@@ -61,16 +61,14 @@ RegionTerms<A>::RegionTerms(const RegionInputs<A>& in, const RegionOutputs<A>& o
     int64_t open = 0;
     for (int64_t r = 0; r < in.regions; ++r) open += out.gates[3 * r + term];
     normaliser_[term] = spec.reduction == Reduction::mean ? static_cast<A>(std::max<int64_t>(open, 1)) : A(1);
+    out.factors[term] = A(1) / normaliser_[term];
   }
-  if (out.grad_logits || out.grad_deltas)
-    for_each_range(in.regions, 4 * kGrain, threads,
-                   [&](int64_t begin, int64_t end) { scale_gradients(begin, end); });
 }
 
 template <class A>
 A RegionTerms<A>::factor(int term, int64_t r) const {
   const A upstream = in_.upstream ? in_.upstream[term * in_.regions + r] : A(1);
-  return upstream * weight(r) / normaliser_[term];
+  return upstream * weight(r);
 }
 
 template <class A>
@@ -120,7 +118,7 @@ void RegionTerms<A>::decide(int64_t begin, int64_t end) {
         log_softmax(z_s, columns, temperature, log_s.data());
       }
       classification_[r] = classification_term(softmax ? log_t.data() : z_t, softmax ? log_s.data() : z_s, columns,
-                                               spec_.activation, temperature, grad);
+                                               spec_.activation, temperature, factor(1, r), grad);
     } else if (grad) {
       std::fill(grad, grad + columns, A(0));
     }
@@ -131,22 +129,8 @@ void RegionTerms<A>::decide(int64_t begin, int64_t end) {
       for (int k = 0; k < 4; ++k) {
         const A d = r_s[k] - r_t[k];
         regression_[r] += penalty(FeatureLoss::smooth_l1, d, beta);
-        if (grad) grad[first + k] = penalty_slope(FeatureLoss::smooth_l1, d, beta);
+        if (grad) grad[first + k] = factor(2, r) * penalty_slope(FeatureLoss::smooth_l1, d, beta);
       }
-  }
-}
-
-template <class A>
-void RegionTerms<A>::scale_gradients(int64_t begin, int64_t end) const {
-  const auto scale = [](A* row, int32_t columns, A by) {
-    for (int32_t k = 0; k < columns; ++k) row[k] *= by;
-  };
-  for (int64_t r = begin; r < end; ++r) {
-    // Rows of closed gates are zero already, and stay so whatever the upstream gradient holds there.
-    if (out_.grad_logits && out_.gates[3 * r + 1])
-      scale(out_.grad_logits + r * in_.logit_columns, in_.logit_columns, factor(1, r));
-    if (out_.grad_deltas && out_.gates[3 * r + 2])
-      scale(out_.grad_deltas + r * in_.student_delta_columns, in_.student_delta_columns, factor(2, r));
   }
 }
 

@@ -11,10 +11,11 @@ namespace tardkd::cpu {
 template <class A>
 class RegionTerms {
  public:
-  // Decides the gates and evaluates the two head terms; logit and delta gradients are written complete.
+  // Decides the gates, evaluates the two head terms, and writes what is known then: gates, scores, factors, and the
+  // gradients of logits and deltas.
   RegionTerms(const RegionInputs<A>& in, const RegionOutputs<A>& out, const LossSpec& spec, int threads);
 
-  // Factor of region r's feature term in the total: upstream gradient, region weight and normaliser.
+  // What the gradient of region r's feature term is multiplied by: upstream gradient and region weight.
   A feature_factor(int64_t r) const { return factor(0, r); }
 
   // Writes out.losses; `feature` holds the unweighted mean penalty of each region, 0 where the gate is closed.
@@ -24,7 +25,6 @@ class RegionTerms {
   A weight(int64_t r) const { return in_.region_weights ? in_.region_weights[r] : A(1); }
   A factor(int term, int64_t r) const;
   void decide(int64_t begin, int64_t end);
-  void scale_gradients(int64_t begin, int64_t end) const;
 
   const RegionInputs<A>& in_;
   const RegionOutputs<A>& out_;

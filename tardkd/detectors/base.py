@@ -7,7 +7,7 @@ sees it, after its own resizing. N images, R regions of all images together, K c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, Sequence
+from typing import Any, Callable, Protocol, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -148,14 +148,22 @@ class DetectorAdapter(Protocol):
     @property
     def head(self) -> HeadSettings: ...
 
-    def student_pass(self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> StudentPass:
-        """The model's own training forward, its losses untouched."""
+    def student_pass(
+        self,
+        images: Sequence[Tensor],
+        targets: Sequence[dict[str, Tensor]],
+        on_inputs: Callable[[InputBatch], None] = lambda inputs: None,
+    ) -> StudentPass:
+        """The model's own training forward, its losses untouched.
+
+        ``on_inputs`` is called once, as soon as the batch exists that the backbone is going to see.
+        """
 
     def student_regions(self, student: StudentPass, proposals: list[Tensor]) -> Regions:
         """Label and sample ``proposals`` (N x (P_n, 4)) by the student's rules, then run its head on them."""
 
-    def teacher_pass(self, images: Sequence[Tensor], student: StudentPass, ratio: float) -> TeacherPass:
-        """Backbone and pyramid at ``ratio`` times the student's input size."""
+    def teacher_pass(self, images: Sequence[Tensor], inputs: InputBatch, ratio: float) -> TeacherPass:
+        """Backbone and pyramid at ``ratio`` times the size of the student's ``inputs``."""
 
     def teacher_proposals(self, teacher: TeacherPass) -> list[Tensor]:
         """The teacher's own proposals, N x (P_n, 4), in student-input pixels."""

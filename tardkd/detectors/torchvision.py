@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from typing import Any, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import clip_boxes_to_image
+from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image
 
+from tardkd import ops
 from tardkd.ops.modules import infer_scales
 
 from .base import HeadOutputs, HeadSettings, InputBatch, Regions, RoISettings, StudentPass, TeacherPass
@@ -32,6 +34,26 @@ def first_calls(*modules: nn.Module) -> Iterator[dict[nn.Module, tuple[tuple[Any
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def first_samples(roi_heads: nn.Module) -> Iterator[list[tuple[Any, ...]]]:
+    """Record what ``roi_heads.select_training_samples`` returns: its matching would take many launches to repeat."""
+    samples: list[tuple[Any, ...]] = []
+    select, own = roi_heads.select_training_samples, "select_training_samples" in vars(roi_heads)
+
+    def record(*args: Any) -> tuple[Any, ...]:
+        samples.append(select(*args))
+        return samples[-1]
+
+    roi_heads.select_training_samples = record
+    try:
+        yield samples
+    finally:
+        if own:
+            roi_heads.select_training_samples = select
+        else:
+            del roi_heads.select_training_samples
 
 
 class GeneralizedRCNNAdapter:
@@ -72,20 +94,36 @@ class GeneralizedRCNNAdapter:
             widths=(layers[0].out_features, layers[1].out_features) if known else None,
         )
 
-    def student_pass(self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> StudentPass:
+    def student_pass(
+        self,
+        images: Sequence[Tensor],
+        targets: Sequence[dict[str, Tensor]],
+        on_inputs: Callable[[InputBatch], None] = lambda inputs: None,
+    ) -> StudentPass:
         model, transform, roi_heads = self.model, self.model.transform, self.model.roi_heads
-        with first_calls(transform, roi_heads.box_roi_pool, roi_heads.box_predictor) as calls:
-            losses = model(images, targets)
-        _, (batch, targets) = calls[transform]
+        mean, std = tuple(transform.image_mean), tuple(transform.image_std)
+        seen: list[tuple[InputBatch, list[dict[str, Tensor]]]] = []
+
+        def see_inputs(module: nn.Module, args: tuple[Any, ...], output: tuple[ImageList, Any]) -> None:
+            batch, resized = output
+            seen.append((InputBatch(batch.tensors, batch.image_sizes, mean, std), resized))
+            on_inputs(seen[0][0])
+
+        handle = transform.register_forward_hook(see_inputs)
+        try:
+            with first_calls(roi_heads.box_roi_pool, roi_heads.box_predictor) as calls, first_samples(roi_heads) as samples:
+                losses = model(images, targets)
+        finally:
+            handle.remove()
+        [(inputs, targets)] = seen
         (maps, proposals, _), pooled = calls[roi_heads.box_roi_pool]
         _, (logits, deltas) = calls[roi_heads.box_predictor]
-        labels, gt_boxes = self._match(proposals, targets)
+        labels, gt_boxes = _matches(samples[0], targets)
         head = HeadOutputs(logits, deltas, pooled)
-        mean, std = tuple(transform.image_mean), tuple(transform.image_std)
-        features, scales = self._pyramid(maps, batch.image_sizes)
+        features, scales = self._pyramid(maps, inputs.sizes)
         return StudentPass(
             losses=losses,
-            inputs=InputBatch(batch.tensors, batch.image_sizes, mean, std),
+            inputs=inputs,
             targets=targets,
             features=features,
             scales=scales,
@@ -94,36 +132,39 @@ class GeneralizedRCNNAdapter:
 
     def student_regions(self, student: StudentPass, proposals: list[Tensor]) -> Regions:
         roi_heads = self.model.roi_heads
-        proposals, *_ = roi_heads.select_training_samples(proposals, student.targets)
-        labels, gt_boxes = self._match(proposals, student.targets)
-        head = self._run_head(student.features, proposals, student.inputs.sizes)
+        samples = roi_heads.select_training_samples(proposals, student.targets)
+        proposals = samples[0]
+        labels, gt_boxes = _matches(samples, student.targets)
+        head = self._run_head(student.features, student.scales, proposals, student.inputs.sizes)
         return Regions(proposals, labels, gt_boxes, head)
 
-    def teacher_pass(self, images: Sequence[Tensor], student: StudentPass, ratio: float) -> TeacherPass:
-        batch = self._teacher_batch(images, student.inputs, ratio)
+    def teacher_pass(self, images: Sequence[Tensor], inputs: InputBatch, ratio: float) -> TeacherPass:
+        batch = self._teacher_batch(images, inputs, ratio)
         maps = self.model.backbone(batch.tensors)
         if isinstance(maps, Tensor):
             maps = {"0": maps}
         features, scales = self._pyramid(maps, batch.image_sizes)
-        state = (batch, maps, student.inputs.sizes, ratio)
+        state = (batch, maps, inputs.sizes, ratio)
         return TeacherPass(features, [scale * ratio for scale in scales], state)
 
     def teacher_proposals(self, teacher: TeacherPass) -> list[Tensor]:
         batch, maps, student_sizes, ratio = teacher.state
-        proposals, _ = self.model.rpn(batch, maps)
+        dtype = dtype_of(self.model.rpn)
+        batch = ImageList(batch.tensors.to(dtype), batch.image_sizes)  # the dtype is that of the anchors
+        proposals, _ = self.model.rpn(batch, {name: level.to(dtype) for name, level in maps.items()})
         return [
             clip_boxes_to_image(_exact(boxes) / ratio, size) for boxes, size in zip(proposals, student_sizes)
         ]
 
     def teacher_head(self, teacher: TeacherPass, proposals: list[Tensor]) -> HeadOutputs:
         batch, _, _, ratio = teacher.state
-        boxes = [(boxes * ratio).to(batch.tensors.dtype) for boxes in proposals]
-        return self._run_head(teacher.features, boxes, batch.image_sizes)
+        scales = [scale / ratio for scale in teacher.scales]
+        return self._run_head(teacher.features, scales, [boxes * ratio for boxes in proposals], batch.image_sizes)
 
     def _teacher_batch(self, images: Sequence[Tensor], inputs: InputBatch, ratio: float) -> ImageList:
         """The student's own batch where the teacher would have made the same, else one of its own."""
         transform = self.model.transform
-        dtype = next(self.model.parameters()).dtype
+        dtype = dtype_of(self.model.backbone)
         same_values = (tuple(transform.image_mean), tuple(transform.image_std)) == (inputs.mean, inputs.std)
         padded = all(side % transform.size_divisible == 0 for side in inputs.tensor.shape[-2:])
         if ratio == 1 and same_values and padded:
@@ -151,28 +192,33 @@ class GeneralizedRCNNAdapter:
         octaves = round(math.log2(scales[0] / scales[-1]))
         return features[: octaves + 1], scales[: octaves + 1]
 
-    def _match(self, proposals: list[Tensor], targets: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Labels (R,) and matched ground truth (R, 4); nothing is random here, so it can be repeated."""
-        gt_boxes = [target["boxes"] for target in targets]
-        indices, labels = self.model.roi_heads.assign_targets_to_proposals(
-            proposals,
-            [boxes.to(p.dtype) for boxes, p in zip(gt_boxes, proposals)],
-            [target["labels"] for target in targets],
-        )
-        matched = [
-            boxes[index] if len(boxes) else boxes.new_zeros((len(index), 4))
-            for boxes, index in zip(gt_boxes, indices)
-        ]
-        return torch.cat(labels), _exact(torch.cat(matched))
-
     def _run_head(
-        self, features: list[Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]
+        self, features: list[Tensor], scales: list[float], proposals: list[Tensor], sizes: list[tuple[int, int]]
     ) -> HeadOutputs:
-        roi_heads = self.model.roi_heads
-        pool = roi_heads.box_roi_pool
-        pooled = pool(dict(zip(pool.featmap_names, features)), proposals, sizes)
-        logits, deltas = roi_heads.box_predictor(roi_heads.box_head(pooled))
+        roi_heads, pool = self.model.roi_heads, self.model.roi_heads.box_roi_pool
+        if type(pool) in (MultiScaleRoIAlign, ops.MultiScaleRoIAlign):
+            # The same in one launch, which does not wait for the device and knows bfloat16.
+            boxes = [_exact(boxes) for boxes in proposals]
+            pooled = ops.multiscale_roi_align(features, boxes, scales=scales, **asdict(self.roi))
+        else:
+            proposals = [boxes.to(features[0].dtype) for boxes in proposals]
+            pooled = pool(dict(zip(pool.featmap_names, features)), proposals, sizes)
+        logits, deltas = roi_heads.box_predictor(roi_heads.box_head(pooled.to(dtype_of(roi_heads))))
         return HeadOutputs(logits, deltas, pooled)
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+def _matches(samples: tuple[Any, ...], targets: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Labels (R,) and matched ground truth (R, 4) of what ``select_training_samples`` chose."""
+    _, indices, labels, _ = samples
+    matched = [
+        target["boxes"][index] if len(target["boxes"]) else target["boxes"].new_zeros((len(index), 4))
+        for target, index in zip(targets, indices)
+    ]
+    return torch.cat(labels), _exact(torch.cat(matched))
 
 
 def _exact(boxes: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Any, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-SHOWN = 5
+from .device import HostCopy
 
+SHOWN = 5
 
 StateSource = Mapping[str, Any] | str | PathLike[str]
 
@@ -121,9 +122,32 @@ def check_gradients(terms: Mapping[str, Tensor], student_features: Sequence[Tens
         )
 
 
-def check_finite(values: Mapping[str, Tensor]) -> None:
-    """Raises FloatingPointError naming the tensors with a NaN or infinity; waits for a GPU's results."""
-    finite = torch.stack([torch.isfinite(value).all() for value in values.values()]).tolist()
-    bad = [name for name, ok in zip(values, finite) if not ok]
-    if bad:
-        raise FloatingPointError(f"NaN or infinity in {', '.join(bad)}")
+class FiniteCheck:
+    """Raises FloatingPointError naming the tensors with a NaN or infinity.
+
+    At once for tensors on the CPU. A GPU is not waited for: what it finds is raised by the next call, or by
+    :meth:`settle`.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._finite: HostCopy | None = None
+
+    def __call__(self, values: Mapping[str, Tensor]) -> None:
+        self.settle()
+        self._names = list(values)
+        finite = torch.stack([torch.isfinite(value).all() for value in values.values()])
+        self._finite = HostCopy(finite)
+        if not finite.is_cuda:
+            self.settle()
+
+    def settle(self) -> None:
+        if self._finite is None:
+            return
+        finite, self._finite = self._finite.tolist(), None
+        bad = [name for name, ok in zip(self._names, finite) if not ok]
+        if bad:
+            raise FloatingPointError(f"NaN or infinity in {', '.join(bad)}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FiniteCheck:
+        return FiniteCheck()

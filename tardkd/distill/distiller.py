@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from tardkd import ops
 from tardkd.detectors import DetectorAdapter, for_model
-from tardkd.detectors.base import HeadOutputs, Regions, RoISettings, StudentPass, TeacherPass
+from tardkd.detectors.base import HeadOutputs, InputBatch, Regions, RoISettings, StudentPass, TeacherPass
 
 from . import checks
 from .adapters import make_adapters
+from .device import join_beside, run_beside
 from .schedule import Schedule
 from .settings import DistillSettings
 from .sharing import foreground, region_stats, rescale_deltas, share_regions
@@ -66,6 +67,7 @@ class Distiller(nn.Module):
         self.student = student
         self.adapters = nn.ModuleDict()
         self._teacher: DetectorAdapter | None = None
+        self._check_finite = checks.FiniteCheck()
         if enabled:
             if teacher is None:
                 raise ValueError("a Distiller with enabled=True needs a teacher")
@@ -113,6 +115,7 @@ class Distiller(nn.Module):
 
     def task_state(self) -> dict[str, Any]:
         """What a resumed distillation needs beside the student and the optimizer."""
+        self._check_finite.settle()
         return {"adapters": self.adapters.state_dict(), "schedule": self.schedule.state_dict()}
 
     def load_task_state(self, state: dict[str, Any]) -> None:
@@ -136,7 +139,7 @@ class Distiller(nn.Module):
         Raises:
             ValueError: the passes do not fit each other; names both sides.
             RuntimeError: a term cannot reach the student.
-            FloatingPointError: a term is NaN or infinite.
+            FloatingPointError: a term is NaN or infinite; on a GPU it was one of the previous call.
         """
         if not self.training:
             return self.student(images)
@@ -145,8 +148,14 @@ class Distiller(nn.Module):
         if self.weight == 0:
             self.stats = {"lambda": torch.tensor(0.0)}
             return {**self.student(images, targets), **self._ended()}
-        student = self._student.student_pass(images, targets)
-        terms = self._terms(images, student)
+        teachers: list[TeacherPass] = []
+
+        def start_teacher(inputs: InputBatch) -> None:
+            teachers.append(self._start_teacher(images, inputs))
+
+        student = self._student.student_pass(images, targets, start_teacher)
+        join_beside(student.inputs.tensor.device)
+        terms = self._terms(student, teachers[0])
         checks.check_gradients(terms, student.features)
         weights = self.settings.weights
         return {
@@ -161,11 +170,15 @@ class Distiller(nn.Module):
             zero = zero + 0 * parameter.sum()
         return {f"distill_{name}": zero for name, weight in self.settings.weights.items() if weight}
 
-    def _terms(self, images: Sequence[Tensor], student: StudentPass) -> dict[str, Tensor]:
-        """The terms with weight, not yet weighted."""
+    def _start_teacher(self, images: Sequence[Tensor], inputs: InputBatch) -> TeacherPass:
+        """The teacher's trunk, which needs the batch alone: on a GPU it runs beside the student's."""
+        device = inputs.tensor.device
         with torch.no_grad():
-            self._ready_teacher(student.inputs.tensor.device)
-            teacher = self._teacher.teacher_pass(images, student, self._ratio)
+            self._ready_teacher(device)
+            return run_beside(device, lambda: self._teacher.teacher_pass(images, inputs, self._ratio))
+
+    def _terms(self, student: StudentPass, teacher: TeacherPass) -> dict[str, Tensor]:
+        """The terms with weight, not yet weighted."""
         self.stats = {"lambda": torch.tensor(self.weight)}
         weights = self.settings.weights
         terms: dict[str, Tensor] = {}
@@ -179,7 +192,7 @@ class Distiller(nn.Module):
         if weights["gaussian"]:
             terms["gaussian"] = self._gaussian_loss(student, teacher)
         if self.settings.check_finite:
-            checks.check_finite({**{f"distill_{name}": value for name, value in terms.items()}, **suspects})
+            self._check_finite({**{f"distill_{name}": value for name, value in terms.items()}, **suspects})
         return terms
 
     def _ready_teacher(self, device: torch.device) -> None:

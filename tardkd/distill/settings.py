@@ -85,7 +85,7 @@ class DistillSettings:
     path: str = "auto"  # "pooled": what the box heads pooled anyway; "pyramid": pool both sides again, alike
     teacher_input_ratio: float | None = None  # teacher's input size / student's; None: from the models
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
-    check_finite: bool = True  # stop at a NaN or infinite term; on a GPU this waits for the step's losses
+    check_finite: bool = True  # stop at a NaN or infinite term; on a GPU in the next step, so that nothing waits
 
     def __post_init__(self) -> None:
         for key in ("feature", "classification", "regression", "gaussian", "beta"):

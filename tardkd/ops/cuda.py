@@ -23,13 +23,13 @@ from .native import GATES, NONE, describe, describe_all, describe_results, gradi
 class CudaKernels:
     """The ops by the functions of ``module`` (csrc/cuda_bindings.cpp), on the stream that ``stream_of`` names."""
 
-    # The backward pass of these makes the gradients from the inputs, which it reads once more. To make them in the
-    # forward pass and scale them later would take as long, and keep a tensor of that size in between.
-    defers = frozenset({"pooled_distill", "gaussian_feature_loss"})
-
     def __init__(self, module: ModuleType, stream_of: Callable[[torch.device], int]) -> None:
         self._module = module
         self._stream_of = stream_of
+
+    def defers(self, op: str, choices: Sequence[int]) -> bool:
+        """Pooled regions are read once more in the backward pass: no more bytes, and no gradient to keep until then."""
+        return op == "pooled_distill"
 
     def _target(self, device: torch.device) -> tuple[int, int]:
         return device.index or 0, self._stream_of(device)
@@ -208,9 +208,7 @@ class CudaKernels:
         boxes: Tensor,
         scales: list[float],
         sigma_squared: float,
-        want_grad: bool,
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        assert not want_grad, "CudaKernels defers the gradient to gaussian_feature_loss_backward"
+    ) -> tuple[Tensor, Tensor]:
         student = describe_all(student_features)
         loss = boxes.new_empty((), dtype=accumulation_dtype(student_features[0].dtype))
         mask_sums = boxes.new_empty((len(scales),), dtype=torch.float64)
@@ -226,7 +224,7 @@ class CudaKernels:
             describe(loss),
             self._target(boxes.device),
         )
-        return loss, mask_sums, []
+        return loss, mask_sums
 
     def gaussian_feature_loss_backward(
         self,

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from . import checks, reference
 from .fallback import has_kernels
-from .gradients import once_differentiable, scale_gradient, wanted
-from .registry import defers
+from .gradients import once_differentiable
 
 
 def gaussian_feature_loss(
@@ -55,45 +54,20 @@ def gaussian_feature_loss(
     boxes = checks.as_regions(gt_boxes, first.shape[0], first.device)
     scales = list(map(float, scales))
     tensors = (boxes, *student_features, *teacher_features)
-    if wanted(*student_features):
-        loss = _DeferredGaussianLoss if defers("gaussian_feature_loss", first.device) else _GaussianLoss
-        return loss.apply(scales, float(sigma_squared), *tensors)
-    return _run(scales, float(sigma_squared), tensors, False)[0]
-
-
-def _run(scales: list[float], sigma_squared: float, tensors: Sequence[Tensor], want_grad: bool) -> tuple:
-    """The registered op: the loss, the sums of the masks, the gradients."""
-    boxes, *features = tensors
-    levels = len(scales)
-    return torch.ops.tardkd.gaussian_feature_loss(
-        features[:levels], features[levels:], boxes, scales, sigma_squared, want_grad
-    )
+    return _GaussianLoss.apply(scales, float(sigma_squared), *tensors)
 
 
 class _GaussianLoss(torch.autograd.Function):
-    """Gradients in the forward pass."""
+    """The gradient is made in the backward pass, from the inputs: to make it with the loss and scale it later takes longer,
+    and would keep a pyramid in between."""
 
     @staticmethod
-    def forward(ctx, scales, sigma_squared, *tensors):
-        loss, _, gradients = _run(scales, sigma_squared, tensors, True)
-        ctx.save_for_backward(*gradients)
-        ctx.dtype = tensors[1].dtype
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        gradients = [scale_gradient(gradient, upstream, ctx.dtype) for gradient in ctx.saved_tensors]
-        return None, None, None, *gradients, *[None] * len(gradients)
-
-
-class _DeferredGaussianLoss(torch.autograd.Function):
-    """Gradients in the backward pass, from the inputs."""
-
-    @staticmethod
-    def forward(ctx, scales, sigma_squared, *tensors):
-        loss, mask_sums, _ = _run(scales, sigma_squared, tensors, False)
-        ctx.save_for_backward(mask_sums, *tensors)
+    def forward(ctx, scales, sigma_squared, boxes, *features):
+        levels = len(scales)
+        loss, mask_sums = torch.ops.tardkd.gaussian_feature_loss(
+            features[:levels], features[levels:], boxes, scales, sigma_squared
+        )
+        ctx.save_for_backward(mask_sums, boxes, *features)
         ctx.scales, ctx.sigma_squared = scales, sigma_squared
         return loss
 

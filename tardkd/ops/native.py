@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import accumulation_dtype
+from .checks import CHOICES, accumulation_dtype
 from .maps import flat_size, is_channels_last, layout_of, maps_of
 
 try:
@@ -27,10 +27,9 @@ cuda_module = getattr(_native, "cuda", None)  # None: built without CUDA kernels
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 DTYPE_CODES |= {torch.int32: -1, torch.int64: -1, torch.bool: -1}  # only ever one of them in its place
 NONE = 2  # index of "none" among the reductions
-GATES, FACTORS = 3, 5  # indices among the results of the region losses
+GATES = 3  # index among the results of the region losses
 
-# Ops that leave their gradients to the backward pass, see registry.defers().
-defers: frozenset[str] = frozenset()
+FEATURE_GATE, ALL = list(CHOICES).index("feature_gate"), CHOICES["feature_gate"].index("all")
 
 
 def describe(tensor: Tensor | None) -> tuple | None:
@@ -64,6 +63,15 @@ def region_results(
         for head, want in zip((student_logits, student_deltas), wants[1:])
     ]
     return *losses, gates, scores, factors, *gradients
+
+
+def defers(op: str, choices: Sequence[int]) -> bool:
+    """Whether the gradients of a reduced loss are better made in the backward pass, from the inputs.
+
+    It costs reading the open regions once more, and saves the pass that multiplies the gradient by the upstream one: over
+    whole pyramids, which takes longer than to pool the few regions that gates leave open, but not than to pool all.
+    """
+    return op == "pooled_distill" or choices[FEATURE_GATE] != ALL
 
 
 class _RegionTensors:
@@ -118,7 +126,6 @@ def region_distill(
     heads = (student_logits, teacher_logits, student_deltas, teacher_deltas)
     inputs = _RegionTensors((regions, *heads, labels, gt_boxes, region_weights), upstream, dtype)
     results = region_results(regions, student_logits, student_deltas, dtype, choices[-1] != NONE, wants)
-    results[FACTORS].fill_(1)  # the kernels divide by the counts themselves
     layout = layout_of(student_features if wants[0] else [])
     gradient = regions.new_empty((flat_size(layout.sizes),), dtype=dtype)
     _native.region_distill(
@@ -163,7 +170,6 @@ def pooled_distill(
     heads = (student_logits, teacher_logits, student_deltas, teacher_deltas)
     inputs = _RegionTensors((regions, *heads, labels, gt_boxes, region_weights), upstream, dtype)
     results = region_results(regions, student_logits, student_deltas, dtype, choices[-1] != NONE, wants)
-    results[FACTORS].fill_(1)  # the kernels divide by the counts themselves
     gradient = gradient_like(student_pooled, dtype) if wants[0] else student_pooled.new_empty((0,), dtype=dtype)
     # One layout on all three sides: the kernel walks a region's elements in memory order.
     last = (gradient if wants[0] else student_pooled).stride(-1) != 1
@@ -229,17 +235,13 @@ def gaussian_feature_loss(
     boxes: Tensor,
     scales: list[float],
     sigma_squared: float,
-    want_grad: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    dtype = accumulation_dtype(student_features[0].dtype)
-    loss = boxes.new_empty((), dtype=dtype)
+) -> tuple[Tensor, Tensor]:
+    loss = boxes.new_empty((), dtype=accumulation_dtype(student_features[0].dtype))
     mask_sums = boxes.new_empty((len(scales),), dtype=torch.float64)
-    gradients = [gradient_like(feature, dtype) for feature in student_features] if want_grad else []
     boxes = boxes.double().contiguous()
     _native.gaussian_feature_loss(
         describe_all(student_features),
         describe_all(teacher_features),
-        describe_all(gradients),
         scales,
         describe(boxes),
         sigma_squared,
@@ -247,4 +249,30 @@ def gaussian_feature_loss(
         describe(mask_sums),
         torch.get_num_threads(),
     )
-    return loss, mask_sums, gradients
+    return loss, mask_sums
+
+
+def gaussian_feature_loss_backward(
+    student_features: list[Tensor],
+    teacher_features: list[Tensor],
+    boxes: Tensor,
+    scales: list[float],
+    sigma_squared: float,
+    mask_sums: Tensor,
+    upstream: Tensor,
+) -> list[Tensor]:
+    dtype = accumulation_dtype(student_features[0].dtype)
+    gradients = [gradient_like(feature, dtype) for feature in student_features]
+    boxes = boxes.double().contiguous()
+    _native.gaussian_feature_loss_backward(
+        describe_all(student_features),
+        describe_all(teacher_features),
+        describe_all(gradients),
+        scales,
+        describe(boxes),
+        sigma_squared,
+        describe(mask_sums),
+        upstream.item(),
+        torch.get_num_threads(),
+    )
+    return [gradient.to(feature.dtype) for gradient, feature in zip(gradients, student_features)]

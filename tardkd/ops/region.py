@@ -233,7 +233,7 @@ def _call(
     if not any(wants):
         return RegionLosses(*_run(op, settings, wants, levels, tensors, None)[:5])
     unreduced = settings[-4][-1] == _NONE
-    loss = _DeferredRegionLoss if unreduced or defers(op, regions.device) else _RegionLoss
+    loss = _DeferredRegionLoss if unreduced or defers(op, regions.device, settings[-4]) else _RegionLoss
     return RegionLosses(*loss.apply(op, settings, wants, levels, *tensors))
 
 
@@ -279,7 +279,7 @@ def _input_gradients(
 
 
 class _RegionLoss(torch.autograd.Function):
-    """Gradients in the forward pass, for the scalar reductions."""
+    """Gradients in the forward pass, for the scalar reductions, where the device prefers that."""
 
     @staticmethod
     def forward(ctx, op, settings, wants, levels, *tensors):
@@ -307,7 +307,7 @@ class _RegionLoss(torch.autograd.Function):
 class _DeferredRegionLoss(torch.autograd.Function):
     """Gradients in the backward pass: the op runs again, with the upstream gradient of every region's terms.
 
-    With "none" they are not known earlier, and the gradient of a pyramid sums over regions.
+    With "none" that is not known earlier, and the gradient of a pyramid sums over regions.
     """
 
     @staticmethod

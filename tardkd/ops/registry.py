@@ -6,6 +6,7 @@ They take and return plain tensors and numbers and know nothing of autograd; ``r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ if native.cuda_module is not None:
     )
 
 
-def defers(op: str, device: torch.device) -> bool:
-    """Whether that device's implementation leaves the gradients of this op to the backward pass."""
-    return op in IMPLEMENTATIONS[device.type.upper()].defers
+def defers(op: str, device: torch.device, choices: Sequence[int]) -> bool:
+    """Whether that device makes the gradients of a region loss in the backward pass, also where it need not."""
+    return IMPLEMENTATIONS[device.type.upper()].defers(op, choices)
 
 
 _library = torch.library.Library("tardkd", "DEF")
@@ -48,10 +49,9 @@ SCHEMAS = {
     "roi_align": f"(Tensor[] features, Tensor regions, float[] scales, int[] output_size, {_ALIGN}) -> Tensor",
     "roi_align_backward": "(Tensor grad_pooled, Tensor regions, SymInt[] sizes, bool[] channels_last, float[] scales, "
     f"{_ALIGN}) -> Tensor",
-    # loss, sums of the masks, gradients
+    # loss, sums of the masks
     "gaussian_feature_loss": "(Tensor[] student_features, Tensor[] teacher_features, Tensor boxes, float[] scales, "
-    "float sigma_squared, bool want_grad) -> (Tensor, Tensor, Tensor[])",
-    # for devices that defer the gradients of the op above
+    "float sigma_squared) -> (Tensor, Tensor)",
     "gaussian_feature_loss_backward": "(Tensor[] student_features, Tensor[] teacher_features, Tensor boxes, "
     "float[] scales, float sigma_squared, Tensor mask_sums, Tensor upstream) -> Tensor[]",
 }
@@ -98,11 +98,9 @@ def _(grad_pooled, regions, sizes, channels_last, *rest):
 
 
 @torch.library.register_fake("tardkd::gaussian_feature_loss", lib=_library)
-def _(student_features, teacher_features, boxes, scales, sigma_squared, want_grad):
-    dtype = accumulation_dtype(student_features[0].dtype)
-    mask_sums = boxes.new_empty((len(scales),), dtype=torch.float64)
-    gradients = [native.gradient_like(feature, dtype) for feature in student_features] if want_grad else []
-    return boxes.new_empty((), dtype=dtype), mask_sums, gradients
+def _(student_features, teacher_features, boxes, scales, sigma_squared):
+    loss = boxes.new_empty((), dtype=accumulation_dtype(student_features[0].dtype))
+    return loss, boxes.new_empty((len(scales),), dtype=torch.float64)
 
 
 @torch.library.register_fake("tardkd::gaussian_feature_loss_backward", lib=_library)

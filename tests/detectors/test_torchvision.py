@@ -123,7 +123,7 @@ def test_levels_of_one_stride() -> None:
     )
     torch.testing.assert_close(pooled, student.regions.head.pooled)
     teacher = teacher_of(copy.deepcopy(model))
-    result = teacher.teacher_pass(tiny_batch()[0], student, 1.0)
+    result = teacher.teacher_pass(tiny_batch()[0], student.inputs, 1.0)
     head = teacher.teacher_head(result, student.regions.proposals)
     assert result.scales == [1 / 4]
     torch.testing.assert_close(head.pooled, student.regions.head.pooled)
@@ -180,7 +180,7 @@ def teacher_of(model: nn.Module) -> Any:
 def test_teacher_takes_the_students_batch_where_it_would_make_the_same() -> None:
     student = run_student(tiny_detector())
     images, _ = tiny_batch()
-    batch = teacher_of(tiny_detector(seed=1)).teacher_pass(images, student, 1.0).state[0]
+    batch = teacher_of(tiny_detector(seed=1)).teacher_pass(images, student.inputs, 1.0).state[0]
     assert batch.tensors is student.inputs.tensor
 
 
@@ -196,7 +196,7 @@ def test_teacher_batch_is_what_its_own_transform_makes(options: dict[str, Any], 
     student = run_student(tiny_detector())
     model = tiny_detector(seed=1, **options)
     images, _ = tiny_batch()
-    batch = teacher_of(model).teacher_pass(images, student, ratio).state[0]
+    batch = teacher_of(model).teacher_pass(images, student.inputs, ratio).state[0]
     expected, _ = model.transform(images)
     assert batch.image_sizes == expected.image_sizes
     torch.testing.assert_close(batch.tensors, expected.tensors)
@@ -206,7 +206,7 @@ def test_teacher_batch_is_padded_as_the_teacher_needs() -> None:
     student = run_student(tiny_detector(size_divisible=16))
     assert student.inputs.tensor.shape[-2:] == (80, 80)
     images, _ = tiny_batch()
-    batch = teacher_of(tiny_detector(seed=1)).teacher_pass(images, student, 1.0).state[0]
+    batch = teacher_of(tiny_detector(seed=1)).teacher_pass(images, student.inputs, 1.0).state[0]
     assert batch.tensors.shape[-2:] == (96, 96)
     assert torch.equal(batch.tensors[..., :80, :80], student.inputs.tensor)
 
@@ -217,7 +217,7 @@ def test_teacher_head_is_the_teachers_on_its_own_pixels(ratio: float, size: int)
     model = tiny_detector(seed=1, channels=12, levels=3, size=size)
     images, _ = tiny_batch()
     adapter = teacher_of(model)
-    teacher = adapter.teacher_pass(images, student, ratio)
+    teacher = adapter.teacher_pass(images, student.inputs, ratio)
     head = adapter.teacher_head(teacher, student.regions.proposals)
 
     batch, _ = model.transform(images)
@@ -237,7 +237,7 @@ def test_teacher_proposals_are_its_rpns_in_student_pixels(ratio: float, size: in
     model = tiny_detector(seed=1, size=size)
     images, _ = tiny_batch()
     adapter = teacher_of(model)
-    proposals = adapter.teacher_proposals(adapter.teacher_pass(images, student, ratio))
+    proposals = adapter.teacher_proposals(adapter.teacher_pass(images, student.inputs, ratio))
     batch, _ = model.transform(images)
     expected, _ = model.rpn(ImageList(batch.tensors, batch.image_sizes), model.backbone(batch.tensors))
     assert [len(boxes) for boxes in proposals] == [40, 40]
@@ -273,7 +273,7 @@ def test_single_map_backbone() -> None:
     model.backbone = Single()
     student = run_student(model)
     assert [tuple(level.shape) for level in student.features] == [(2, 8, 24, 24)]
-    teacher = teacher_of(copy.deepcopy(model)).teacher_pass(tiny_batch()[0], student, 1.0)
+    teacher = teacher_of(copy.deepcopy(model)).teacher_pass(tiny_batch()[0], student.inputs, 1.0)
     assert torch.equal(teacher.features[0], student.features[0])
 
 
