@@ -11,7 +11,7 @@ from .coco import Target
 
 
 def build_loader(dataset: Dataset, *, batch_size: int, shuffle: bool, seed: int, epoch: int, workers: int = 0,
-                 first_batch: int = 0) -> DataLoader:
+                 first_batch: int = 0, pin_memory: bool = False) -> DataLoader:
     """Batches ``(images, targets)``: N float images (3, H, W) in [0, 1] and N target dicts.
 
     The order depends on (seed, epoch) alone and the random view of image ``index`` on (seed, epoch, index) alone, so
@@ -20,6 +20,7 @@ def build_loader(dataset: Dataset, *, batch_size: int, shuffle: bool, seed: int,
 
     Args:
         first_batch: how many batches of the epoch to leave out at its beginning, to resume within it.
+        pin_memory: for copies to a GPU that need not be waited for.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, found {batch_size}")
@@ -31,7 +32,7 @@ def build_loader(dataset: Dataset, *, batch_size: int, shuffle: bool, seed: int,
     if shuffle and len(batches) > 1 and len(batches[-1]) < batch_size:
         batches.pop()
     return DataLoader(_SeededItems(dataset, seed, epoch), batch_sampler=batches[first_batch:], collate_fn=collate,
-                      num_workers=workers, generator=_generator(seed, epoch))
+                      num_workers=workers, pin_memory=pin_memory, generator=_generator(seed, epoch))
 
 
 def collate(items: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict, astuple
 from typing import Any, Sequence
 
@@ -175,7 +176,8 @@ class Distiller(nn.Module):
         device = inputs.tensor.device
         with torch.no_grad():
             self._ready_teacher(device)
-            return run_beside(device, lambda: self._teacher.teacher_pass(images, inputs, self._ratio))
+            with torch.autocast(device.type, torch.bfloat16) if self.settings.teacher_bf16 else nullcontext():
+                return run_beside(device, lambda: self._teacher.teacher_pass(images, inputs, self._ratio))
 
     def _terms(self, student: StudentPass, teacher: TeacherPass) -> dict[str, Tensor]:
         """The terms with weight, not yet weighted."""

@@ -84,6 +84,7 @@ class DistillSettings:
 
     path: str = "auto"  # "pooled": what the box heads pooled anyway; "pyramid": pool both sides again, alike
     teacher_input_ratio: float | None = None  # teacher's input size / student's; None: from the models
+    teacher_bf16: bool = False  # the teacher's trunk under bfloat16 autocast, whatever the student runs under
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     check_finite: bool = True  # stop at a NaN or infinite term; on a GPU in the next step, so that nothing waits
 

@@ -78,6 +78,7 @@ class Teacher(Section):
 
     weights: str | None = None
     model: ModelSpec | None = None
+    compile: bool = False  # its backbone by torch.compile: minutes at the start, for trainings of hours
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from tardkd.data.loader import build_loader
+from tardkd.distill.device import HostCopy
 from tardkd.train import checkpoint
 from tardkd.train.build import build_dataset, build_distiller, pick_device
 from tardkd.train.config import Config, ConfigError
@@ -56,6 +57,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, cons
     distiller = build_distiller(config, train_set.class_names).to(device)
     if config.train.channels_last:
         distiller.to(memory_format=torch.channels_last)
+    if distiller.teacher is not None:
+        ready_teacher(config, distiller.teacher.to(device))
     optimizer = build_optimizer(config.optimizer, distiller)
     steps_per_epoch = len(build_batches(config, train_set, epoch=0))
     distiller.start(config.train.epochs, steps_per_epoch)
@@ -89,29 +92,39 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, cons
     return Result(metrics, best_ap, folder, time.perf_counter() - began)
 
 
+def ready_teacher(config: Config, teacher: nn.Module) -> None:
+    if config.train.channels_last:
+        teacher.to(memory_format=torch.channels_last)
+    if config.teacher.compile:
+        teacher.backbone.compile(dynamic=True)
+
+
 def train_epoch(config: Config, distiller: Any, optimizer: torch.optim.Optimizer, dataset: Any, log: RunLog, *,
                 epoch: int, step: int, device: torch.device) -> int:
     """One pass over the data set from global step `step`; returns the global step after it."""
     distiller.train()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     loader = build_batches(config, dataset, epoch=epoch)
+    waiting: Step | None = None
     tick = time.perf_counter()
     for index, (images, targets) in enumerate(loader):
         images = [image.to(device, non_blocking=True) for image in images]
-        targets = [{key: value.to(device) if isinstance(value, Tensor) else value for key, value in target.items()}
+        targets = [{key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                    for key, value in target.items()}
                    for target in targets]
         rate = learning_rate(config.optimizer, step, len(loader), config.train.epochs)
         set_learning_rate(optimizer, rate)
         distiller.set_progress(epoch, index)
+        names = ", ".join(str(target["image_id"]) for target in targets)
         try:
             with torch.autocast(device.type, torch.bfloat16, enabled=config.train.amp == "bf16"):
                 losses = distiller(images, targets)
-            loss = sum(losses.values())
-            values = _finite({"loss": loss, **losses})
         except FloatingPointError as error:
-            names = ", ".join(str(target["image_id"]) for target in targets)
-            raise NonFiniteLoss(f"{error} at step {step + 1}, images {names}; no update was made") from None
-
+            raise NonFiniteLoss(f"{error} at step {step + 1}, images {names}") from None
+        loss = sum(losses.values())
+        current = Step({"loss": loss, **losses}, f"step {step + 1}, images {names}")
+        if device.type == "cpu":
+            current.check()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm or math.inf)
@@ -119,27 +132,52 @@ def train_epoch(config: Config, distiller: Any, optimizer: torch.optim.Optimizer
 
         step += 1
         now = time.perf_counter()
-        stats = {name: float(value) for name, value in distiller.stats.items()}
-        log.step(epoch + 1, step, {"lr": rate, **values, "grad_norm": float(norm), **stats},
-                 images=len(images), seconds=now - tick)
+        current.finish(step, rate, {"grad_norm": norm, **distiller.stats}, images=len(images), seconds=now - tick)
         tick = now
+        if waiting is not None:
+            waiting.write(log, epoch)
+        waiting = current
+        if device.type == "cpu":
+            waiting = waiting.write(log, epoch)
+    if waiting is not None:
+        waiting.write(log, epoch)
     return step
+
+
+class Step:
+    """The numbers of a step. A GPU is not waited for: they are looked at when the next step has been queued."""
+
+    def __init__(self, losses: dict[str, Tensor], description: str) -> None:
+        self._description = description
+        self._losses = list(losses), HostCopy(torch.stack([value.detach().float() for value in losses.values()]))
+
+    def check(self) -> dict[str, float]:
+        """The losses as numbers; raises NonFiniteLoss naming those that are none."""
+        names, numbers = self._losses
+        values = dict(zip(names, numbers.tolist()))
+        broken = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+        if broken:
+            raise NonFiniteLoss(f"{'; '.join(broken)} at {self._description}; nothing of it is saved")
+        return values
+
+    def finish(self, step: int, rate: float, stats: dict[str, Tensor], *, images: int, seconds: float) -> None:
+        device = stats["grad_norm"].device
+        numbers = torch.stack([value.detach().to(device, torch.float32) for value in stats.values()])
+        self._stats = list(stats), HostCopy(numbers)
+        self._step, self._rate, self._images, self._seconds = step, rate, images, seconds
+
+    def write(self, log: RunLog, epoch: int) -> None:
+        losses = self.check()
+        names, numbers = self._stats
+        values = {"lr": self._rate, **losses, **dict(zip(names, numbers.tolist()))}
+        log.step(epoch + 1, self._step, values, images=self._images, seconds=self._seconds)
 
 
 def build_batches(config: Config, dataset: Any, *, epoch: int | None = None) -> Any:
     """Training batches of `epoch`, or the whole data set in order."""
     return build_loader(dataset, batch_size=config.train.batch_size, shuffle=epoch is not None,
-                        seed=config.train.seed, epoch=epoch or 0, workers=config.train.workers)
-
-
-def _finite(losses: dict[str, Tensor]) -> dict[str, float]:
-    """The losses as numbers, in one copy from the device; raises FloatingPointError naming those that are none."""
-    numbers = torch.stack([value.detach().float() for value in losses.values()]).tolist()
-    values = dict(zip(losses, numbers))
-    broken = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-    if broken:
-        raise FloatingPointError("; ".join(broken))
-    return values
+                        seed=config.train.seed, epoch=epoch or 0, workers=config.train.workers,
+                        pin_memory=pick_device(config.train.device).type == "cuda")
 
 
 def _claim(folder: Path, overwrite: bool) -> None:

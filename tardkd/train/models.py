@@ -14,6 +14,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import MultiScaleRoIAlign as TorchvisionRoIAlign
 
 from tardkd.ops import MultiScaleRoIAlign
 
@@ -104,6 +105,10 @@ def build_model(spec: ModelSpec, num_classes: int) -> FasterRCNN:
     else:
         constructor = getattr(detection, spec.name)
         model = constructor(weights=None, weights_backbone=None, num_classes=num_classes + 1, **options)
+    pool = model.roi_heads.box_roi_pool  # torchvision's constructors take their own class only; ours is the faster one
+    model.roi_heads.box_roi_pool = MultiScaleRoIAlign(
+        pool.featmap_names, pool.output_size, pool.sampling_ratio,
+        canonical_scale=spec.canonical_scale, canonical_level=pool.canonical_level)
     if spec.weights:
         load_state(model, _state(spec.name, spec.weights), spec.weights,
                    leave_out=("roi_heads.box_predictor.",) if spec.new_head else ())
@@ -132,17 +137,14 @@ def _light(spec: ModelSpec, num_classes: int, options: dict[str, Any]) -> Faster
     body = _light_body(spec.blocks, channels, nn.BatchNorm2d if spec.norm == "batch" else group_norm)
     levels = {f"layer{i}": str(i - 1) for i in range(1, len(channels) + 1)}
     backbone = BackboneWithFPN(body, levels, channels, spec.fpn_channels)
-    pooler = MultiScaleRoIAlign(list(levels.values()), output_size=7, sampling_ratio=2,
-                                canonical_scale=spec.canonical_scale)
-    model = FasterRCNN(
+    return FasterRCNN(
         backbone,
         rpn_anchor_generator=AnchorGenerator(tuple((size,) for size in spec.anchor_sizes),
                                              ((0.5, 1.0, 2.0),) * len(spec.anchor_sizes)),
         box_head=TwoMLPHead(spec.fpn_channels * 7 * 7, spec.head_dim),
         box_predictor=FastRCNNPredictor(spec.head_dim, num_classes + 1),
+        box_roi_pool=TorchvisionRoIAlign(list(levels.values()), output_size=7, sampling_ratio=2),
         **options)
-    model.roi_heads.box_roi_pool = pooler  # torchvision's constructor takes its own class only
-    return model
 
 
 def _light_body(blocks: tuple[int, ...], channels: list[int], norm: Callable[[int], nn.Module]) -> nn.Sequential:

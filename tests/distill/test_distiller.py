@@ -210,7 +210,8 @@ def test_a_copy_has_nothing_to_teach(path: str, sharing: str) -> None:
     settings = DistillSettings(**OPEN, path=path, sharing=sharing, gaussian=1.0)
     distiller = Distiller(student, copy.deepcopy(student), settings)
     losses = distilled(run(distiller))
-    assert all(value.abs() < 1e-10 for value in losses.values())
+    # As far as float32 tells p log(p / q) from zero: the two models' regions are pooled by two implementations.
+    assert all(value.abs() < 1e-7 for value in losses.values())
     sum(losses.values()).backward()
     for name, parameter in student.named_parameters():
         if parameter.grad is not None:
@@ -403,7 +404,33 @@ def test_what_of_the_student_runs(sharing: str, runs: int, monkeypatch: pytest.M
     calls = count_calls(monkeypatch, distiller.student, PARTS)
     run(distiller)
     assert calls["forward"] == calls["backbone.forward"] == calls["rpn.forward"] == 1
-    assert calls["roi_heads.box_head.forward"] == runs
+    assert calls["roi_heads.box_head.forward"] == calls["roi_heads.assign_targets_to_proposals"] == runs
+
+
+def test_the_teacher_starts_before_the_students_trunk() -> None:
+    """So that on a GPU the two trunks run beside each other."""
+    distiller = pair()
+    order: list[str] = []
+    for name, model in (("student", distiller.student), ("teacher", distiller.teacher)):
+        model.backbone.register_forward_pre_hook(lambda module, args, name=name: order.append(name))
+    run(distiller)
+    assert order == ["teacher", "student"]
+
+
+def test_teacher_in_bf16() -> None:
+    distiller = pair(teacher_bf16=True)
+    dtypes: set[torch.dtype] = set()
+    distiller.teacher.backbone.register_forward_hook(
+        lambda module, args, maps: dtypes.update(level.dtype for level in maps.values())
+    )
+    distiller.teacher.roi_heads.box_predictor.register_forward_hook(
+        lambda module, args, outputs: dtypes.update(output.dtype for output in outputs)
+    )
+    losses, exact = run(distiller), run(pair())
+    assert dtypes == {torch.bfloat16, torch.float32}  # the maps, and what the head says
+    for name, value in distilled(losses).items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, exact[name], rtol=0.1, atol=1e-3)
 
 
 def test_nothing_of_the_teacher_runs_after_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
