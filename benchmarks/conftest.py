@@ -36,16 +36,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     def rank(item: pytest.Item) -> tuple[bool, ...]:
         parameters = item.callspec.params
-        case: Case = parameters["case"]
+        if "side" not in parameters:  # a training step
+            return parameters["device"] != CASES[0].device, False, False, False
+        case: Case = parameters.get("case", CASES[0])
         compiled = parameters["side"].endswith("compiled")
-        return case.device != CASES[0].device, "curve" in parameters, not case.first, compiled
+        return case.device != CASES[0].device, "curve" in parameters, not case.first or "sizes" in parameters, compiled
 
     def wanted(item: pytest.Item) -> bool:
         parameters = item.callspec.params
         if "curve" in parameters:
             return config.getoption("--sweep")
+        if not parameters.get("case", CASES[0]).first and parameters.get("gate") == "foreground":
+            return False  # between the other two
         # Tracing takes seconds; the gates differ little to it.
-        slow = parameters["side"].endswith("compiled") and parameters.get("gate", "either") != "either"
+        slow = parameters.get("side", "").endswith("compiled") and parameters.get("gate", "either") != "either"
         return not (slow and config.getoption("--quick"))
 
     config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])

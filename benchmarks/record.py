@@ -15,7 +15,6 @@ import tardkd
 
 def describe(benchmark, op: str, side: str, case: Case, workload: Workload, gate: str = "") -> dict[str, Any]:
     """``side``: "tardkd" or the rival. Returns ``extra_info``, for more to be added."""
-    name = torch.cuda.get_device_name() if case.device == "cuda" else platform.processor() or platform.machine()
     benchmark.group = " / ".join(filter(None, (op, str(case), gate and f"gate {gate}")))
     benchmark.extra_info |= {
         "op": op,
@@ -23,13 +22,19 @@ def describe(benchmark, op: str, side: str, case: Case, workload: Workload, gate
         "case": str(case),
         "gate": gate,
         "sizes": workload.sizes,
-        "device": name,
+        **about_the_run(case.device),
+    }
+    return benchmark.extra_info
+
+
+def about_the_run(device: str) -> dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "tardkd": tardkd.build_info()["version"],
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
     }
-    return benchmark.extra_info
 
 
 def seconds_of(benchmark) -> float:

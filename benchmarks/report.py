@@ -154,6 +154,75 @@ def roofline_table(rows: Sequence[Row]) -> list[str]:
     )
 
 
+def step_table(row: Row) -> list[str]:
+    alone = row["seconds_of"]["student alone"]
+    return [
+        f"### On {row['case']}",
+        "",
+        f"Student {row['training_step']}; untrained, 512 regions an image. A step: forward, backward and SGD.",
+        "",
+        *table(
+            ("step", "ms", "over the student alone"),
+            ((name, milliseconds(seconds), f"{seconds / alone:.3f}") for name, seconds in row["seconds_of"].items()),
+        ),
+    ]
+
+
+# What is wanted on the (CPU, GPU): of the main sizes, in float32 and NCHW.
+RATIOS = (
+    ("flagship / torchvision + PyTorch, eager, all open", "region_distill_loss", "all", ("eager",), (10, 20)),
+    ("flagship / the same compiled, all open", "region_distill_loss", "all", ("compiled",), (8, 10)),
+    (
+        "flagship / the best that pools only open regions, gates as in training",
+        "region_distill_loss",
+        "either",
+        ("filtered", "filtered compiled", "subtracted filtered"),
+        (5, 8),
+    ),
+    ("`pooled_distill_loss` / eager, all open", "pooled_distill_loss", "all", ("eager",), (5, 5)),
+    ("`pooled_distill_loss` / compiled, all open", "pooled_distill_loss", "all", ("compiled",), (2, 2)),
+    ("`pooled_distill_loss` / eager, gates as in training", "pooled_distill_loss", "either", ("eager",), (5, 5)),
+    ("`pooled_distill_loss` / compiled, gates as in training", "pooled_distill_loss", "either", ("compiled",), (2, 2)),
+    ("`multiscale_roi_align` / torchvision's", "multiscale_roi_align", "", ("torchvision",), (4, 5)),
+    ("`gaussian_feature_loss` / eager", "gaussian_feature_loss", "", ("eager",), (4, 6)),
+    ("`gaussian_feature_loss` / compiled", "gaussian_feature_loss", "", ("compiled",), (1.5, 1.5)),
+)
+
+
+def target_table(rows: Sequence[Row], training: Sequence[Row], device: str) -> list[str]:
+    """What is wanted of the library beside what this run measured; nothing where nothing was measured."""
+    on_gpu = device == "cuda"
+    main = [row for row in rows if row["case"] == f"{device} float32 NCHW" and "curve" not in row]
+    main = [row for row in main if row["sizes"] == main[0]["sizes"]]
+    lines = []
+
+    def add(what: str, wanted: str, value: float, form: str, met: bool) -> None:
+        lines.append((what, wanted, form.format(value), "yes" if met else "**no**"))
+
+    for what, op, gate, sides, wanted in RATIOS:
+        of_op = {row["side"]: row["seconds"] for row in main if (row["op"], row["gate"]) == (op, gate)}
+        rivals = [of_op[side] for side in sides if side in of_op]
+        if OURS in of_op and rivals:
+            value = min(rivals) / of_op[OURS]
+            add(what, f"≥ {wanted[on_gpu]}x", value, "{:.1f}x", value >= wanted[on_gpu])
+    for row in main:
+        if "share_of_floor" in row:
+            what = " ".join(filter(None, (f"`{row['op']}`", row["gate"], "share of its floor")))
+            add(what, "≥ 60 %" if on_gpu else "stated", row["share_of_floor"], "{:.0%}", row["share_of_floor"] >= 0.6 * on_gpu)
+    for row in main:
+        if "gradient_bytes" in row and "peak_extra_bytes" in row:
+            value = row["peak_extra_bytes"] / row["gradient_bytes"]
+            add(f"flagship, {row['gate']}: peak extra memory / gradients", "≤ 1.02", value, "{:.3f}", value <= 1.02)
+    for row in training:
+        if row["case"] == device:
+            seconds = row["seconds_of"]
+            cost = seconds["tardkd, teacher remembered"] / seconds["student alone"] - 1
+            add("distillation over the student's step, teacher apart", "≤ 3 %", cost, "{:.1%}", cost <= 0.03)
+            whole = seconds["tardkd"] / seconds["student alone"]
+            add("whole step / the student's", "≤ 1.35" if on_gpu else "stated", whole, "{:.2f}", whole <= 1.35 or not on_gpu)
+    return table((f"on {device}", "wanted", "measured", "met"), lines) if lines else []
+
+
 def memory_bound(row: Row) -> bool:
     return row["memory_floor_seconds"] == row["floor_seconds"]
 
@@ -256,6 +325,12 @@ Medians, forward and backward together; on a GPU of the time on the device, by e
 - Extra memory: the most held beyond the inputs, gradients included. On the CPU by the resident set of the process,
   which misses what malloc had kept.
 """
+STEPS = """
+- `tardkd`: the distiller with what the box heads have pooled; `pyramids pooled`: with `region_distill_loss` instead.
+- `teacher remembered`: the teacher's outputs are those of the first step, so that only the distillation itself is added.
+- `PyTorch`: the same losses in plain PyTorch, the teacher on all sampled regions; `whole teacher`: it predicts as well, as
+  whoever calls `teacher(images)` has it.
+"""
 ROOFLINE = """
 - Bytes: what must be read and written once: pixels that open regions touch, and whole gradients.
 - Operations: of the separable form of RoIAlign.
@@ -268,16 +343,21 @@ def write_report(results: dict, folder: Path) -> str:
     """Writes everything; returns the Markdown."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = read(results)
+    training = [b["extra_info"] for b in results["benchmarks"] if "training_step" in b["extra_info"]]
     if not rows:
         raise SystemExit("no result of benchmarks/ in there")
     lines = ["# Benchmarks", "", *describe_run(results, rows), INTRODUCTION.strip(), ""]
     if any(row.get("quick") for row in rows):
         lines += ["**Of tiny inputs (`--quick`): the times mean nothing.**", ""]
 
+    if targets := [line for device in ("cuda", "cpu") for line in target_table(rows, training, device)]:
+        lines += ["## What is wanted, and what came out", "", *targets]
     found = pairs(row for row in rows if "curve" not in row)
     if found:
         plot_ratios(found, folder / "ratios.png")
         lines += ["## Ratios", "", *ratio_tables(rows), "![ratios](ratios.png)", ""]
+    if training:
+        lines += ["## Training steps", "", STEPS.strip(), "", *(line for row in training for line in step_table(row))]
     if on_device := [row for row in rows if "device_seconds" in row and "curve" not in row]:
         lines += ["## Host and device", "", *device_table(on_device)]
     if limited := [row for row in rows if "floor_seconds" in row]:

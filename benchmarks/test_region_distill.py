@@ -42,6 +42,13 @@ WHOLE_MAPS = {
 }
 
 
+# Beside COCO's: a small image alone, and as many as fit into a CPU's patience.
+SIZES = {
+    "small": dict(images=1, height=320, width=480, regions=128),
+    "large": dict(images=8 if cases.has_cuda() else 4),
+}
+
+
 def tardkd_losses(gate: str, workload: Workload) -> Sequence[Tensor]:
     features = (workload.student_features, workload.teacher_features, workload.boxes)
     return ops.region_distill_loss(*features, *workload.per_region, student_scales=SCALES, feature_gate=gate)[:3]
@@ -66,16 +73,27 @@ def step_of(side: str, gate: str, compiled: Callable) -> steps.Step:
 @pytest.mark.parametrize("gate", rivals.FEATURE_GATES)
 @pytest.mark.parametrize("case, side", cases.with_sides(["tardkd", *POOLING, *POOLED]))
 def test_regions(benchmark, inputs_of, compiled, quick, case, side, gate) -> None:
-    inputs = inputs_of(case)
-    step = step_of(side, gate, compiled)
+    compare_and_time(benchmark, inputs_of(case), step_of(side, gate, compiled), quick, case, side, gate)
+
+
+@pytest.mark.parametrize("gate", ["all", "either"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("side", ["tardkd", "eager", "filtered", "pooled"])
+def test_other_sizes(benchmark, inputs_of, compiled, quick, side, sizes, gate) -> None:
+    case = cases.CASES[0]
+    compare_and_time(benchmark, inputs_of(case, **sizes), step_of(side, gate, compiled), quick, case, side, gate)
+
+
+def compare_and_time(benchmark, inputs, step, quick, case, side, gate) -> None:
     if side != "tardkd":
-        steps.assert_agree(step_of("tardkd", gate, compiled), step, inputs[0])
+        steps.assert_agree(step_of("tardkd", gate, None), step, inputs[0])
     info = record.describe(benchmark, "region_distill_loss", side, case, inputs[0], gate)
     timing.measure(benchmark, step, inputs, quick)
     if side == "tardkd":
         features = (inputs[0].student_features, inputs[0].teacher_features, inputs[0].boxes)
         losses = ops.region_distill_loss(*features, *inputs[0].per_region, student_scales=SCALES, feature_gate=gate)
         info["open"] = losses.gates.float().mean(0).tolist()
+        info["gradient_bytes"] = sum(leaf.nbytes for leaf in inputs[0].leaves)
         if benchmark.enabled:
             work = roofline.region_distill(inputs[0], losses.gates)
             info |= work.describe(record.seconds_of(benchmark), inputs[0].labels.device)

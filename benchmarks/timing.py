@@ -26,7 +26,7 @@ from steps import Step
 from torch.autograd import DeviceType
 from workloads import Workload
 
-SECONDS = 2  # a step is timed for about so long, in 5 to 50 rounds
+SECONDS = 2  # a step is timed for about so long, in 3 to 50 rounds
 PLUG_CYCLES = 20_000_000  # some 10 ms: longer than the host needs to queue a step
 
 
@@ -51,11 +51,11 @@ def measure(benchmark, step: Step, inputs: Sequence[Workload], quick: bool) -> N
         if device == "cuda":
             torch.cuda.synchronize()
 
-    for _ in range(0 if quick else 2 * len(inputs)):
+    for _ in range(0 if quick else len(inputs)):
         run_to_the_end()
     start = time.perf_counter()
     run_to_the_end()
-    rounds = 1 if quick else min(50, max(5, int(SECONDS / (time.perf_counter() - start))))
+    rounds = 1 if quick else min(50, max(3, int(SECONDS / (time.perf_counter() - start))))
     benchmark.extra_info["quick"] = quick
     benchmark.pedantic(run_to_the_end, rounds=rounds)
     if benchmark.enabled:

@@ -1,0 +1,49 @@
+"""A whole training step: the student alone, and with its teacher by tardkd and by plain PyTorch."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import cases
+import pytest
+import record
+import torch
+from pairs import Pair
+from steps import SLACK
+from tolerances import TOLERANCES
+
+ROUNDS = {"cpu": 3, "cuda": 20}
+
+
+@pytest.mark.parametrize("device", list(dict.fromkeys(case.device for case in cases.CASES)))
+def test_training_step(benchmark, quick, device) -> None:
+    """All sides in turn, so that a slow moment of the machine meets them all."""
+    pair = Pair(device, tiny=quick)
+    sides = pair.sides()
+    first = {name: step() for name, step in sides.items()}
+    expected = first["tardkd"]
+    for name, losses in first.items():
+        for term, value in losses.items():
+            tolerance = SLACK * TOLERANCES[torch.float32].stored
+            torch.testing.assert_close(value, expected[term], rtol=tolerance, atol=tolerance, msg=f"{name}: {term}")
+    sides |= {"teacher's trunk": pair.teacher_trunk, "whole teacher": pair.whole_teacher}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+
+    def all_in_turn() -> None:
+        for name, step in sides.items():
+            start = time.perf_counter()
+            step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+
+    # On a CPU the comparison above has warmed up enough.
+    benchmark.pedantic(all_in_turn, rounds=1 if quick else ROUNDS[device], warmup_rounds=1 if device == "cuda" else 0)
+    benchmark.group = f"training step / {device}"
+    benchmark.extra_info |= record.about_the_run(device) | {
+        "training_step": pair.names,
+        "case": device,
+        "quick": quick,
+        "seconds_of": {name: statistics.median(times) for name, times in seconds.items()},
+    }
