@@ -1,9 +1,10 @@
 """Everything that takes a GPU, in one command: build, tests, sanitizers, benchmarks, and a record of it all.
 
-    python3 benchmarks/hardware.py OUTPUT
+    python3 benchmarks/hardware.py OUTPUT [--wheels FOLDER]
 
 Wants Python with torch, torchvision, pytest, hypothesis, pytest-benchmark, CMake, ninja and pybind11 installed, and
-nvcc on PATH; downloads nothing. Ends within nine minutes: a step that takes too long is stopped, the others still run.
+nvcc on PATH; downloads nothing. What is missing of the packages is taken from FOLDER, as ``pip download -d FOLDER`` fills
+it. Ends within nine minutes: a step that takes too long is stopped, the others still run.
 OUTPUT gets record.json, record.md, log.txt, benchmarks.json and, where matplotlib is, report.md with plots. Fails
 unless every step passed.
 """
@@ -27,6 +28,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 TOTAL_SECONDS = 520
+PACKAGES = ("pytest", "hypothesis", "pytest-benchmark", "cmake", "ninja", "pybind11")
 PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider")
 
 DEVICE = """
@@ -164,7 +166,9 @@ def as_markdown(record: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("output", type=Path)
-    output = parser.parse_args().output.resolve()
+    parser.add_argument("--wheels", type=Path, help="folder with the packages that are not installed")
+    arguments = parser.parse_args()
+    output = arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     (output / "log.txt").write_text("")
     runner = Runner(output / "log.txt")
@@ -178,6 +182,9 @@ def main() -> None:
             report = reports / f"{name}.xml"
             runner.step(name, (*PYTEST, f"--junitxml={report}", *arguments), limit, report, **variables)
 
+        if arguments.wheels is not None:
+            source = ("--no-index", "--find-links", str(arguments.wheels.resolve()))
+            runner.step("wheels", (sys.executable, "-m", "pip", "install", *source, *PACKAGES), 60)
         architecture = os.environ.get("TARDKD_CUDA_ARCH_LIST", record["capability"])
         install = (sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", ".")
         installed = runner.step("install", install, 180, TARDKD_BUILD_CUDA="1", TARDKD_CUDA_ARCH_LIST=architecture)

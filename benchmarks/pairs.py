@@ -79,17 +79,17 @@ class Pair:
         return self.student(self.images, self.targets)
 
     def distiller(self, path: str) -> Distiller:
-        return Distiller(self.student, self.teacher, DistillSettings(path=path, check_finite=False)).train()
+        return Distiller(self.student, self.teacher, DistillSettings(path=path)).train()
 
     def with_pytorch(self, pooling: bool, whole_teacher: bool) -> dict[str, Tensor]:
-        """The same losses in plain PyTorch, over all sampled regions.
+        """The same losses in plain PyTorch, over the foreground, which alone can be open.
 
         ``pooling``: pools both pyramids again with torchvision, else compares what the box heads have pooled.
         ``whole_teacher``: the teacher predicts too, as whoever calls ``teacher(images)`` has it.
         """
         ours, theirs = for_model(self.student), for_model(self.teacher)
         student = ours.student_pass(self.images, self.targets)
-        regions = student.regions
+        regions = student.regions.select(student.regions.labels > 0)
         with torch.no_grad():
             teacher = theirs.teacher_pass(self.images, student.inputs, 1.0)
             if whole_teacher:  # the trunk once, as a hook on it would have it

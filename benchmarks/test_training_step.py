@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 
 import cases
@@ -13,7 +12,7 @@ from pairs import Pair
 from steps import SLACK
 from tolerances import TOLERANCES
 
-ROUNDS = {"cpu": 3, "cuda": 20}
+ROUNDS = {"cpu": 5, "cuda": 20}
 
 
 @pytest.mark.parametrize("device", list(dict.fromkeys(case.device for case in cases.CASES)))
@@ -45,5 +44,6 @@ def test_training_step(benchmark, quick, device) -> None:
         "training_step": pair.names,
         "case": device,
         "quick": quick,
-        "seconds_of": {name: statistics.median(times) for name, times in seconds.items()},
+        # The fastest: what else goes on in the machine only adds, and a step of a CPU takes too long for many rounds.
+        "seconds_of": {name: min(times) for name, times in seconds.items()},
     }

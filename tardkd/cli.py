@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tardkd.train.interrupt import Interrupted
+
 ROLES = ("teacher", "baseline", "distilled")
 
 
@@ -16,7 +18,7 @@ class UsageError(ValueError):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for what the user can mend, 130 when interrupted."""
+    """Run one command; returns the exit status: 0, 2 for what the user can mend, 130 when interrupted, 143 if ended."""
     options = _parse(arguments)
     try:
         options.run(options)
@@ -30,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # keep the interpreter's last flush quiet
         return 0
+    except Interrupted as error:
+        return _fail(str(error), 143)
     except (ValueError, OSError, RuntimeError) as error:
         # Out of memory and failures inside torch are RuntimeErrors, too; only ours carry a message for the user.
         ours = isinstance(error, (ValueError, OSError)) or type(error).__module__.startswith("tardkd")
@@ -109,9 +113,9 @@ def _checkpoint(given: str) -> Path:
     return path / "last.pt" if path.is_dir() else path
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = 2) -> int:
     print(f"tardkd: {message}", file=sys.stderr)
-    return 2
+    return status
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -373,7 +373,7 @@ void pooled_loss_region(const PooledLossJob<A>& job, int64_t region) {
 
 // ---- Gaussian-mask loss ----------------------------------------------------------------------------------------------
 
-// A run is `count` consecutive pixels of a row, or channels of a pixel; the mask's zeros keep a NaN between two boxes out.
+// A run is `count` consecutive pixels of a row; the mask's zeros keep a NaN between two boxes out.
 template <class S, class T, class A>
 void add_loss(const S* s, const T* t, const A* mask, int count, Vec<A>& sum, A& rest) {
   int x = 0;

@@ -27,8 +27,8 @@ void log_softmax(const A* z, int32_t columns, A temperature, A* log_p) {
   for (int32_t k = 0; k < columns; ++k) log_p[k] -= log_sum;
 }
 
-// Classification term of one region, T^2 KL(teacher || student), and `slope` times its gradient T (q - p) where `grad` is
-// given. `teacher` and `student` hold log-probabilities for softmax, logits for sigmoid; `temperature` is T.
+// Classification term of one region, T^2 KL(teacher || student), and `slope` times its gradient T (q - p) where `grad`
+// is given. `teacher` and `student` hold log-probabilities for softmax, logits for sigmoid; `temperature` is T.
 template <class A>
 A classification_term(const A* teacher, const A* student, int32_t columns, Activation activation, A temperature,
                       A slope, A* grad) {

@@ -23,7 +23,7 @@ Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
 
 
 class CocoDetection(Dataset):
-    """Images of ``image_folder`` with the boxes of a COCO ``annotation_file``.
+    """Images of ``image_folder`` with the boxes of COCO ``annotations``, a file or what one holds.
 
     An item is ``(image, target)``: image a uint8 tensor (3, H, W); target a dict with ``boxes`` (G, 4) float32 xyxy
     pixels clipped to the image, ``labels`` (G,) int64 in 1..K, ``area`` (G,) float32, ``iscrowd`` (G,) int64 and the
@@ -41,17 +41,18 @@ class CocoDetection(Dataset):
             cannot be decoded or has another size than its annotation says.
     """
 
-    def __init__(self, image_folder: str | Path, annotation_file: str | Path, *,
+    def __init__(self, image_folder: str | Path, annotations: str | Path | dict[str, Any], *,
                  transform: Transform | None = None) -> None:
         self.image_folder = Path(image_folder)
-        self.annotation_file = Path(annotation_file)
         self.transform = transform
+        source = "the annotations" if isinstance(annotations, dict) else str(annotations)
         if not self.image_folder.is_dir():
             raise FileNotFoundError(f"image folder not found: {self.image_folder}")
-        self._index(coco_index(read_annotations(self.annotation_file)))
+        data = annotations if isinstance(annotations, dict) else read_json(Path(annotations))
+        self._index(coco_index(check_annotations(data, source)))
         missing = [name for name in self._file_names if not (self.image_folder / name).is_file()]
         if missing:
-            raise FileNotFoundError(f"{len(missing)} of {len(self._file_names)} images of {self.annotation_file} are "
+            raise FileNotFoundError(f"{len(missing)} of {len(self._file_names)} images of {source} are "
                                     f"missing, the first: {self.image_folder / missing[0]}")
 
     def _index(self, coco: COCO) -> None:
@@ -133,21 +134,24 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray((array.astype(np.uint32) // 257).astype(np.uint8))
 
 
-def read_annotations(path: Path) -> dict[str, Any]:
-    """A COCO annotation file, checked; ``area`` and ``iscrowd`` filled in where absent.
-
-    Raises ValueError naming the file and the key that is wrong.
-    """
+def read_json(path: Path) -> Any:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"annotation file not found: {path}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def check_annotations(data: Any, source: str) -> dict[str, Any]:
+    """COCO annotations, checked; ``area`` and ``iscrowd`` filled in where absent.
+
+    Raises ValueError naming `source` and the key that is wrong.
+    """
     try:
         return _check(data)
     except _Malformed as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{source}: {error}") from None
 
 
 class _Malformed(Exception):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,7 +34,13 @@ def build_loader(dataset: Dataset, *, batch_size: int, shuffle: bool, seed: int,
     if shuffle and len(batches) > 1 and len(batches[-1]) < batch_size:
         batches.pop()
     return DataLoader(_SeededItems(dataset, seed, epoch), batch_sampler=batches[first_batch:], collate_fn=collate,
-                      num_workers=workers, pin_memory=pin_memory, generator=_generator(seed, epoch))
+                      num_workers=workers, pin_memory=pin_memory, generator=_generator(seed, epoch),
+                      worker_init_fn=_ignore_termination)
+
+
+def _ignore_termination(worker: int) -> None:
+    """A scheduler may send SIGTERM to all processes of a job: the one that trains ends them when it has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def collate(items: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:

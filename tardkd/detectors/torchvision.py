@@ -15,6 +15,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image
 
 from tardkd import ops
+from tardkd.ops.fallback import has_kernels
 from tardkd.ops.modules import infer_scales
 
 from .base import HeadOutputs, HeadSettings, InputBatch, Regions, RoISettings, StudentPass, TeacherPass
@@ -111,7 +112,8 @@ class GeneralizedRCNNAdapter:
 
         handle = transform.register_forward_hook(see_inputs)
         try:
-            with first_calls(roi_heads.box_roi_pool, roi_heads.box_predictor) as calls, first_samples(roi_heads) as samples:
+            modules = (roi_heads.box_roi_pool, roi_heads.box_predictor)
+            with first_calls(*modules) as calls, first_samples(roi_heads) as samples:
                 losses = model(images, targets)
         finally:
             handle.remove()
@@ -196,7 +198,8 @@ class GeneralizedRCNNAdapter:
         self, features: list[Tensor], scales: list[float], proposals: list[Tensor], sizes: list[tuple[int, int]]
     ) -> HeadOutputs:
         roi_heads, pool = self.model.roi_heads, self.model.roi_heads.box_roi_pool
-        if type(pool) in (MultiScaleRoIAlign, ops.MultiScaleRoIAlign):
+        known = type(pool) in (MultiScaleRoIAlign, ops.MultiScaleRoIAlign)
+        if known and has_kernels(features[0].device):
             # The same in one launch, which does not wait for the device and knows bfloat16.
             boxes = [_exact(boxes) for boxes in proposals]
             pooled = ops.multiscale_roi_align(features, boxes, scales=scales, **asdict(self.roi))

@@ -1,4 +1,4 @@
-"""A GPU that works while the host goes on: numbers that arrive later, and work beside other work. On a CPU all is now."""
+"""A GPU that works while the host goes on: numbers that arrive later, work beside other work. On a CPU all is now."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class HostCopy:
             self._values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._values.copy_(tensor.detach(), non_blocking=True)
             self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(tensor.device))
 
     def tolist(self) -> list:
         if self._arrived is not None:
@@ -38,8 +38,8 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 def run_beside(device: torch.device, work: Callable[[], Result]) -> Result:
     """Queue ``work`` on a second stream of ``device``, after all that is queued on the current one.
 
-    Before the current stream uses the result it must :func:`join_beside`. Memory is safe without more: what ``work``
-    allocates is used again by later work alone, which waits here for the current stream first.
+    Before the current stream uses the result it must :func:`join_beside`. As long as the caller's stream stays the same one
+    memory is safe without more: what ``work`` allocates is used again by later work alone, which waits here first.
     """
     if device.type != "cuda":
         return work()

@@ -116,8 +116,16 @@ class Distiller(nn.Module):
 
     def task_state(self) -> dict[str, Any]:
         """What a resumed distillation needs beside the student and the optimizer."""
-        self._check_finite.settle()
+        self.settle()
         return {"adapters": self.adapters.state_dict(), "schedule": self.schedule.state_dict()}
+
+    def settle(self) -> None:
+        """Raise now what the check of the last step has found; on a GPU the next call would raise it.
+
+        Raises:
+            FloatingPointError: a term was NaN or infinite.
+        """
+        self._check_finite.settle()
 
     def load_task_state(self, state: dict[str, Any]) -> None:
         self.adapters.load_state_dict(state["adapters"])

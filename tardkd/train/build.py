@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils.data import Dataset
 from torchvision.models import get_model_weights
 
-from tardkd.data import CocoDetection, Scenes
+from tardkd.data import CocoDetection, Scenes, voc
 from tardkd.data.transforms import build_transform
 from tardkd.distill import Distiller
 from tardkd.train import checkpoint
-from tardkd.train.config import Config, ConfigError, SceneData, Teacher, parse_config
+from tardkd.train.config import Config, ConfigError, SceneData, Teacher, VocData, parse_config
 from tardkd.train.models import ModelSpec, build_model, load_state
 
 
@@ -29,6 +29,8 @@ def build_dataset(config: Config, split: str, *, augment: bool = False) -> Datas
     if isinstance(config.data, SceneData):
         return Scenes(chosen, config.data.image_size, config.data.seed, transform, split=split)
     root = Path(config.data.root)
+    if isinstance(config.data, VocData):
+        return CocoDetection(root / voc.IMAGES, voc.read_voc(root, chosen, config.data.classes), transform=transform)
     return CocoDetection(root / chosen.images, root / chosen.annotations, transform=transform)
 
 

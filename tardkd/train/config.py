@@ -20,6 +20,9 @@ from tardkd.train.models import ModelSpec
 Role = Literal["teacher", "baseline", "distilled"]
 
 
+KINDS = ("coco", "voc", "scenes")  # of data
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and where it was set."""
 
@@ -41,6 +44,17 @@ class CocoData(Section):
     train: Split
     val: Split
     test: Split | None = None
+
+
+class VocData(Section):
+    """A Pascal VOC folder; train, val and test are names of its ``ImageSets/Main`` lists."""
+
+    kind: Literal["voc"]
+    root: str
+    train: str = "train"
+    val: str = "val"
+    test: str | None = None
+    classes: tuple[str, ...] | None = None  # names in the order of the labels; None: all in the folder, by alphabet
 
 
 class SceneData(Section):
@@ -120,11 +134,12 @@ class Train(Section):
     threads: PositiveInt | None = None  # None: as many as torch takes
     workers: NonNegativeInt = 0
     eval_every: PositiveInt = 1  # epochs; the last epoch is always evaluated
+    save_every: PositiveInt | None = None  # iterations between checkpoints within an epoch; each epoch's end has one
     log_every: PositiveInt = 20  # iterations between lines when the output is not a terminal
 
 
 class Config(Section):
-    data: Annotated[CocoData | SceneData, Field(discriminator="kind")]
+    data: Annotated[CocoData | VocData | SceneData, Field(discriminator="kind")]
     augment: Augment = Augment()
     student: ModelSpec
     teacher: Teacher | None = None
@@ -224,7 +239,7 @@ def _apply_override(tree: dict, override: str) -> str:
 
 def _describe(problem: Any, source: str, overridden: list[str]) -> str:
     # The kind of data set that pydantic puts into the path is not a key that the user wrote.
-    location = [str(part) for i, part in enumerate(problem["loc"]) if not (i == 1 and part in ("coco", "scenes"))]
+    location = [str(part) for i, part in enumerate(problem["loc"]) if not (i == 1 and part in KINDS)]
     key = ".".join(location)
     where = "override" if any(key == name or key.startswith(name + ".") for name in overridden) else source
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):

@@ -16,6 +16,7 @@ from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredict
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops import MultiScaleRoIAlign as TorchvisionRoIAlign
 
+from tardkd import build_info
 from tardkd.ops import MultiScaleRoIAlign
 
 LIGHT = "resnet_fpn"
@@ -105,8 +106,10 @@ def build_model(spec: ModelSpec, num_classes: int) -> FasterRCNN:
     else:
         constructor = getattr(detection, spec.name)
         model = constructor(weights=None, weights_backbone=None, num_classes=num_classes + 1, **options)
-    pool = model.roi_heads.box_roi_pool  # torchvision's constructors take their own class only; ours is the faster one
-    model.roi_heads.box_roi_pool = MultiScaleRoIAlign(
+    pool = model.roi_heads.box_roi_pool
+    # Ours is the faster one where it has kernels. torchvision's constructors take their own class only.
+    kind = MultiScaleRoIAlign if has_kernels_everywhere() else TorchvisionRoIAlign
+    model.roi_heads.box_roi_pool = kind(
         pool.featmap_names, pool.output_size, pool.sampling_ratio,
         canonical_scale=spec.canonical_scale, canonical_level=pool.canonical_level)
     if spec.weights:
@@ -128,6 +131,11 @@ def build_model(spec: ModelSpec, num_classes: int) -> FasterRCNN:
     for name in (name for stage in STAGES[:spec.frozen_stages] for name in stage):
         model.backbone.body[name].requires_grad_(False)
     return model
+
+
+def has_kernels_everywhere() -> bool:
+    """Whether the model may run on any device here without falling back to plain PyTorch."""
+    return not torch.cuda.is_available() or "cuda" in build_info()["kernel_devices"]
 
 
 # ---- the light family ----------------------------------------------------------------------------------------------

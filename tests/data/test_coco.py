@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tardkd.data import CocoDetection
-from tardkd.data.coco import read_annotations
+from tardkd.data.coco import check_annotations, read_json
 
 REAL_DATA = Path(os.environ.get("TARDKD_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 
@@ -139,7 +139,7 @@ def test_files_that_are_no_annotations(tmp_path, text):
     path = tmp_path / "broken.json"
     path.write_bytes(text)
     with pytest.raises(ValueError, match="broken.json"):
-        read_annotations(path)
+        check_annotations(read_json(path), str(path))
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

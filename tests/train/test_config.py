@@ -33,7 +33,7 @@ WRONG = [  # key, value, what the message must say
     ("train.epochs", ..., "recipe: train.epochs: required, but not given"),
     ("train.amp", "fp16", "recipe: train.amp: Input should be 'none' or 'bf16', got 'fp16'"),
     ("train.batch_size", 1.5, "recipe: train.batch_size: Input should be a valid integer"),
-    ("data.kind", "voc", "recipe: data: Input tag 'voc' found using 'kind' does not match"),
+    ("data.kind", "yolo", "recipe: data: Input tag 'yolo' found using 'kind' does not match"),
     ("data.trian", 3, "recipe: data.trian: unknown key; did you mean train?"),
     ("data.image_size", -1, "recipe: data.image_size: Input should be greater than 0, got -1"),
     ("augment.scale", [1.2, 0.8], "scale must be [smallest, largest], got [1.2, 0.8]"),
