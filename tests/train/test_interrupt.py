@@ -141,7 +141,8 @@ def test_workers_leave_the_signal_to_the_run(tmp_path):
     config = tmp_path / "recipe.yaml"
     config.write_text(yaml.safe_dump(description))
     command = [sys.executable, "-m", "tardkd", "train", "--config", str(config), "--role", "baseline"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path,
+                               start_new_session=True)
     wait_for_another_step(tmp_path / "baseline", process)
     os.killpg(process.pid, signal.SIGTERM)
     output = process.communicate(timeout=120)[0].decode()
@@ -168,7 +169,7 @@ def test_killed_at_random_moments(tmp_path):
     ends = []
     for kill in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, None):
         resume = ["--resume"] if (folder / "last.pt").exists() else ["--overwrite"]
-        process = subprocess.Popen([*command, *resume], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ)
+        process = subprocess.Popen([*command, *resume], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path)
         if kill is not None:
             wait_for_another_step(folder, process)
             time.sleep(generator.random() * 0.15)
