@@ -198,15 +198,16 @@ class GeneralizedRCNNAdapter:
         self, features: list[Tensor], scales: list[float], proposals: list[Tensor], sizes: list[tuple[int, int]]
     ) -> HeadOutputs:
         roi_heads, pool = self.model.roi_heads, self.model.roi_heads.box_roi_pool
+        dtype = dtype_of(roi_heads)
         known = type(pool) in (MultiScaleRoIAlign, ops.MultiScaleRoIAlign)
         if known and has_kernels(features[0].device):
             # The same in one launch, which does not wait for the device and knows bfloat16.
             boxes = [_exact(boxes) for boxes in proposals]
             pooled = ops.multiscale_roi_align(features, boxes, scales=scales, **asdict(self.roi))
         else:
-            proposals = [boxes.to(features[0].dtype) for boxes in proposals]
-            pooled = pool(dict(zip(pool.featmap_names, features)), proposals, sizes)
-        logits, deltas = roi_heads.box_predictor(roi_heads.box_head(pooled.to(dtype_of(roi_heads))))
+            maps = {name: level.to(dtype) for name, level in zip(pool.featmap_names, features)}
+            pooled = pool(maps, [boxes.to(dtype) for boxes in proposals], sizes)
+        logits, deltas = roi_heads.box_predictor(roi_heads.box_head(pooled.to(dtype)))
         return HeadOutputs(logits, deltas, pooled)
 
 

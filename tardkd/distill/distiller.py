@@ -155,7 +155,7 @@ class Distiller(nn.Module):
         if not self.enabled:
             return self.student(images, targets)
         if self.weight == 0:
-            self.stats = {"lambda": torch.tensor(0.0)}
+            self.stats = {"lambda": torch.zeros((), device=next(self.student.parameters()).device)}
             return {**self.student(images, targets), **self._ended()}
         teachers: list[TeacherPass] = []
 
@@ -189,7 +189,7 @@ class Distiller(nn.Module):
 
     def _terms(self, student: StudentPass, teacher: TeacherPass) -> dict[str, Tensor]:
         """The terms with weight, not yet weighted."""
-        self.stats = {"lambda": torch.tensor(self.weight)}
+        self.stats = {"lambda": torch.full((), self.weight, device=student.inputs.tensor.device)}
         weights = self.settings.weights
         terms: dict[str, Tensor] = {}
         # A gate closes on a NaN of the teacher's, so that the terms alone would not show it.

@@ -58,8 +58,10 @@ def gaussian_feature_loss(
 
 
 class _GaussianLoss(torch.autograd.Function):
-    """The gradient is made in the backward pass, from the inputs: to make it with the loss and scale it later takes longer,
-    and would keep a pyramid in between."""
+    """The gradient is made in the backward pass, from the inputs.
+
+    To make it with the loss and scale it later takes longer, and would keep a pyramid in between.
+    """
 
     @staticmethod
     def forward(ctx, scales, sigma_squared, boxes, *features):

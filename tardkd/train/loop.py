@@ -1,6 +1,6 @@
 """The training loop: epochs of steps, a log, an evaluation and a checkpoint after each.
 
-A checkpoint may also be written after any step. Whatever a run was ended by, it goes on from there as if it had not been:
+A checkpoint may also be written after any step. Whatever ended a run, it goes on from there as if it had not been ended:
 the order of the batches and the views of the images depend on seed and epoch alone, the learning rate on the step.
 """
 
@@ -212,16 +212,13 @@ class Step:
         return values
 
     def finish(self, step: int, rate: float, stats: dict[str, Tensor], *, images: int, seconds: float) -> None:
-        self._stats = {name: float(value) for name, value in stats.items() if not value.is_cuda}
-        on_device = {name: value.detach().float() for name, value in stats.items() if value.is_cuda}
-        self._device_stats = list(on_device), HostCopy(torch.stack(list(on_device.values()))) if on_device else None
+        self._stats = list(stats), HostCopy(torch.stack([value.detach().float() for value in stats.values()]))
         self._step, self._rate, self._images, self._seconds = step, rate, images, seconds
 
     def write(self, log: RunLog, epoch: int) -> None:
         losses = self.check()
-        names, numbers = self._device_stats
-        stats = self._stats | (dict(zip(names, numbers.tolist())) if names else {})
-        values = {"lr": self._rate, **losses, **stats}
+        names, numbers = self._stats
+        values = {"lr": self._rate, **losses, **dict(zip(names, numbers.tolist()))}
         log.step(epoch + 1, self._step, values, images=self._images, seconds=self._seconds)
 
 

@@ -204,8 +204,10 @@ def test_a_teacher_from_a_plain_state_dict(runs, tmp_path):
         train(wrong)
 
 
+@pytest.mark.parametrize("late", [set(), {"cpu"}], ids=["at once", "late"])  # as on a CPU, and as on a GPU
 @pytest.mark.parametrize("term", ["loss_objectness", "distill_regression"])
-def test_a_loss_that_is_not_finite_stops_with_its_name_step_and_images(runs, tmp_path, monkeypatch, term):
+def test_a_loss_that_is_not_finite_stops_with_its_name_step_and_images(runs, tmp_path, monkeypatch, term, late):
+    monkeypatch.setattr(loop, "LATE_DEVICES", late)
     original = loop.build_distiller
 
     def broken(*args):
@@ -221,8 +223,10 @@ def test_a_loss_that_is_not_finite_stops_with_its_name_step_and_images(runs, tmp
 
     monkeypatch.setattr(loop, "build_distiller", broken)
     config = recipe(tmp_path, f"teacher.weights={runs}/teacher/last.pt", "data.train=4").for_role("distilled")
-    with pytest.raises(NonFiniteLoss, match=rf"loss is nan; {term} is nan at step 2, images \d, \d; nothing of it is saved"):
+    message = rf"loss is nan; {term} is nan at step 2, images \d, \d; nothing of it is saved"
+    with pytest.raises(NonFiniteLoss, match=message):
         train(config)
+    assert not (tmp_path / "distilled" / "last.pt").exists()
 
 
 def test_gradients_are_clipped(tmp_path):
