@@ -30,6 +30,11 @@ class Step:
         for leaf in self.leaves(workload):
             leaf.grad = None
 
+    def and_clear(self, workload: Workload) -> None:
+        """What is timed: the step, until its gradients are gone as well. To free a pyramid takes time, too."""
+        self(workload)
+        self.clear(workload)
+
     def __call__(self, workload: Workload) -> list[Tensor]:
         self.clear(workload)
         like = workload.student_logits

@@ -26,6 +26,8 @@ from steps import Step
 from torch.autograd import DeviceType
 from workloads import Workload
 
+from tardkd import ops
+
 SECONDS = 2  # a step is timed for about so long, in 3 to 50 rounds
 PLUG_CYCLES = 20_000_000  # some 10 ms: longer than the host needs to queue a step
 
@@ -44,10 +46,10 @@ def measure(benchmark, step: Step, inputs: Sequence[Workload], quick: bool, ours
     turns = itertools.cycle(inputs)
 
     def run() -> None:
-        step(next(turns))
+        step.and_clear(next(turns))
 
     def run_ours() -> None:
-        ours(next(turns))
+        ours.and_clear(next(turns))
 
     def to_the_end(function: Callable[[], None]) -> float:
         start = time.perf_counter()
@@ -78,6 +80,7 @@ def measure(benchmark, step: Step, inputs: Sequence[Workload], quick: bool, ours
             our_seconds = [device_seconds(run_ours) for _ in range(rounds)]
         if our_seconds:
             benchmark.extra_info["our_seconds"] = statistics.median(our_seconds)
+            benchmark.extra_info["our_spread"] = spread(our_seconds)
 
 
 def measure_cuda(run: Callable[[], None], step: Step, workload: Workload, rounds: int) -> dict[str, float]:
@@ -99,6 +102,14 @@ MEASUREMENTS = {"cuda": measure_cuda, "cpu": measure_cpu}
 
 
 # --- time ----------------------------------------------------------------------------------------------------------
+
+
+def spread(seconds: Sequence[float]) -> float:
+    """The interquartile range by the median."""
+    if len(seconds) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(seconds, method="inclusive")
+    return (high - low) / middle
 
 
 def host_seconds(run: Callable[[], None]) -> float:
@@ -163,6 +174,7 @@ def peak_resident(step: Step, workload: Workload) -> int | None:
     """The same by the resident set of the process; misses what malloc had kept of earlier steps. None but on Linux."""
     clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     step.clear(workload)
+    ops.empty_cache()
     try:
         ctypes.CDLL(None).malloc_trim(0)
         clear.write_text("5")  # the peak starts anew

@@ -3,6 +3,7 @@
 
 #include "cpu/hot.h"
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
 #ifdef TARDKD_CUDA_ARCHITECTURES
 #include "cuda/runtime.h"
 #endif
@@ -139,6 +140,12 @@ py::dict build_info() {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Kernels of tardkd. Arguments are not checked here; call them through tardkd.ops.";
   m.def("build_info", &build_info);
+  py::class_<cpu::Block>(m, "Block", py::buffer_protocol(), "Memory for a large result.")
+      .def(py::init<size_t>())
+      .def_buffer([](const cpu::Block& block) {
+        return py::buffer_info(static_cast<uint8_t*>(block.data()), static_cast<py::ssize_t>(block.bytes()));
+      });
+  m.def("empty_cache", &cpu::empty_cache);
   m.def("region_distill", &region_distill);
   m.def("pooled_distill", &pooled_distill);
   m.def("roi_align", &roi_align);

@@ -7,14 +7,13 @@
 #include "../core/box.h"
 #include "hot.h"
 #include "kernels.h"
-#include "memory.h"
 #include "parallel.h"
 
 namespace tardkd::cpu {
 namespace {
 
 // Rows of a task: enough for long runs in NCHW planes, few enough that mask and rows of all channels stay in cache.
-constexpr int32_t kBandRows = 8;
+constexpr int32_t kBandRows = 16;
 
 int32_t bands_of(const FeatureMap& map) { return (map.height + kBandRows - 1) / kBandRows; }
 
@@ -144,7 +143,6 @@ void gaussian_feature_loss_backward(const Pyramid& student, const Pyramid& teach
     GaussianJob<A> job = gaussian_job<A>(student, teacher, level);
     job.grad = grad.level[level];
     job.slope = static_cast<A>(upstream / (std::max(1.0, mask_sums[level]) * student.levels));
-    advise_huge_pages(job.grad.data, sizeof(A) * student.images * student.channels * map.height * map.width);
     for_bands<A>(map, student.images, boxes, count, sigma_squared, threads,
                  [&](int64_t, int32_t image, int32_t row, int32_t rows, const A* mask, const int32_t* extent,
                      double) { hot.gaussian_gradient(job, image, row, rows, mask, extent); });

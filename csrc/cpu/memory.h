@@ -1,24 +1,28 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace tardkd::cpu {
 
-// A gradient pyramid is a fresh mapping of hundreds of megabytes that the kernel is about to touch: with 4 KiB pages
-// the page faults cost as much as the arithmetic. Only advice, so a refusal is of no consequence.
-inline void advise_huge_pages(void* data, size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = 2u << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHuge - 1);
-  if (data && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
+// Memory for a large result, kept for the next one when it is given back. The first touch of fresh memory takes four
+// times as long as to write it again, and much longer where other work has left physical memory in pieces; a training
+// step asks for the same gradients every time. No more is kept than was in use at one time.
+class Block {
+ public:
+  explicit Block(size_t bytes);  // uninitialised; throws std::bad_alloc
+  ~Block();
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+
+  void* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void* data_;
+  size_t bytes_, capacity_;
+};
+
+// Gives back what is kept, and says how many bytes that were.
+size_t empty_cache();
 
 }  // namespace tardkd::cpu

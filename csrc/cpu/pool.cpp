@@ -1,6 +1,5 @@
 #include "pool.h"
 
-#include "memory.h"
 #include "parallel.h"
 
 namespace tardkd::cpu {
@@ -22,11 +21,6 @@ template <class A>
 void run_pool(const PoolJob<A>& job, int threads) {
   const Kernels<A>& hot = kernels(A());
   const int32_t levels = job.student->levels, images = job.student->images, blocks = channel_blocks(job);
-  if (job.grad)
-    for (int32_t level = 0; level < levels; ++level) {
-      const FeatureMap& map = job.grad->level[level];
-      advise_huge_pages(map.data, sizeof(A) * images * job.student->channels * map.height * map.width);
-    }
   const int64_t scratch_size = hot.pool_scratch(job);
   std::vector<A> scratch(scratch_size * threads);
   // The finest level first: its maps are the largest, and the small tasks at the end even out the threads.

@@ -3,7 +3,6 @@
 #include "bin_weights.h"
 #include "hot.h"
 #include "kernels.h"
-#include "memory.h"
 #include "parallel.h"
 #include "region_terms.h"
 
@@ -44,7 +43,6 @@ void pooled_distill(const PooledTensor& student, const PooledTensor& teacher, co
   job.slope = slope.data();
   job.sums = feature.data();
   job.grad = static_cast<A*>(grad.data);
-  advise_huge_pages(job.grad, sizeof(A) * in.regions * channels * bins);
   const Kernels<A>& hot = kernels(A());
   for_each_range(in.regions, 8, threads, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) hot.pooled_loss_region(job, r);

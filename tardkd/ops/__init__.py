@@ -2,6 +2,7 @@
 
 from . import registry as _registry  # noqa: F401  (registers torch.ops.tardkd)
 from .gaussian import gaussian_feature_loss
+from .memory import empty_cache
 from .modules import GaussianFeatureLoss, MultiScaleRoIAlign, PooledDistillLoss, RegionDistillLoss
 from .region import pooled_distill_loss, region_distill_loss
 from .roi_align import multiscale_roi_align, shared_roi_align
@@ -13,6 +14,7 @@ __all__ = [
     "PooledDistillLoss",
     "RegionDistillLoss",
     "RegionLosses",
+    "empty_cache",
     "gaussian_feature_loss",
     "multiscale_roi_align",
     "pooled_distill_loss",

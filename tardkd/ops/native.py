@@ -12,15 +12,9 @@ import torch
 from torch import Tensor
 
 from .checks import CHOICES, accumulation_dtype
+from .extension import native_module as _native
 from .maps import flat_size, is_channels_last, layout_of, maps_of
-
-try:
-    from .. import _native
-except ImportError as error:
-    raise ImportError(
-        f"tardkd's compiled module cannot be loaded ({error}). Imported from {__file__}: if that is a source tree, install "
-        'it ("pip install ." and run from another folder, or "pip install -e .")'
-    ) from error
+from .memory import empty, empty_like
 
 cuda_module = getattr(_native, "cuda", None)  # None: built without CUDA kernels
 
@@ -127,7 +121,7 @@ def region_distill(
     inputs = _RegionTensors((regions, *heads, labels, gt_boxes, region_weights), upstream, dtype)
     results = region_results(regions, student_logits, student_deltas, dtype, choices[-1] != NONE, wants)
     layout = layout_of(student_features if wants[0] else [])
-    gradient = regions.new_empty((flat_size(layout.sizes),), dtype=dtype)
+    gradient = empty((flat_size(layout.sizes),), dtype)
     _native.region_distill(
         describe_all(student_features),
         describe_all(teacher_features),
@@ -170,7 +164,7 @@ def pooled_distill(
     heads = (student_logits, teacher_logits, student_deltas, teacher_deltas)
     inputs = _RegionTensors((regions, *heads, labels, gt_boxes, region_weights), upstream, dtype)
     results = region_results(regions, student_logits, student_deltas, dtype, choices[-1] != NONE, wants)
-    gradient = gradient_like(student_pooled, dtype) if wants[0] else student_pooled.new_empty((0,), dtype=dtype)
+    gradient = empty_like(student_pooled, dtype) if wants[0] else student_pooled.new_empty((0,), dtype=dtype)
     # One layout on all three sides: the kernel walks a region's elements in memory order.
     last = (gradient if wants[0] else student_pooled).stride(-1) != 1
     student_pooled, teacher_pooled = pooled_layout(student_pooled, last), pooled_layout(teacher_pooled, last)
@@ -197,8 +191,7 @@ def roi_align(
     canonical_level: int,
 ) -> Tensor:
     first = features[0]
-    shape = (regions.shape[0], first.shape[1], *output_size)
-    pooled = first.new_empty(shape, dtype=accumulation_dtype(first.dtype))
+    pooled = empty((regions.shape[0], first.shape[1], *output_size), accumulation_dtype(first.dtype))
     boxes = regions.double().contiguous()
     align = (*output_size, sampling_ratio, aligned, canonical_scale, canonical_level)
     _native.roi_align(
@@ -219,7 +212,7 @@ def roi_align_backward(
     canonical_level: int,
 ) -> Tensor:
     dtype = accumulation_dtype(grad_pooled.dtype)
-    gradient = grad_pooled.new_empty((flat_size(sizes),), dtype=dtype)
+    gradient = empty((flat_size(sizes),), dtype)
     maps = maps_of(gradient, sizes, channels_last)
     boxes, upstream = regions.double().contiguous(), grad_pooled.to(dtype).contiguous()
     align = (*grad_pooled.shape[2:], sampling_ratio, aligned, canonical_scale, canonical_level)
@@ -262,7 +255,7 @@ def gaussian_feature_loss_backward(
     upstream: Tensor,
 ) -> list[Tensor]:
     dtype = accumulation_dtype(student_features[0].dtype)
-    gradients = [gradient_like(feature, dtype) for feature in student_features]
+    gradients = [empty_like(feature, dtype) for feature in student_features]
     boxes = boxes.double().contiguous()
     _native.gaussian_feature_loss_backward(
         describe_all(student_features),
