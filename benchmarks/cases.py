@@ -27,7 +27,7 @@ def has_cuda() -> bool:
     return torch.cuda.is_available() and "cuda" in tardkd.build_info()["kernel_devices"]
 
 
-CASES = [Case("cpu", first=True), Case("cpu", channels_last=True)]
+CASES = [Case("cpu", first=True), Case("cpu", channels_last=True), Case("cpu", torch.bfloat16)]
 if has_cuda():
     CASES = [
         Case("cuda", first=True),
