@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as error:
         return _fail(str(error), 143)
     except (ValueError, OSError, RuntimeError) as error:
+        if _rank() is not None and _lost_another(error):
+            return _fail("ended, because another process has")
         # Out of memory and failures inside torch are RuntimeErrors, too; only ours carry a message for the user.
         ours = isinstance(error, (ValueError, OSError)) or type(error).__module__.startswith("tardkd")
         if options.traceback or not ours:
@@ -52,6 +54,8 @@ def train(options: argparse.Namespace) -> None:
     if options.role:
         config = config.for_role(options.role)
     result = run(config, resume=options.resume, overwrite=options.overwrite)
+    if _rank():
+        return  # the first process says it
     print(f"{result.folder}: {describe(result.metrics)} after {result.seconds:.0f} s; best AP {result.best_ap:.1f}")
 
 
@@ -59,7 +63,8 @@ def evaluate(options: argparse.Namespace) -> None:
     import json
 
     from tardkd.train import checkpoint
-    from tardkd.train.build import build_dataset, load_student, pick_device, stored_config
+    from tardkd.train.build import build_dataset, load_student, stored_config
+    from tardkd.train.distributed import pick_device
     from tardkd.train.evaluate import METRICS
     from tardkd.train.evaluate import evaluate as run
     from tardkd.train.logs import describe
@@ -114,8 +119,19 @@ def _checkpoint(given: str) -> Path:
 
 
 def _fail(message: str, status: int = 2) -> int:
-    print(f"tardkd: {message}", file=sys.stderr)
+    rank = _rank()
+    print(f"tardkd: {message if rank is None else f'process {rank}: {message}'}", file=sys.stderr, flush=True)
     return status
+
+
+def _rank() -> int | None:
+    """This process's number among several that torchrun has started."""
+    return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+
+
+def _lost_another(error: Exception) -> bool:
+    """Whether it is a message of gloo or NCCL that tells of a process which is gone."""
+    return type(error).__module__.startswith("torch.distributed") or "onnection closed by peer" in str(error)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

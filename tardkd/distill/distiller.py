@@ -16,6 +16,7 @@ from tardkd.detectors.base import HeadOutputs, InputBatch, Regions, RoISettings,
 from . import checks
 from .adapters import make_adapters
 from .device import join_beside, run_beside
+from .normalise import share_of_all
 from .schedule import Schedule
 from .settings import DistillSettings
 from .sharing import foreground, region_stats, rescale_deltas, share_regions
@@ -197,7 +198,10 @@ class Distiller(nn.Module):
         if any(weights[name] for name in REGION_TERMS):
             regions, head = share_regions(self._student, self._teacher, student, teacher, self.settings)
             losses = self._region_losses(student, teacher, regions, head)
-            terms.update({name: getattr(losses, name) for name in REGION_TERMS if weights[name]})
+            share = share_of_all(losses.gates)
+            for i, name in enumerate(REGION_TERMS):
+                if weights[name]:
+                    terms[name] = getattr(losses, name) if share is None else getattr(losses, name) * share[i]
             suspects = {"the teacher's logits": head.logits, "the teacher's deltas": head.deltas}
         if weights["gaussian"]:
             terms["gaussian"] = self._gaussian_loss(student, teacher)

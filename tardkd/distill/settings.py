@@ -37,7 +37,7 @@ def _number(owner: Any, key: str, low: float, high: float = math.inf, *, open_lo
 class ScheduleSettings:
     """How the weight lambda of all terms moves; see :class:`tardkd.distill.schedule.Schedule`."""
 
-    kind: str = "linear"
+    kind: str = "linear"  # linear, cosine, step or constant
     per: str = "epoch"  # lambda moves once an epoch, or once an iteration
     warmup: int = 0  # iterations over which lambda rises to its value
     stop: float = 1.0  # share of the training after which lambda is 0; 1 is never
@@ -65,27 +65,27 @@ class DistillSettings:
     """Weights, gates and losses of a distillation. The defaults are the method's where it states one."""
 
     # Weight of each term; 0 leaves it out.
-    feature: float = 1.0
-    classification: float = 1.0
-    regression: float = 1.0
-    gaussian: float = 0.0
+    feature: float = 1.0  # weight of the pooled features' term
+    classification: float = 1.0  # weight of the class logits' term
+    regression: float = 1.0  # weight of the box deltas' term
+    gaussian: float = 0.0  # weight of the whole maps' term, under a Gaussian at every object
 
-    # Whose proposals both models are asked about, and which of them transfer.
-    sharing: str = "student"
-    feature_gate: str = "either"
-    classification_gate: str = "teacher_better"
-    regression_gate: str = "vs_proposal"
+    # Which regions both models are asked about, and which of them transfer.
+    sharing: str = "student"  # whose proposals: student, teacher or both
+    feature_gate: str = "either"  # all, foreground, classification, regression or either of these two gates
+    classification_gate: str = "teacher_better"  # all, foreground, or teacher_better at the true class
+    regression_gate: str = "vs_proposal"  # foreground, vs_proposal or vs_student: whose box the teacher's must beat
 
-    temperature: float = 1.0
+    temperature: float = 1.0  # of the class term's softmax
     beta: float = 1 / 9  # smooth-L1 threshold of the deltas, and of feature_loss="smooth_l1"
-    feature_loss: str = "squared"
-    bin_weight: str = "uniform"
+    feature_loss: str = "squared"  # squared, absolute or smooth_l1
+    bin_weight: str = "uniform"  # uniform, or gaussian: bins near the object's centre count more
     sigma_squared: float = 2.0  # width of the Gaussian mask, in half box sizes
 
-    path: str = "auto"  # "pooled": what the box heads pooled anyway; "pyramid": pool both sides again, alike
+    path: str = "auto"  # pooled: what the box heads pooled anyway; pyramid: pool again, alike; auto: pooled where possible
     teacher_input_ratio: float | None = None  # teacher's input size / student's; None: from the models
     teacher_bf16: bool = False  # the teacher's trunk under bfloat16 autocast, whatever the student runs under
-    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)  # of the weight of all terms
     check_finite: bool = True  # stop at a NaN or infinite term; on a GPU in the next step, so that nothing waits
 
     def __post_init__(self) -> None:

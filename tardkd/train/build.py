@@ -102,14 +102,6 @@ def stored_config(state: dict[str, Any], path: str | Path, overrides: list[str] 
     return parse_config(state["config"], overrides, source=str(path))
 
 
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device is cuda, but torch finds no CUDA device")
-    return torch.device(name)
-
-
 def seed_generators(seed: int) -> None:
     random.seed(seed)
     numpy.random.seed(seed % 2**32)

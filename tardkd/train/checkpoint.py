@@ -7,11 +7,9 @@ whole, and read with ``weights_only=True``, so that nothing in them is ever exec
 from __future__ import annotations
 
 import os
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 
 FORMAT = "tardkd checkpoint 1"
@@ -62,26 +60,3 @@ def load_any(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a dict of tensors")
     return state
-
-
-def random_state() -> dict[str, Any]:
-    """The states of all generators that a run draws from, as tensors and plain values."""
-    kind, keys, position, has_gauss, gauss = numpy.random.get_state()
-    state = {
-        "torch": torch.get_rng_state(),
-        "numpy": (kind, torch.from_numpy(keys.astype("int64")), position, has_gauss, gauss),
-        "python": random.getstate(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    kind, keys, position, has_gauss, gauss = state["numpy"]
-    torch.set_rng_state(state["torch"])
-    numpy.random.set_state((kind, keys.numpy().astype("uint32"), position, has_gauss, gauss))
-    version, values, gauss_next = state["python"]
-    random.setstate((version, tuple(values), gauss_next))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

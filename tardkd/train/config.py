@@ -99,20 +99,22 @@ class Teacher(Section):
 class Distill(DistillSettings):
     """`DistillSettings` and a switch: ``enabled: false`` trains exactly the plain detector."""
 
-    enabled: bool = True
+    enabled: bool = True  # false: no teacher
 
 
 class Optimizer(Section):
-    kind: Literal["sgd", "adamw"] = "sgd"
-    lr: PositiveFloat = 0.02
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: NonNegativeFloat = 1e-4
-    clip_norm: PositiveFloat | None = None
-    warmup: NonNegativeInt = 0  # iterations
-    warmup_factor: Annotated[float, Field(gt=0, le=1)] = 1e-3
-    schedule: Literal["constant", "multistep", "cosine"] = "constant"
-    milestones: tuple[PositiveInt, ...] = ()  # epochs
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """The step rule and its learning rate over time."""
+
+    kind: Literal["sgd", "adamw"] = "sgd"  # torch's own
+    lr: PositiveFloat = 0.02  # after the warm-up, for a whole batch; nothing scales it
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of sgd
+    weight_decay: NonNegativeFloat = 1e-4  # on all parameters
+    clip_norm: PositiveFloat | None = None  # longest gradient, as one vector; null: no limit
+    warmup: NonNegativeInt = 0  # iterations over which the rate rises linearly
+    warmup_factor: Annotated[float, Field(gt=0, le=1)] = 1e-3  # share of the rate that the warm-up begins with
+    schedule: Literal["constant", "multistep", "cosine"] = "constant"  # cosine falls to 0 at the end
+    milestones: tuple[PositiveInt, ...] = ()  # epochs after which multistep multiplies the rate by gamma
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1  # of multistep
 
     @model_validator(mode="after")
     def _milestones_match(self) -> Optimizer:
@@ -125,28 +127,36 @@ class Optimizer(Section):
 
 
 class Train(Section):
-    epochs: PositiveInt
-    batch_size: PositiveInt = 2
-    seed: NonNegativeInt = 0
-    amp: Literal["none", "bf16"] = "none"
-    channels_last: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: PositiveInt | None = None  # None: as many as torch takes
-    workers: NonNegativeInt = 0
+    """The loop."""
+
+    epochs: PositiveInt  # passes over the training images
+    batch_size: PositiveInt = 2  # images of a step, over all processes
+    accumulate: PositiveInt = 1  # parts that a process's share of a step goes through the models in, to save memory
+    seed: NonNegativeInt = 0  # of the first weights, the order, the views and the choice of regions
+    amp: Literal["none", "bf16", "fp16"] = "none"  # autocast; fp16 with a gradient scaler
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay a step of the average that is evaluated and kept
+    sync_bn: bool = False  # statistics over all processes, on GPUs
+    on_non_finite: Literal["stop", "skip"] = "stop"  # what a loss that is none does; the 10th skip in a row stops too
+    channels_last: bool = False  # memory format of both models; faster on most machines
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where torch finds it
+    threads: PositiveInt | None = None  # of a CPU; null: as many as torch takes
+    workers: NonNegativeInt = 0  # processes that load images, for each process that trains
     eval_every: PositiveInt = 1  # epochs; the last epoch is always evaluated
     save_every: PositiveInt | None = None  # iterations between checkpoints within an epoch; each epoch's end has one
     log_every: PositiveInt = 20  # iterations between lines when the output is not a terminal
 
 
 class Config(Section):
-    data: Annotated[CocoData | VocData | SceneData, Field(discriminator="kind")]
-    augment: Augment = Augment()
-    student: ModelSpec
-    teacher: Teacher | None = None
-    distill: Distill = Distill()
-    optimizer: Optimizer = Optimizer()
-    train: Train
-    output: str
+    """A recipe."""
+
+    data: Annotated[CocoData | VocData | SceneData, Field(discriminator="kind")]  # images and their objects
+    augment: Augment = Augment()  # random views of the training images
+    student: ModelSpec  # the detector to train
+    teacher: Teacher | None = None  # the frozen one that helps
+    distill: Distill = Distill()  # what is transferred, and how much it weighs
+    optimizer: Optimizer = Optimizer()  # step rule and learning rate
+    train: Train  # the loop
+    output: str  # the run's folder; made if it is not there
 
     @model_validator(mode="after")
     def _teacher_present(self) -> Config:

@@ -13,6 +13,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
+from tardkd.train.distributed import Processes
+
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # in the order of COCOeval.stats
 
 
@@ -24,13 +26,14 @@ class DetectionDataset(Protocol):
     category_ids: list[int]
 
 
-def evaluate(model: nn.Module, loader: Iterable, dataset: DetectionDataset) -> dict[str, Any]:
+def evaluate(model: nn.Module, loader: Iterable, dataset: DetectionDataset,
+             processes: Processes | None = None) -> dict[str, Any]:
     """Runs ``model`` over ``loader`` and compares its detections with the ground truth of ``dataset``.
 
     Returns ``AP`` (mean over IoU 0.50:0.05:0.95), ``AP50``, ``AP75``, and ``APs``, ``APm``, ``APl`` (objects under
     32^2, up to 96^2, and over 96^2 pixels of area), all in percent and at most 100 detections per image, and
-    ``per_class``: name -> AP. A metric without ground truth is None. Only the images of ``loader`` count. The model
-    comes back in the mode it was in.
+    ``per_class``: name -> AP. A metric without ground truth is None. Only the images of ``loader`` count, of several
+    processes those of all their loaders, each once. The model comes back in the mode it was in.
 
     Raises:
         RuntimeError: a detection is not finite; the message names the image.
@@ -49,7 +52,13 @@ def evaluate(model: nn.Module, loader: Iterable, dataset: DetectionDataset) -> d
                 seen += image_ids
     finally:
         model.train(training)
-    return coco_metrics(results, seen, dataset)
+    processes = processes or Processes()
+    found = processes.gather((results, seen))
+    if not processes.is_first:
+        return processes.from_first(None)
+    every = {image_id: share for share in found for image_id in share[1]}  # by the process that saw it
+    results = [one for share in found for one in share[0] if every[one["image_id"]] is share]
+    return processes.from_first(coco_metrics(results, list(every), dataset))
 
 
 def detections_to_coco(outputs: Sequence[dict[str, Tensor]], image_ids: Sequence[int],

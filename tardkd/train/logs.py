@@ -117,6 +117,16 @@ class RunLog:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+class NoLog:
+    """Takes what a RunLog does and says nothing: of several processes the first one reports."""
+
+    def step(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def evaluation(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
 def describe(metrics: dict[str, Any]) -> str:
     return " ".join(f"{name} {'-' if metrics[name] is None else format(metrics[name], '.1f')}" for name in METRICS)
 

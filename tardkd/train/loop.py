@@ -1,7 +1,7 @@
 """The training loop: epochs of steps, a log, an evaluation and a checkpoint after each.
 
-A checkpoint may also be written after any step. Whatever ended a run, it goes on from there as if it had not been ended:
-the order of the batches and the views of the images depend on seed and epoch alone, the learning rate on the step.
+A checkpoint may also be written after any step. Whatever ended a run, it goes on from there as if it had not been
+ended: all that is random depends on the seed, the epoch or step and the image alone, the learning rate on the step.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,24 +18,26 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from tardkd.data.loader import build_loader
 from tardkd.distill.device import HostCopy
 from tardkd.train import checkpoint
-from tardkd.train.build import build_dataset, build_distiller, pick_device
+from tardkd.train.build import build_dataset, build_distiller
 from tardkd.train.config import Config, ConfigError
+from tardkd.train.distributed import Processes, join_processes
 from tardkd.train.evaluate import evaluate
 from tardkd.train.interrupt import Interrupted, Termination
-from tardkd.train.logs import RunLog
-from tardkd.train.optim import build_optimizer, learning_rate, set_learning_rate
+from tardkd.train.logs import NoLog, RunLog
+from tardkd.train.optim import learning_rate
+from tardkd.train.update import Numbers, Part, Update
 
-OUTPUTS = ("last.pt", "best.pt", "train.csv", "eval.csv", "config.yaml", "tensorboard")
-# What may differ on resume, because no weight depends on it.
-FREE_ON_RESUME = {"output", "train.threads", "train.workers", "train.log_every", "train.save_every", "train.device"}
-
-
+OUTPUTS = ("last.pt", "best.pt", "failed*.pt", "train.csv", "eval.csv", "config.yaml", "tensorboard")
+# What may differ on resume, because no weight depends on it but for rounding.
+FREE_ON_RESUME = {"output", "train.threads", "train.workers", "train.log_every", "train.save_every", "train.device",
+                  "train.accumulate", "train.on_non_finite"}
 LATE_DEVICES = {"cuda"}  # go on working when the host has queued a step
+MOST_SKIPS = 10  # in a row, of steps with a loss that is not finite
 
 
 class NonFiniteLoss(RuntimeError):
@@ -62,66 +65,104 @@ class Result:
     seconds: float
 
 
+@dataclass
+class Step:
+    """What is known of a step; of one on a GPU, which is not waited for, the numbers when the next has been queued."""
+
+    number: int  # from 1
+    epoch: int  # from 1
+    rate: float
+    parts: Sequence[Part]
+    losses: list[str] = field(default_factory=list)  # their names, among those of the numbers
+    numbers: Numbers | None = None
+    values: dict[str, float] | None = None  # the numbers once they have been looked at
+    norm: HostCopy | None = None
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        images = [str(target["image_id"]) for _, targets in self.parts for target in targets]
+        return f"step {self.number}, images {', '.join(images)}"
+
+
 def train(config: Config, *, resume: bool = False, overwrite: bool = False, console: Console | None = None,
           label: str = "") -> Result:
-    """Train as `config` says, into ``config.output``; `resume` goes on from its ``last.pt``, exactly."""
+    """Train as `config` says, into ``config.output``; `resume` goes on from its ``last.pt``, exactly.
+
+    Under torchrun all processes call this; the first one writes.
+    """
     began = time.perf_counter()
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    device = pick_device(config.train.device)
-    folder = Path(config.output)
-    state = _resumed_state(folder, config) if resume else None
+    with join_processes(config.train.device) as processes:
+        run = Run(config, processes, resume=resume, overwrite=overwrite)
+        with run.open_log(console, label) as log, Termination() as termination:
+            run.train(log, termination)
+    return Result(run.progress.metrics, run.progress.best_ap, run.folder, time.perf_counter() - began)
 
-    train_set, val_set = build_dataset(config, "train", augment=True), build_dataset(config, "val")
-    check_classes("data.train", train_set.class_names, "data.val", val_set.class_names)
-    distiller = build_distiller(config, train_set.class_names).to(device)
-    if config.train.channels_last:
-        distiller.to(memory_format=torch.channels_last)
-    if distiller.teacher is not None:
-        ready_teacher(config, distiller.teacher.to(device))
-    optimizer = build_optimizer(config.optimizer, distiller)
-    steps_per_epoch = len(build_batches(config, train_set, epoch=0))
-    distiller.start(config.train.epochs, steps_per_epoch)
-    progress = Progress()
-    if state is None:
-        _claim(folder, overwrite)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config.plain(), sort_keys=False), encoding="utf-8")
-    else:
-        progress = _restore(state, distiller, optimizer)
 
-    def save(name: str) -> None:
-        checkpoint.save(folder / name, {
-            "model": distiller.student.state_dict(), "classes": train_set.class_names, "config": config.plain(),
-            "task": distiller.task_state(), "optimizer": optimizer.state_dict(), **asdict(progress),
-            "random": checkpoint.random_state(),
-        })
+class Run:
+    """One training: its parts, and how far it has come."""
 
-    def end_if_asked() -> None:
-        if termination.requested:
-            raise Interrupted(f"ended by SIGTERM after step {progress.step}, which {folder / 'last.pt'} holds")
+    def __init__(self, config: Config, processes: Processes, *, resume: bool, overwrite: bool) -> None:
+        self.config, self.processes, self.folder = config, processes, Path(config.output)
+        state = _resumed_state(self.folder, config) if resume else None
+        self.train_set, self.val_set = build_dataset(config, "train", augment=True), build_dataset(config, "val")
+        check_classes("data.train", self.train_set.class_names, "data.val", self.val_set.class_names)
+        self.distiller = build_distiller(config, self.train_set.class_names).to(processes.device)
+        if config.train.channels_last:
+            self.distiller.to(memory_format=torch.channels_last)
+        if self.distiller.teacher is not None:
+            ready_teacher(config, self.distiller.teacher.to(processes.device))
+        self.update = Update(config, self.distiller, processes)
+        self.steps_per_epoch = len(self.batches(epoch=0)) // config.train.accumulate
+        self.distiller.start(config.train.epochs, self.steps_per_epoch)
+        self.progress, self.resumed = Progress(), state is not None
+        self._skipped = 0  # steps in a row
+        self._asked_to_end = False  # any of several processes, as all of them have learnt
+        if state is not None:
+            self._restore(state)
+        elif processes.is_first:
+            _claim(self.folder, overwrite)
+            text = yaml.safe_dump(config.plain(), sort_keys=False)
+            (self.folder / "config.yaml").write_text(text, encoding="utf-8")
+        processes.gather(None)  # nobody goes on before there is a folder
 
-    def unless_asked(batches: Iterable) -> Iterator:
-        for batch in batches:
-            end_if_asked()
-            yield batch
+    def batches(self, *, epoch: int | None = None, first_step: int = 0) -> Iterable[Part]:
+        """This process's parts of the training batches of `epoch`, or its share of the validation images."""
+        dataset = self.val_set if epoch is None else self.train_set
+        first_batch = first_step * self.config.train.accumulate
+        return build_batches(self.config, dataset, epoch=epoch, first_batch=first_batch, processes=self.processes)
 
-    with RunLog(folder, epochs=config.train.epochs, steps_per_epoch=steps_per_epoch, label=label, console=console,
-                resume_step=None if state is None else progress.step, log_every=config.train.log_every) as log, \
-            Termination() as termination:
+    def open_log(self, console: Console | None, label: str) -> AbstractContextManager[RunLog | NoLog]:
+        if not self.processes.is_first:
+            return nullcontext(NoLog())
+        train = self.config.train
+        return RunLog(self.folder, epochs=train.epochs, steps_per_epoch=self.steps_per_epoch, label=label,
+                      console=console, resume_step=self.progress.step if self.resumed else None,
+                      log_every=train.log_every)
 
-        def save_now(step: int) -> bool:
-            every = config.train.save_every
-            return termination.requested or (every is not None and step % every == 0)
+    def train(self, log: RunLog | NoLog, termination: Termination) -> None:
+        settings, progress = self.config.train, self.progress
 
-        while progress.epoch < config.train.epochs:
-            batches = build_batches(config, train_set, epoch=progress.epoch, first_batch=progress.batch)
-            for _ in train_steps(config, distiller, optimizer, batches, log, progress, steps_per_epoch, save_now):
-                save("last.pt")
-                end_if_asked()
-            due = (progress.epoch + 1) % config.train.eval_every == 0 or progress.epoch + 1 == config.train.epochs
+        def end() -> None:
+            raise Interrupted(f"ended by SIGTERM after step {progress.step}, which {self.folder / 'last.pt'} holds")
+
+        def unless_asked(batches: Iterable[Part]) -> Iterator[Part]:
+            for batch in batches:
+                if termination.requested:
+                    end()
+                yield batch
+
+        while progress.epoch < settings.epochs:
+            for asked_to_end in self.steps(log, termination):
+                self.save("last.pt")
+                if asked_to_end:
+                    end()
+            due = (progress.epoch + 1) % settings.eval_every == 0 or progress.epoch + 1 == settings.epochs
             if due:
-                save("last.pt")  # an evaluation may take long, or fail
-                metrics = evaluate(distiller.student, unless_asked(build_batches(config, val_set)), val_set)
+                self.save("last.pt")  # an evaluation may take long, or fail
+                self.processes.copy_from_first(self.update.evaluated.buffers())  # batch statistics differ, till here
+                metrics = evaluate(self.update.evaluated, unless_asked(self.batches()), self.val_set, self.processes)
             progress.epoch, progress.batch = progress.epoch + 1, 0
             best = False
             if due:
@@ -131,10 +172,108 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, cons
                 progress.metrics, progress.best_ap = metrics, max(metrics["AP"], progress.best_ap)
                 log.evaluation(progress.epoch, progress.step, metrics, best=best)
             if best:
-                save("best.pt")
-            save("last.pt")
-            end_if_asked()
-    return Result(progress.metrics, progress.best_ap, folder, time.perf_counter() - began)
+                self.save("best.pt")
+            self.save("last.pt")
+            if any(self.processes.gather(termination.requested)):
+                end()
+
+    def steps(self, log: RunLog | NoLog, termination: Termination) -> Iterator[bool]:
+        """What is left of an epoch; yields after a step that is to be saved: whether the run is to end."""
+        config, progress, update = self.config, self.progress, self.update
+        skip, every = config.train.on_non_finite == "skip", config.train.save_every
+        self.late = self.processes.device.type in LATE_DEVICES and not skip
+        waiting: Step | None = None
+        self.distiller.train()
+        loader = iter(self.batches(epoch=progress.epoch, first_step=progress.batch))
+        tick = time.perf_counter()
+        for parts in zip(*[loader] * config.train.accumulate):
+            rate = learning_rate(config.optimizer, progress.step, self.steps_per_epoch, config.train.epochs)
+            self.distiller.set_progress(progress.epoch, progress.batch)
+            step = Step(progress.step + 1, progress.epoch + 1, rate, parts)
+            try:
+                losses, stats = update.gradients(progress.step, parts)
+                stats["asked_to_end"] = torch.full_like(losses["loss"], termination.requested)
+                step.losses, step.numbers = list(losses), Numbers({**losses, **stats}, self.processes)
+                if not self.late:
+                    self.look_at(step)
+            except FloatingPointError as error:
+                blamed = step if waiting is None else waiting  # what was not waited for is of the step before
+                raise NonFiniteLoss(f"{error} at {blamed}; {self._keep(blamed)}") from None
+            except NonFiniteLoss as error:
+                self._skipped += 1
+                if not skip or self._skipped == MOST_SKIPS:
+                    raise
+                log.say(f"skipped: {error}")
+                update.drop()
+                step.norm = HostCopy(torch.tensor(math.nan))
+            else:
+                self._skipped = 0
+                step.norm = HostCopy(update.apply(rate))
+            progress.batch, progress.step = progress.batch + 1, progress.step + 1
+            now = time.perf_counter()
+            step.seconds, tick = now - tick, now
+            if waiting is not None:
+                self.write(waiting, log)
+            waiting = step
+            if not self.late:
+                waiting = self.write(waiting, log)
+            asked_to_end = self._asked_to_end if self.processes.count > 1 else termination.requested
+            if asked_to_end or (every is not None and progress.step % every == 0):
+                if waiting is not None:
+                    waiting = self.write_last(waiting, log)
+                yield asked_to_end
+                tick = time.perf_counter()
+        if waiting is not None:
+            self.write_last(waiting, log)
+
+    def look_at(self, step: Step) -> None:
+        """Takes the step's numbers; raises NonFiniteLoss naming the losses that are none, and on which images."""
+        step.values = step.numbers.mean()
+        self._asked_to_end = step.values.pop("asked_to_end") > 0
+        if all(math.isfinite(step.values[name]) for name in step.losses):
+            return
+        own = step.numbers.own()
+        broken = [f"{name} is {own[name]}" for name in step.losses if not math.isfinite(own[name])]
+        described = f"{'; '.join(broken)} at {step}; {self._keep(step)}" if broken else None
+        raise NonFiniteLoss("; ".join(filter(None, self.processes.gather(described))))
+
+    def write(self, step: Step, log: RunLog | NoLog) -> None:
+        if step.values is None:
+            self.look_at(step)
+        losses = {name: step.values.pop(name) for name in step.losses}
+        values = {"lr": step.rate, **losses, "grad_norm": step.norm.tolist(), **step.values}
+        images = self.processes.count * sum(len(images) for images, _ in step.parts)
+        log.step(step.epoch, step.number, values, images=images, seconds=step.seconds)
+
+    def write_last(self, step: Step, log: RunLog | NoLog) -> None:
+        """The same for a step that no other follows at once."""
+        self.write(step, log)
+        try:
+            self.distiller.settle()
+        except FloatingPointError as error:
+            raise NonFiniteLoss(f"{error} at {step}; {self._keep(step)}") from None
+
+    def save(self, name: str) -> None:
+        if self.processes.is_first:
+            checkpoint.save(self.folder / name, {
+                "model": self.update.evaluated.state_dict(), "classes": self.train_set.class_names,
+                "config": self.config.plain(), "task": self.distiller.task_state(), **self.update.state_dict(),
+                **asdict(self.progress),
+            })
+
+    def _keep(self, step: Step) -> str:
+        """Saves the images of a step that failed, to be looked at; says where."""
+        path = self.folder / ("failed.pt" if self.processes.is_first else f"failed-{self.processes.rank}.pt")
+        state = {"step": step.number, "epoch": step.epoch, "parts": [list(part) for part in step.parts]}
+        if not self.late:  # else the weights have moved since
+            state["model"] = self.distiller.student.state_dict()
+        checkpoint.save(path, state)
+        return f"{path} holds these images; nothing else of that step is saved"
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.update.load_state_dict(state["model"], state)
+        self.distiller.load_task_state(state["task"])
+        self.progress = Progress(**{item.name: state[item.name] for item in fields(Progress)})
 
 
 def ready_teacher(config: Config, teacher: nn.Module) -> None:
@@ -144,98 +283,17 @@ def ready_teacher(config: Config, teacher: nn.Module) -> None:
         teacher.backbone.compile(dynamic=True)
 
 
-def train_steps(config: Config, distiller: Any, optimizer: torch.optim.Optimizer, batches: Iterable, log: RunLog,
-                progress: Progress, steps_per_epoch: int, save_now: Callable[[int], bool]) -> Iterator[None]:
-    """The steps over `batches`, what is left of an epoch. Moves `progress`; yields after a step where `save_now`."""
-    device = next(distiller.parameters()).device
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    late = device.type in LATE_DEVICES
-    waiting: Step | None = None
-    distiller.train()
-    tick = time.perf_counter()
-    for images, targets in batches:
-        images = [image.to(device, non_blocking=True) for image in images]
-        targets = [{key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-                    for key, value in target.items()} for target in targets]
-        rate = learning_rate(config.optimizer, progress.step, steps_per_epoch, config.train.epochs)
-        set_learning_rate(optimizer, rate)
-        distiller.set_progress(progress.epoch, progress.batch)
-        where = f"step {progress.step + 1}, images {', '.join(str(target['image_id']) for target in targets)}"
-        try:
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.train.amp == "bf16"):
-                losses = distiller(images, targets)
-        except FloatingPointError as error:
-            blamed = where if waiting is None else waiting.description  # what was not waited for is of the step before
-            raise NonFiniteLoss(f"{error} at {blamed}") from None
-        loss = sum(losses.values())
-        current = Step({"loss": loss, **losses}, where)
-        if not late:
-            current.check()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm or math.inf)
-        optimizer.step()
-
-        progress.batch, progress.step = progress.batch + 1, progress.step + 1
-        now = time.perf_counter()
-        stats = {"grad_norm": norm, **distiller.stats}
-        current.finish(progress.step, rate, stats, images=len(images), seconds=now - tick)
-        tick = now
-        if waiting is not None:
-            waiting.write(log, progress.epoch)
-        waiting = current
-        if not late:
-            waiting = waiting.write(log, progress.epoch)
-        if save_now(progress.step):
-            if waiting is not None:
-                waiting = waiting.write_last(log, progress.epoch, distiller)
-            yield
-            tick = time.perf_counter()
-    if waiting is not None:
-        waiting.write_last(log, progress.epoch, distiller)
-
-
-class Step:
-    """The numbers of a step. A GPU is not waited for: they are looked at when the next step has been queued."""
-
-    def __init__(self, losses: dict[str, Tensor], description: str) -> None:
-        self.description = description
-        self._losses = list(losses), HostCopy(torch.stack([value.detach().float() for value in losses.values()]))
-
-    def check(self) -> dict[str, float]:
-        """The losses as numbers; raises NonFiniteLoss naming those that are none."""
-        names, numbers = self._losses
-        values = dict(zip(names, numbers.tolist()))
-        broken = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-        if broken:
-            raise NonFiniteLoss(f"{'; '.join(broken)} at {self.description}; nothing of it is saved")
-        return values
-
-    def finish(self, step: int, rate: float, stats: dict[str, Tensor], *, images: int, seconds: float) -> None:
-        self._stats = list(stats), HostCopy(torch.stack([value.detach().float() for value in stats.values()]))
-        self._step, self._rate, self._images, self._seconds = step, rate, images, seconds
-
-    def write(self, log: RunLog, epoch: int) -> None:
-        losses = self.check()
-        names, numbers = self._stats
-        values = {"lr": self._rate, **losses, **dict(zip(names, numbers.tolist()))}
-        log.step(epoch + 1, self._step, values, images=self._images, seconds=self._seconds)
-
-
-    def write_last(self, log: RunLog, epoch: int, distiller: Any) -> None:
-        """The same for a step that no other follows at once."""
-        self.write(log, epoch)
-        try:
-            distiller.settle()
-        except FloatingPointError as error:
-            raise NonFiniteLoss(f"{error} at {self.description}; nothing of it is saved") from None
-
-
-def build_batches(config: Config, dataset: Any, *, epoch: int | None = None, first_batch: int = 0) -> Any:
-    """Training batches of `epoch` from `first_batch` on, or the whole data set in order."""
-    return build_loader(dataset, batch_size=config.train.batch_size, shuffle=epoch is not None,
-                        seed=config.train.seed, epoch=epoch or 0, workers=config.train.workers, first_batch=first_batch,
-                        pin_memory=pick_device(config.train.device).type == "cuda")
+def build_batches(config: Config, dataset: Any, *, epoch: int | None = None, first_batch: int = 0,
+                  processes: Processes | None = None) -> Iterable[Part]:
+    """This process's share of the training batches of `epoch` from `first_batch` on, or of the data set in order."""
+    train, processes = config.train, processes or Processes()
+    if train.batch_size % (processes.count * train.accumulate):
+        raise ConfigError(f"train.batch_size {train.batch_size} does not divide into {processes.count} processes times "
+                          f"train.accumulate {train.accumulate}")
+    return build_loader(dataset, batch_size=train.batch_size, shuffle=epoch is not None, seed=train.seed,
+                        epoch=epoch or 0, workers=train.workers, first_batch=first_batch, rank=processes.rank,
+                        processes=processes.count, parts=train.accumulate,
+                        pin_memory=processes.device.type == "cuda")
 
 
 def _claim(folder: Path, overwrite: bool) -> None:
@@ -243,12 +301,11 @@ def _claim(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output {folder} is a file, not a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    used = [name for name in OUTPUTS if (folder / name).exists()]
+    used = sorted(path for name in OUTPUTS for path in folder.glob(name))
     if used and not overwrite:
-        raise ConfigError(f"output folder {folder} is in use (it holds {', '.join(used)}); "
+        raise ConfigError(f"output folder {folder} is in use (it holds {', '.join(path.name for path in used)}); "
                           "--resume continues that run, --overwrite starts again, or choose another output=")
-    for name in used:
-        path = folder / name
+    for path in used:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -261,14 +318,6 @@ def _resumed_state(folder: Path, config: Config) -> dict[str, Any]:
     if changed:
         raise ConfigError(f"{folder / 'last.pt'} belongs to a run with other settings: {', '.join(changed)}")
     return state
-
-
-def _restore(state: dict[str, Any], distiller: Any, optimizer: torch.optim.Optimizer) -> Progress:
-    distiller.student.load_state_dict(state["model"])
-    distiller.load_task_state(state["task"])
-    optimizer.load_state_dict(state["optimizer"])
-    checkpoint.set_random_state(state["random"])
-    return Progress(**{item.name: state[item.name] for item in fields(Progress)})
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

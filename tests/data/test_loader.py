@@ -2,8 +2,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from tardkd.data import Scenes, build_loader, build_transform
+
+
+class Numbers(Dataset):
+    """Images that are known by their number alone."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple:
+        return torch.zeros(3, 4, 4), {"image_id": index}
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +100,30 @@ def test_errors(scenes):
         epoch_of(scenes, batch_size=0)
     with pytest.raises(ValueError, match="no images"):
         epoch_of([])
+
+
+@pytest.mark.parametrize("processes, parts", [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
+def test_shares_of_processes_make_up_the_batches(processes, parts):
+    def batches(**share):
+        loader = build_loader(Numbers(26), batch_size=8, shuffle=True, seed=3, epoch=1, **share)
+        return [[target["image_id"] for target in targets] for _, targets in loader]
+
+    whole = batches()
+    shares = [batches(processes=processes, rank=rank, parts=parts) for rank in range(processes)]
+    for step, batch in enumerate(whole):
+        together = [image for share in shares for part in share[parts * step : parts * (step + 1)] for image in part]
+        assert together == batch
+    assert {len(share) for share in shares} == {parts * len(whole)}
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_in_order_every_image_comes_once(processes):
+    shares = [build_loader(Numbers(7), batch_size=6, shuffle=False, seed=0, epoch=0, processes=processes, rank=rank)
+              for rank in range(processes)]
+    seen = [target["image_id"] for share in shares for _, targets in share for target in targets]
+    assert sorted(seen) == list(range(7))
+
+
+def test_a_batch_that_does_not_divide():
+    with pytest.raises(ValueError, match="a batch of 3 images does not divide into 2 processes"):
+        build_loader(Numbers(3), batch_size=4, shuffle=True, seed=0, epoch=0, processes=2)
