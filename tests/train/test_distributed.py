@@ -65,11 +65,11 @@ def test_two_processes_are_one(runs, tmp_path, accumulate):
     two = tmp_path / "out" / role
     whole = train(recipe(tmp_path / "whole", *shared).for_role(role))
     for left, right in zip(losses(two / "train.csv"), losses(whole.folder / "train.csv"), strict=True):
-        assert left == pytest.approx(right, rel=1e-3, abs=1e-5)
+        assert left == pytest.approx(right, rel=1e-4, abs=1e-6)
     one = checkpoint.load(whole.folder / "last.pt")
     state = checkpoint.load(two / "last.pt")
-    torch.testing.assert_close(state["model"], one["model"], rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(state["task"], one["task"], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(state["model"], one["model"], rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(state["task"], one["task"], rtol=1e-4, atol=2e-6)
     assert state["metrics"]["AP"] == pytest.approx(one["metrics"]["AP"], abs=0.5)
     assert len((two / "eval.csv").read_text().splitlines()) == 1 + 2  # one process writes
     assert output.count("best AP") == 1
