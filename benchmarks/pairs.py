@@ -115,7 +115,8 @@ class Pair:
         for name, path in (("tardkd", "pooled"), ("tardkd, pyramids pooled", "pyramid")):
             forward[name] = partial(call, self.distiller(path))
             without = self.distiller(path)
-            without._teacher = Remembered(without._teacher)
+            [paired] = without._teachers
+            paired.adapter = Remembered(paired.adapter)
             forward[f"{name}, teacher remembered"] = partial(call, without)
         for name, pooling in (("PyTorch", False), ("PyTorch, pyramids pooled", True)):
             forward[name] = partial(self.with_pytorch, pooling, False)

@@ -41,7 +41,8 @@ def record(path: str, batches: int, overrides: list[str]) -> dict[str, np.ndarra
         with torch.no_grad():
             ours = student.student_pass(images, targets)
             theirs = teacher.teacher_pass(images, ours.inputs, teacher.input_size / student.input_size)
-            regions, head = share_regions(student, teacher, ours, theirs, config.distill)
+            regions = share_regions(student, ours, [(teacher, theirs)], config.distill)
+            head = teacher.teacher_head(theirs, regions.proposals)
         sides = [torch.tensor([width, height, width, height]) for height, width in ours.inputs.sizes]
         sides = torch.cat([side.expand(count, 4) for side, count in zip(sides, regions.counts)])
         every = torch.arange(len(regions.labels))

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, nn
 
 
-def make_adapters(student_channels: int, teacher_channels: int, like: Tensor) -> nn.ModuleDict:
-    """``{"feature": module}``, (N, C_student, h, w) -> (N, C_teacher, h, w): identity or a 1x1 convolution.
+def make_adapter(student_channels: int, teacher_channels: int, like: Tensor) -> nn.Module:
+    """(N, C_student, h, w) -> (N, C_teacher, h, w): identity or a 1x1 convolution.
 
     One convolution serves all levels: every level of a pyramid has the same channels, and regions that a box
     head has pooled come from all of them. It gets the device and dtype of ``like``; drawing its initial
     values leaves the random state of the training as it was.
     """
     if student_channels == teacher_channels:
-        return nn.ModuleDict({"feature": nn.Identity()})
+        return nn.Identity()
     with torch.random.fork_rng(devices=[]):
         adapter = nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
-    return nn.ModuleDict({"feature": adapter}).to(like)
+    return adapter.to(like)

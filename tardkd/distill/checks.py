@@ -8,6 +8,8 @@ from typing import Any, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from tardkd.detectors.base import HeadSettings
+
 from .device import HostCopy
 
 SHOWN = 5
@@ -72,20 +74,17 @@ def check_separate(student: nn.Module, teacher: nn.Module) -> None:
         )
 
 
-def check_class_names(student: Sequence[str] | None, teacher: Sequence[str] | None) -> None:
-    """Where both label sets are named they must be the same, in the same order."""
-    if student is None or teacher is None or list(student) == list(teacher):
-        return
-    if len(student) != len(teacher):
+def check_conventions(student: HeadSettings, teacher: HeadSettings, *, named: bool) -> None:
+    """Both heads tell classes apart in the same way, in the same order; ``named`` classes are put in order later."""
+    if student.activation != teacher.activation:
         raise ValueError(
-            f"student has {len(student)} classes ({_first(student)}), "
-            f"teacher has {len(teacher)} ({_first(teacher)})"
+            f"class logits differ: the student's are for {student.activation}, the teacher's for {teacher.activation}"
         )
-    index = next(i for i, pair in enumerate(zip(student, teacher)) if pair[0] != pair[1])
-    raise ValueError(
-        f"class names differ at position {index}: student has {student[index]!r}, "
-        f"teacher has {teacher[index]!r}"
-    )
+    if student.background != teacher.background and not named:
+        raise ValueError(
+            f"the student's head has its background {student.background}, the teacher's {teacher.background}: "
+            "student_classes and teacher_classes, the names in the order of the labels, would tell how they match"
+        )
 
 
 def check_head_widths(student: tuple[int, int] | None, teacher: tuple[int, int] | None) -> None:
@@ -95,7 +94,7 @@ def check_head_widths(student: tuple[int, int] | None, teacher: tuple[int, int] 
     if student[0] != teacher[0]:
         raise ValueError(
             f"numbers of classes differ: the student's head has {student[0]} logits (background included), "
-            f"the teacher's has {teacher[0]}"
+            f"the teacher's has {teacher[0]}; given student_classes and teacher_classes, they are matched by name"
         )
     if student[1] != teacher[1]:
         raise ValueError(

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import asdict, astuple
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from tardkd import ops
-from tardkd.detectors import DetectorAdapter, for_model
-from tardkd.detectors.base import HeadOutputs, InputBatch, Regions, RoISettings, StudentPass, TeacherPass
+from tardkd.detectors import for_model
+from tardkd.detectors.base import InputBatch, StudentPass, TeacherPass
 
 from . import checks
-from .adapters import make_adapters
-from .device import join_beside, run_beside
+from .adapters import make_adapter
+from .device import join_beside
 from .normalise import share_of_all
 from .schedule import Schedule
 from .settings import DistillSettings
-from .sharing import foreground, region_stats, rescale_deltas, share_regions
+from .sharing import foreground, region_stats, share_regions
+from .teachers import FrozenTeacher, joint_gaussian_loss, joint_region_losses, pair_teachers
 
 REGION_TERMS = ("feature", "classification", "regression")
 
@@ -36,30 +34,38 @@ class Distiller(nn.Module):
     optimizers, DDP and checkpoints see the student (``student.*``) and the adapters (``adapters.*``) only.
     Every parameter gets a gradient in every step, also when the schedule has ended, as DDP wants it.
 
+    Label sets may differ: classes of the same name are matched, ``class_map`` pairs others, and only these are
+    transferred (see :class:`tardkd.distill.classes.ClassMap`). Several teachers each teach classes of their own: a
+    region is compared with the teacher of its class alone, a background region, where a gate lets it through, with
+    every teacher; each term is then the mean over the open gates of all teachers (``gaussian``: over all objects).
+
     Args:
         student: a detector of a family that :mod:`tardkd.detectors` knows.
-        teacher: another one, of the same classes. Its channels, levels, strides, input size and normalisation
-            may differ. May be None with ``enabled=False``.
-        settings: weights, gates, losses, schedule.
+        teacher: another one, or a list of them. Channels, levels, strides, input size and normalisation may differ.
+            May be None with ``enabled=False``.
+        settings: weights, gates, losses, schedule; for all teachers.
         enabled: False makes this exactly the student: same losses, same random numbers, no teacher, no
             adapters.
-        student_classes, teacher_classes: class names in the order of the labels; compared where both are
-            given.
+        student_classes, teacher_classes: class names in the order of the labels, without the background; for several
+            teachers a list of such lists. Without them the classes must be the same, in the same order.
+        class_map: teacher's class name to student's, or to None: not transferred. It comes before equal names. For
+            several teachers a list, None where there is nothing to map.
 
     Raises:
         TypeError: a model of an unknown family.
-        ValueError: the two models cannot be paired; names both sides.
+        ValueError: the models cannot be paired; names both sides.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | None,
+        teacher: nn.Module | Sequence[nn.Module] | None,
         settings: DistillSettings | None = None,
         *,
         enabled: bool = True,
         student_classes: Sequence[str] | None = None,
-        teacher_classes: Sequence[str] | None = None,
+        teacher_classes: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        class_map: Mapping[str, str | None] | Sequence[Mapping[str, str | None] | None] | None = None,
     ) -> None:
         super().__init__()
         self.settings = settings if settings is not None else DistillSettings()
@@ -67,40 +73,38 @@ class Distiller(nn.Module):
         self.schedule = Schedule(self.settings.schedule)
         self.stats: dict[str, Tensor] = {}
         self.student = student
+        self.student_classes = student_classes
         self.adapters = nn.ModuleDict()
-        self._teacher: DetectorAdapter | None = None
+        self._teachers: list[FrozenTeacher] = []
         self._check_finite = checks.FiniteCheck()
         if enabled:
-            if teacher is None:
+            if teacher is None or (isinstance(teacher, Sequence) and not teacher):
                 raise ValueError("a Distiller with enabled=True needs a teacher")
-            checks.check_class_names(student_classes, teacher_classes)
-            self._pair(for_model(student), for_model(teacher))
-
-    def _pair(self, student: DetectorAdapter, teacher: DetectorAdapter) -> None:
-        checks.check_separate(student.model, teacher.model)
-        checks.check_head_widths(student.head.widths, teacher.head.widths)
-        self._student, self._teacher = student, teacher
-        teacher.model.eval().requires_grad_(False)
-        self._ratio = self.settings.teacher_input_ratio or teacher.input_size / student.input_size
-        self._pooled = self._choose_path(student.roi, teacher.roi)
-        if self.settings.feature or self.settings.gaussian:
-            like = next(student.model.parameters())
-            self.adapters = make_adapters(student.channels, teacher.channels, like)
-
-    def _choose_path(self, student: RoISettings, teacher: RoISettings) -> bool:
-        """Whether the feature term reads what the two box heads pooled: possible if they pool alike."""
-        alike = astuple(student)[:3] == astuple(teacher)[:3]
-        if self.settings.path == "pooled" and not alike:
-            raise ValueError(
-                "path='pooled' needs equal output_size, sampling_ratio and aligned; "
-                f"student: {student}, teacher: {teacher}"
-            )
-        return alike and self.settings.path != "pyramid"
+            self._student = for_model(student)
+            names = (student_classes, teacher_classes, class_map)
+            self._teachers = pair_teachers(self._student, teacher, self.settings, *names)
+            if self.settings.feature or self.settings.gaussian:
+                like = next(student.parameters())
+                for paired in self._teachers:
+                    channels = paired.adapter.channels
+                    self.adapters[paired.adapter_key] = make_adapter(self._student.channels, channels, like)
 
     @property
     def teacher(self) -> nn.Module | None:
-        """The frozen teacher; None with ``enabled=False``."""
-        return None if self._teacher is None else self._teacher.model
+        """The frozen teacher, of several the first; None with ``enabled=False``."""
+        return self.teachers[0] if self._teachers else None
+
+    @property
+    def teachers(self) -> list[nn.Module]:
+        """All frozen teachers."""
+        return [paired.adapter.model for paired in self._teachers]
+
+    def describe(self) -> list[str]:
+        """Who teaches which classes, in lines to read; nothing where one teacher has just the student's classes."""
+        lines = [f"{paired.name} teaches {paired.classes.describe()}" for paired in self._teachers if paired.classes]
+        taught = {name for paired in self._teachers for name in paired.taught}
+        left = [name for name in self.student_classes or () if name not in taught]
+        return [*lines, f"no teacher for {', '.join(left)}"] if lines and left else lines
 
     @property
     def weight(self) -> float:
@@ -158,14 +162,14 @@ class Distiller(nn.Module):
         if self.weight == 0:
             self.stats = {"lambda": torch.zeros((), device=next(self.student.parameters()).device)}
             return {**self.student(images, targets), **self._ended()}
-        teachers: list[TeacherPass] = []
+        passes: list[TeacherPass] = []
 
-        def start_teacher(inputs: InputBatch) -> None:
-            teachers.append(self._start_teacher(images, inputs))
+        def start_teachers(inputs: InputBatch) -> None:
+            passes.extend(teacher.start(images, inputs) for teacher in self._teachers)
 
-        student = self._student.student_pass(images, targets, start_teacher)
+        student = self._student.student_pass(images, targets, start_teachers)
         join_beside(student.inputs.tensor.device)
-        terms = self._terms(student, teachers[0])
+        terms = self._terms(student, passes)
         checks.check_gradients(terms, student.features)
         weights = self.settings.weights
         return {
@@ -180,15 +184,7 @@ class Distiller(nn.Module):
             zero = zero + 0 * parameter.sum()
         return {f"distill_{name}": zero for name, weight in self.settings.weights.items() if weight}
 
-    def _start_teacher(self, images: Sequence[Tensor], inputs: InputBatch) -> TeacherPass:
-        """The teacher's trunk, which needs the batch alone: on a GPU it runs beside the student's."""
-        device = inputs.tensor.device
-        with torch.no_grad():
-            self._ready_teacher(device)
-            with torch.autocast(device.type, torch.bfloat16) if self.settings.teacher_bf16 else nullcontext():
-                return run_beside(device, lambda: self._teacher.teacher_pass(images, inputs, self._ratio))
-
-    def _terms(self, student: StudentPass, teacher: TeacherPass) -> dict[str, Tensor]:
+    def _terms(self, student: StudentPass, passes: Sequence[TeacherPass]) -> dict[str, Tensor]:
         """The terms with weight, not yet weighted."""
         self.stats = {"lambda": torch.full((), self.weight, device=student.inputs.tensor.device)}
         weights = self.settings.weights
@@ -196,83 +192,37 @@ class Distiller(nn.Module):
         # A gate closes on a NaN of the teacher's, so that the terms alone would not show it.
         suspects: dict[str, Tensor] = {}
         if any(weights[name] for name in REGION_TERMS):
-            regions, head = share_regions(self._student, self._teacher, student, teacher, self.settings)
-            losses = self._region_losses(student, teacher, regions, head)
-            share = share_of_all(losses.gates)
-            for i, name in enumerate(REGION_TERMS):
-                if weights[name]:
-                    terms[name] = getattr(losses, name) if share is None else getattr(losses, name) * share[i]
-            suspects = {"the teacher's logits": head.logits, "the teacher's deltas": head.deltas}
+            terms, suspects = self._region_terms(student, passes)
         if weights["gaussian"]:
-            terms["gaussian"] = self._gaussian_loss(student, teacher)
+            objects = [teacher.objects(student) for teacher in self._teachers]
+            losses = [
+                teacher.gaussian_loss(student, seen, boxes, self.adapters)
+                for teacher, seen, boxes in zip(self._teachers, passes, objects)
+            ]
+            terms["gaussian"] = joint_gaussian_loss(losses, objects)
         if self.settings.check_finite:
             self._check_finite({**{f"distill_{name}": value for name, value in terms.items()}, **suspects})
         return terms
 
-    def _ready_teacher(self, device: torch.device) -> None:
-        """Undo what may have happened to the teacher since the last step."""
-        model = self._teacher.model
-        if model.training:
-            model.eval()
-        if next(model.parameters()).device != device:
-            model.to(device)
-
-    def _region_losses(
-        self, student: StudentPass, teacher: TeacherPass, regions: Regions, head: HeadOutputs
-    ) -> ops.RegionLosses:
-        settings, convention = self.settings, self._student.head
-        checks.check_head_widths(regions.head.widths, head.widths)
-        common = (
-            regions.proposals,
-            regions.head.logits,
-            head.logits,
-            regions.head.deltas,
-            rescale_deltas(head.deltas, self._teacher.head.box_weights, convention.box_weights),
-            regions.labels,
-            regions.gt_boxes,
-        )
-        options = {
-            "feature_loss": settings.feature_loss,
-            "bin_weight": settings.bin_weight,
-            "feature_gate": settings.feature_gate,
-            "classification_gate": settings.classification_gate,
-            "regression_gate": settings.regression_gate,
-            "temperature": settings.temperature,
-            "beta": settings.beta,
-            "box_weights": convention.box_weights,
-            "background": convention.background,
-            "activation": convention.activation,
-        }
-        if not settings.feature:
-            # The op wants features; one zero a region stands for them where only the heads transfer.
-            nothing = regions.head.logits.new_zeros((len(regions.labels), 1, 1, 1))
-            losses = ops.pooled_distill_loss(nothing, nothing, *common, **options)
-        elif self._pooled:
-            adapted = self.adapters["feature"](regions.head.pooled)
-            losses = ops.pooled_distill_loss(adapted, head.pooled, *common, **options)
-        else:
-            losses = ops.region_distill_loss(
-                [self.adapters["feature"](level) for level in student.features],
-                teacher.features,
-                *common,
-                student_scales=student.scales,
-                teacher_scales=teacher.scales,
-                **asdict(self._student.roi),
-                **options,
-            )
-        self.stats.update(region_stats(losses, foreground(regions.labels, regions.head.logits, convention)))
-        return losses
-
-    def _gaussian_loss(self, student: StudentPass, teacher: TeacherPass) -> Tensor:
-        if student.scales != teacher.scales:
-            raise ValueError(
-                "the gaussian term compares maps position by position and needs equal scales; student: "
-                f"{student.scales}, teacher: {teacher.scales}"
-            )
-        return ops.gaussian_feature_loss(
-            [self.adapters["feature"](level) for level in student.features],
-            teacher.features,
-            [target["boxes"] for target in student.targets],
-            scales=student.scales,
-            sigma_squared=self.settings.sigma_squared,
-        )
+    def _region_terms(
+        self, student: StudentPass, passes: Sequence[TeacherPass]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The terms over shared regions, and what of the teachers' must be finite beside them."""
+        adapters = [teacher.adapter for teacher in self._teachers]
+        shared = share_regions(self._student, student, list(zip(adapters, passes)), self.settings)
+        looks = [teacher.look(shared, seen) for teacher, seen in zip(self._teachers, passes)]
+        reduction = "mean" if len(looks) == 1 else "sum"
+        losses = joint_region_losses([
+            teacher.region_losses(student, seen, *look, self.adapters, reduction)
+            for teacher, seen, look in zip(self._teachers, passes, looks)
+        ])
+        objects = [foreground(regions.labels, regions.head.logits, self._student.head) for regions, _ in looks]
+        self.stats.update(region_stats(losses, objects[0] if len(objects) == 1 else torch.cat(objects)))
+        suspects: dict[str, Tensor] = {}
+        for teacher, (_, head) in zip(self._teachers, looks):
+            suspects |= {f"{teacher.name}'s logits": head.logits, f"{teacher.name}'s deltas": head.deltas}
+        terms = {name: getattr(losses, name) for name in REGION_TERMS if self.settings.weights[name]}
+        share = share_of_all(losses.gates)
+        if share is not None:
+            terms = {name: value * share[REGION_TERMS.index(name)] for name, value in terms.items()}
+        return terms, suspects

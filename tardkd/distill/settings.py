@@ -82,7 +82,7 @@ class DistillSettings:
     bin_weight: str = "uniform"  # uniform, or gaussian: bins near the object's centre count more
     sigma_squared: float = 2.0  # width of the Gaussian mask, in half box sizes
 
-    path: str = "auto"  # pooled: what the box heads pooled anyway; pyramid: pool again, alike; auto: pooled where possible
+    path: str = "auto"  # pooled: what the heads pooled anyway; pyramid: pool again, alike; auto: pooled if possible
     teacher_input_ratio: float | None = None  # teacher's input size / student's; None: from the models
     teacher_bf16: bool = False  # the teacher's trunk under bfloat16 autocast, whatever the student runs under
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)  # of the weight of all terms

@@ -1,4 +1,4 @@
-"""Region proposal sharing: region i is the same box in both models."""
+"""Region proposal sharing: region i is the same box in all models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tardkd.detectors import DetectorAdapter
-from tardkd.detectors.base import HeadOutputs, HeadSettings, Regions, StudentPass, TeacherPass
+from tardkd.detectors.base import HeadSettings, Regions, StudentPass, TeacherPass
 from tardkd.ops import RegionLosses
 
 from .settings import DistillSettings
@@ -16,26 +16,25 @@ from .settings import DistillSettings
 
 def share_regions(
     student_adapter: DetectorAdapter,
-    teacher_adapter: DetectorAdapter,
     student: StudentPass,
-    teacher: TeacherPass,
+    teachers: Sequence[tuple[DetectorAdapter, TeacherPass]],
     settings: DistillSettings,
-) -> tuple[Regions, HeadOutputs]:
-    """The regions of both models with the student's head, and the teacher's head on the same.
+) -> Regions:
+    """The regions that all models look at, with the student's head on them.
 
-    Where no term looks at background, the teacher's head is spared it.
+    The proposals of several teachers are put together, before the student's rules sample from them. Where no term looks
+    at background, the teachers' heads are spared it.
     """
     regions = student.regions
     if settings.sharing != "student":
         with torch.no_grad():
-            proposals = teacher_adapter.teacher_proposals(teacher)
-        theirs = student_adapter.student_regions(student, proposals)
+            proposals = [adapter.teacher_proposals(seen) for adapter, seen in teachers]
+        by_image = [torch.cat(boxes) for boxes in zip(*proposals)]
+        theirs = student_adapter.student_regions(student, by_image)
         regions = theirs if settings.sharing == "teacher" else regions.union(theirs)
     if settings.foreground_only:
         regions = regions.select(foreground(regions.labels, regions.head.logits, student_adapter.head))
-    with torch.no_grad():
-        head = teacher_adapter.teacher_head(teacher, regions.proposals)
-    return regions, head
+    return regions
 
 
 def foreground(labels: Tensor, logits: Tensor, head: HeadSettings) -> Tensor:

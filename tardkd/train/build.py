@@ -35,49 +35,52 @@ def build_dataset(config: Config, split: str, *, augment: bool = False) -> Datas
 
 
 def build_distiller(config: Config, class_names: list[str]) -> Distiller:
-    """Student, frozen teacher and adapters.
+    """Student, frozen teachers and adapters.
 
     The student's first weights depend on the seed alone, and the generators are left in the same state whether or
     not there is a teacher, so that a baseline and a distilled run differ by nothing but the distillation.
     """
     seed_generators(config.train.seed)
     student = build_model(config.student, len(class_names))
-    teacher, teacher_classes = None, None
-    if config.distill.enabled:
-        teacher, teacher_classes = load_teacher(config.teacher, class_names)
-    distiller = Distiller(student, teacher, config.distill, enabled=config.distill.enabled,
-                          student_classes=class_names, teacher_classes=teacher_classes)
+    sections = config.teachers if config.distill.enabled else {}
+    loaded = [load_teacher(section, class_names, key) for key, section in sections.items()]
+    distiller = Distiller(student, [teacher for teacher, _ in loaded], config.distill, enabled=config.distill.enabled,
+                          student_classes=class_names, teacher_classes=[classes for _, classes in loaded],
+                          class_map=[section.classes for section in sections.values()])
     seed_generators(config.train.seed + 1)
     return distiller
 
 
-def load_teacher(teacher: Teacher, class_names: list[str]) -> tuple[nn.Module, list[str]]:
-    """The teacher with its trained weights, and its classes: the data set's where the file does not say."""
+def load_teacher(teacher: Teacher, class_names: list[str], key: str = "teacher") -> tuple[nn.Module, list[str]]:
+    """The teacher with its trained weights, and its classes: the data set's where the file does not say.
+
+    `key` names the section of the configuration in errors.
+    """
     if teacher.weights is None:
-        raise ConfigError("teacher.weights: required, a distilled run needs a trained teacher")
+        raise ConfigError(f"{key}.weights: required, a distilled run needs a trained teacher")
     if teacher.weights == "DEFAULT":
         if teacher.model is None:
-            raise ConfigError("teacher.model: required, teacher.weights DEFAULT does not say which model")
-        return _torchvision_teacher(teacher.model, class_names), class_names
+            raise ConfigError(f"{key}.model: required, {key}.weights DEFAULT does not say which model")
+        return _torchvision_teacher(teacher.model, list(dict.fromkeys([*class_names, *(teacher.classes or ())])))
     spec, classes = teacher.model, class_names
     state = checkpoint.load_any(teacher.weights)
     if state.get("format") == checkpoint.FORMAT:
         spec, classes = stored_config(state, teacher.weights).student, state["classes"]
     if spec is None:
-        raise ConfigError(f"teacher.model: required, because {teacher.weights} does not say what model it belongs to")
+        raise ConfigError(f"{key}.model: required, because {teacher.weights} does not say what model it belongs to")
     return build_model(_with_weights(spec, teacher.weights), len(classes)), classes
 
 
-def _torchvision_teacher(spec: ModelSpec, class_names: list[str]) -> nn.Module:
-    """torchvision's trained detector, its head cut down to `class_names` by name.
+def _torchvision_teacher(spec: ModelSpec, wanted: list[str]) -> tuple[nn.Module, list[str]]:
+    """torchvision's trained detector, its head cut down to those of the `wanted` classes that it knows, and these.
 
     The published heads have 91 outputs, COCO's category ids with their gaps, where a data set's labels have none.
     """
     weights = get_model_weights(spec.name).DEFAULT
     categories = weights.meta["categories"]
-    unknown = sorted(set(class_names) - set(categories))
-    if unknown:
-        raise ConfigError(f"torchvision's {spec.name} does not know the classes {', '.join(unknown)}")
+    class_names = [name for name in wanted if name in categories]
+    if not class_names:
+        raise ConfigError(f"torchvision's {spec.name} knows none of the classes {', '.join(wanted)}")
     rows = [0, *map(categories.index, class_names)]  # 0: background
     state = weights.get_state_dict(progress=True)
     for layer in ("cls_score", "bbox_pred"):
@@ -87,7 +90,7 @@ def _torchvision_teacher(spec: ModelSpec, class_names: list[str]) -> nn.Module:
             state[name] = by_class[rows].flatten(0, 1)
     model = build_model(_with_weights(spec, None), len(class_names))
     load_state(model, state, f"torchvision's {spec.name}")
-    return model
+    return model, class_names
 
 
 def load_student(state: dict[str, Any], path: str | Path) -> nn.Module:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic import TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import PositiveInt, Tag, TypeAdapter, ValidationError, model_validator
 
 from tardkd.distill import DistillSettings
 from tardkd.train.models import ModelSpec
@@ -20,7 +20,7 @@ from tardkd.train.models import ModelSpec
 Role = Literal["teacher", "baseline", "distilled"]
 
 
-KINDS = ("coco", "voc", "scenes")  # of data
+VARIANTS = ("coco", "voc", "scenes", "one", "several")  # of data, of teacher
 
 
 class ConfigError(ValueError):
@@ -87,12 +87,22 @@ class Teacher(Section):
     """The frozen model. `weights`: one of our checkpoints, a plain state dict, or DEFAULT for torchvision's own.
 
     `model` is what the role `teacher` trains, and what a plain state dict or DEFAULT belongs to; one of our
-    checkpoints says itself what it is.
+    checkpoints says itself what it is. Its classes teach those of the same name; `classes` pairs others, or with null
+    takes one out.
     """
 
     weights: str | None = None
     model: ModelSpec | None = None
+    classes: dict[str, str | None] | None = None  # teacher's: student's
     compile: bool = False  # its backbone by torch.compile: minutes at the start, for trainings of hours
+
+
+def _how_many(teacher: Any) -> str:
+    return "several" if isinstance(teacher, (list, tuple)) else "one"
+
+
+Several = Annotated[tuple[Teacher, ...], Field(min_length=1)]
+Teachers = Annotated[Annotated[Teacher, Tag("one")] | Annotated[Several, Tag("several")], Discriminator(_how_many)]
 
 
 @dataclass(frozen=True)
@@ -152,7 +162,7 @@ class Config(Section):
     data: Annotated[CocoData | VocData | SceneData, Field(discriminator="kind")]  # images and their objects
     augment: Augment = Augment()  # random views of the training images
     student: ModelSpec  # the detector to train
-    teacher: Teacher | None = None  # the frozen one that helps
+    teacher: Teachers | None = None  # the frozen one that helps, or a list of them, each for classes of its own
     distill: Distill = Distill()  # what is transferred, and how much it weighs
     optimizer: Optimizer = Optimizer()  # step rule and learning rate
     train: Train  # the loop
@@ -165,6 +175,13 @@ class Config(Section):
                              "add one, or set distill.enabled: false")
         return self
 
+    @property
+    def teachers(self) -> dict[str, Teacher]:
+        """The teacher sections by their keys: "teacher", or "teacher.0", "teacher.1" and so on; empty without one."""
+        if isinstance(self.teacher, tuple):
+            return {f"teacher.{i}": teacher for i, teacher in enumerate(self.teacher)}
+        return {} if self.teacher is None else {"teacher": self.teacher}
+
     def plain(self) -> dict[str, Any]:
         """As nested dicts, lists and plain values: what a checkpoint or a YAML file can hold."""
         return self.model_dump(mode="json")
@@ -174,7 +191,7 @@ class Config(Section):
 
         ``teacher`` trains the teacher's model alone, ``baseline`` the student alone, ``distilled`` the student with
         the teacher. Each gets its own folder under `output`; a recipe that names no teacher weights takes those
-        that its own teacher run leaves there.
+        that its own teacher run leaves there. Of several teachers, one alone may be without weights: that one.
         """
         parts = self.plain()
         parts["output"] = str(Path(self.output) / role)
@@ -182,15 +199,27 @@ class Config(Section):
             parts["distill"]["enabled"] = False
             parts["teacher"] = None
         if role == "teacher":
-            if self.teacher is None or self.teacher.model is None:
-                raise ConfigError("role teacher needs teacher.model in the recipe")
-            parts["student"] = self.teacher.model.model_dump(mode="json")
+            key = self._own_teacher()
+            if key is None or self.teachers[key].model is None:
+                raise ConfigError(f"role teacher needs {key or 'teacher'}.model in the recipe, and no weights if it is "
+                                  "one of several")
+            parts["student"] = self.teachers[key].model.model_dump(mode="json")
         if role == "distilled":
-            if self.teacher is None:
+            if not self.teachers:
                 raise ConfigError("role distilled needs a teacher section in the recipe")
             parts["distill"]["enabled"] = True
-            parts["teacher"]["weights"] = self.teacher.weights or str(Path(self.output) / "teacher" / "last.pt")
+            sections = parts["teacher"] if isinstance(self.teacher, tuple) else [parts["teacher"]]
+            for key, section in zip(self.teachers, sections):
+                if key == self._own_teacher():
+                    section["weights"] = section["weights"] or str(Path(self.output) / "teacher" / "last.pt")
         return Config.model_validate(parts)
+
+    def _own_teacher(self) -> str | None:
+        """The key of the teacher that role teacher trains: the only one, or of several the one without weights."""
+        keys = [key for key, teacher in self.teachers.items() if len(self.teachers) == 1 or not teacher.weights]
+        if len(keys) > 1:
+            raise ConfigError(f"only one of several teachers may be without weights, and {', '.join(keys)} are")
+        return keys[0] if keys else None
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -238,18 +267,27 @@ def _apply_override(tree: dict, override: str) -> str:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
     *parents, last = key.split(".")
     for name in parents:
-        if tree.get(name) is None:
+        if isinstance(tree, dict) and tree.get(name) is None:
             tree[name] = {}
-        tree = tree[name]
-        if not isinstance(tree, dict):
+        tree = tree[_place(tree, name, override)]
+        if not isinstance(tree, (dict, list)):
             raise ConfigError(f"override {override!r}: {name} is not a section")
-    tree[last] = value
+    tree[_place(tree, last, override)] = value
     return key
 
 
+def _place(tree: dict | list, name: str, override: str) -> str | int:
+    """Where to find `name` in `tree`: in a list, as of teachers, names are places, from 0."""
+    if isinstance(tree, dict):
+        return name
+    if not (name.isdecimal() and int(name) < len(tree)):
+        raise ConfigError(f"override {override!r}: {name} is no place in a list of {len(tree)}, which count from 0")
+    return int(name)
+
+
 def _describe(problem: Any, source: str, overridden: list[str]) -> str:
-    # The kind of data set that pydantic puts into the path is not a key that the user wrote.
-    location = [str(part) for i, part in enumerate(problem["loc"]) if not (i == 1 and part in KINDS)]
+    # The variant of a section that pydantic puts into the path is not a key that the user wrote.
+    location = [str(part) for i, part in enumerate(problem["loc"]) if not (i == 1 and part in VARIANTS)]
     key = ".".join(location)
     where = "override" if any(key == name or key.startswith(name + ".") for name in overridden) else source
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -269,6 +307,8 @@ def _known_keys(location: list[str]) -> list[str]:
     schema = TypeAdapter(Config).json_schema()
     options = [schema]
     for part in location:
+        if part.isdecimal():
+            continue  # a place in a list, whose items _resolve has found already
         options = [_resolve(schema, option["properties"][part]) for option in options if part in option["properties"]]
         options = [option for group in options for option in group]
     return sorted({key for option in options for key in option["properties"]})
@@ -279,4 +319,5 @@ def _resolve(schema: dict, node: dict) -> list[dict]:
         node = schema["$defs"][node["$ref"].split("/")[-1]]
     if "properties" in node:
         return [node]
-    return [found for option in node.get("anyOf", node.get("oneOf", [])) for found in _resolve(schema, option)]
+    options = [node["items"]] if "items" in node else node.get("anyOf", node.get("oneOf", []))
+    return [found for option in options for found in _resolve(schema, option)]

@@ -24,7 +24,7 @@ from tardkd.data.loader import build_loader
 from tardkd.distill.device import HostCopy
 from tardkd.train import checkpoint
 from tardkd.train.build import build_dataset, build_distiller
-from tardkd.train.config import Config, ConfigError
+from tardkd.train.config import Config, ConfigError, Teacher
 from tardkd.train.distributed import Processes, join_processes
 from tardkd.train.evaluate import evaluate
 from tardkd.train.interrupt import Interrupted, Termination
@@ -111,8 +111,8 @@ class Run:
         self.distiller = build_distiller(config, self.train_set.class_names).to(processes.device)
         if config.train.channels_last:
             self.distiller.to(memory_format=torch.channels_last)
-        if self.distiller.teacher is not None:
-            ready_teacher(config, self.distiller.teacher.to(processes.device))
+        for section, teacher in zip(config.teachers.values(), self.distiller.teachers):
+            ready_teacher(config, section, teacher.to(processes.device))
         self.update = Update(config, self.distiller, processes)
         self.steps_per_epoch = len(self.batches(epoch=0)) // config.train.accumulate
         self.distiller.start(config.train.epochs, self.steps_per_epoch)
@@ -153,6 +153,8 @@ class Run:
                     end()
                 yield batch
 
+        for line in self.distiller.describe():
+            log.say(line)
         while progress.epoch < settings.epochs:
             for asked_to_end in self.steps(log, termination):
                 self.save("last.pt")
@@ -276,10 +278,10 @@ class Run:
         self.progress = Progress(**{item.name: state[item.name] for item in fields(Progress)})
 
 
-def ready_teacher(config: Config, teacher: nn.Module) -> None:
+def ready_teacher(config: Config, section: Teacher, teacher: nn.Module) -> None:
     if config.train.channels_last:
         teacher.to(memory_format=torch.channels_last)
-    if config.teacher.compile:
+    if section.compile:
         teacher.backbone.compile(dynamic=True)
 
 

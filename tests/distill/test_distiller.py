@@ -155,7 +155,7 @@ def test_settings_reach_the_ops(path: str, name: str, monkeypatch: pytest.Monkey
 
 
 def test_input_ratio() -> None:
-    assert pair({"size": 96})._ratio == 1.5
+    assert pair({"size": 96})._teachers[0].ratio == 1.5
     distiller = pair({"size": 96}, teacher_input_ratio=0.5)
     seen: list[tuple[int, ...]] = []
     distiller.teacher.backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-2:]))
@@ -480,7 +480,7 @@ def test_teacher_is_no_part_of_the_module() -> None:
 def test_teacher_follows_the_student() -> None:
     distiller = pair(teacher={"channels": 12}).to("meta")
     assert next(distiller.teacher.parameters()).device.type == "cpu"
-    distiller._ready_teacher(torch.device("meta"))
+    distiller._teachers[0].ready(torch.device("meta"))
     assert next(distiller.teacher.parameters()).device.type == "meta"
 
 

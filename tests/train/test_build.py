@@ -74,9 +74,11 @@ def test_torchvisions_head_is_cut_down_to_the_classes_by_name(published):
         assert name.startswith(head) or torch.equal(own[name], published[name])
 
 
-def test_classes_that_torchvision_does_not_know_are_named(published):
+def test_torchvision_teaches_what_it_knows(published):
+    teacher = Teacher(weights="DEFAULT", model=ModelSpec(**MODEL), classes={"person": "pedestrian"})
+    assert load_teacher(teacher, ["star", "cat", "pedestrian"])[1] == ["cat", "person"]
     teacher = Teacher(weights="DEFAULT", model=ModelSpec(**MODEL))
-    with pytest.raises(ConfigError, match="resnet_fpn does not know the classes parcel, star"):
-        load_teacher(teacher, ["star", "cat", "parcel"])
+    with pytest.raises(ConfigError, match="resnet_fpn knows none of the classes star, parcel"):
+        load_teacher(teacher, ["star", "parcel"])
     with pytest.raises(ConfigError, match="teacher.model: required"):
         load_teacher(Teacher(weights="DEFAULT"), ["cat"])

@@ -31,7 +31,7 @@ WRONG = [  # key, value, what the message must say
     ("train.epochs", 0, "recipe: train.epochs: Input should be greater than 0, got 0"),
     ("train.epochs", "many", "recipe: train.epochs: Input should be a valid integer"),
     ("train.epochs", ..., "recipe: train.epochs: required, but not given"),
-    ("train.amp", "fp16", "recipe: train.amp: Input should be 'none' or 'bf16', got 'fp16'"),
+    ("train.amp", "fp8", "recipe: train.amp: Input should be 'none', 'bf16' or 'fp16', got 'fp8'"),
     ("train.batch_size", 1.5, "recipe: train.batch_size: Input should be a valid integer"),
     ("data.kind", "yolo", "recipe: data: Input tag 'yolo' found using 'kind' does not match"),
     ("data.trian", 3, "recipe: data.trian: unknown key; did you mean train?"),
