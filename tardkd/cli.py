@@ -11,6 +11,7 @@ from pathlib import Path
 from tardkd.train.interrupt import Interrupted
 
 ROLES = ("teacher", "baseline", "distilled")
+FORMATS = ("state_dict", "safetensors", "torchscript", "onnx")
 
 
 class UsageError(ValueError):
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> None:
+    from tardkd.train.build import start_from
     from tardkd.train.config import load_config
     from tardkd.train.logs import describe
     from tardkd.train.loop import train as run
@@ -53,6 +55,10 @@ def train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     if options.role:
         config = config.for_role(options.role)
+    if options.init_from:
+        if options.resume:
+            raise UsageError("--init-from starts a new run and --resume goes on with one: give one of the two")
+        config = start_from(config, str(_checkpoint(options.init_from)))
     result = run(config, resume=options.resume, overwrite=options.overwrite)
     if _rank():
         return  # the first process says it
@@ -85,18 +91,10 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    import torch
+    from tardkd.train.export import export as run
 
-    from tardkd.train import checkpoint
-
-    path = _checkpoint(options.checkpoint)
-    out = Path(options.out)
-    if out.exists() and not options.overwrite:
-        raise UsageError(f"{out} exists; --overwrite replaces it")
-    state = checkpoint.load(path)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state["model"], out)
-    print(f"{out}: {len(state['model'])} tensors, {len(state['classes'])} classes ({', '.join(state['classes'])})")
+    print(run(_checkpoint(options.checkpoint), options.out, options.format,
+              size=options.size and tuple(options.size), overwrite=options.overwrite))
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -165,6 +163,8 @@ def _parser() -> argparse.ArgumentParser:
     start = sub.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="go on exactly from the last checkpoint in output")
     start.add_argument("--overwrite", action="store_true", help="remove an earlier run from output and start again")
+    sub.add_argument("--init-from", metavar="PATH", help="start a new run from these weights of the student: a run's "
+                     "folder, a checkpoint, a state dict or a .safetensors file")
 
     sub = command(evaluate, "average precision of a trained student")
     sub.add_argument("checkpoint", help="a checkpoint, or a run's folder for its last one")
@@ -172,9 +172,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", metavar="FILE", help="write the numbers there, too")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.root=elsewhere")
 
-    sub = command(export, "write the student as a plain torchvision state dict")
+    sub = command(export, "write the student for others to run: as a state dict, TorchScript or ONNX")
     sub.add_argument("checkpoint", help="a checkpoint, or a run's folder for its last one")
     sub.add_argument("--out", required=True, metavar="FILE")
+    sub.add_argument("--format", choices=FORMATS, help="default: by the suffix .pt, .pth, .safetensors, .ts or .onnx")
+    sub.add_argument("--size", nargs=2, type=_positive, metavar=("HEIGHT", "WIDTH"), help="of an ONNX file's images")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
     sub = command(demo, "teacher, student alone and distilled student on the built-in scenes")

@@ -40,6 +40,7 @@ def build_distiller(config: Config, class_names: list[str]) -> Distiller:
     The student's first weights depend on the seed alone, and the generators are left in the same state whether or
     not there is a teacher, so that a baseline and a distilled run differ by nothing but the distillation.
     """
+    _check_first_classes(config.student, class_names)
     seed_generators(config.train.seed)
     student = build_model(config.student, len(class_names))
     sections = config.teachers if config.distill.enabled else {}
@@ -49,6 +50,22 @@ def build_distiller(config: Config, class_names: list[str]) -> Distiller:
                           class_map=[section.classes for section in sections.values()])
     seed_generators(config.train.seed + 1)
     return distiller
+
+
+def start_from(config: Config, weights: str | None) -> Config:
+    """`config` with a student whose training starts from all of `weights`: see checkpoint.load_weights."""
+    student = config.student.model_copy(update={"weights": weights, "backbone_weights": None})
+    return config.model_copy(update={"student": student})
+
+
+def _check_first_classes(spec: ModelSpec, class_names: list[str]) -> None:
+    """Weights of as many classes, but others, would fit without a word."""
+    if spec.weights in (None, "DEFAULT") or spec.new_head:
+        return
+    _, classes = checkpoint.load_weights(spec.weights)
+    if classes not in (None, class_names):
+        raise ConfigError(f"student.weights {spec.weights} has the classes {classes}, the data set has {class_names}; "
+                          "student.new_head=true takes all but the class and box predictor")
 
 
 def load_teacher(teacher: Teacher, class_names: list[str], key: str = "teacher") -> tuple[nn.Module, list[str]]:
@@ -62,10 +79,10 @@ def load_teacher(teacher: Teacher, class_names: list[str], key: str = "teacher")
         if teacher.model is None:
             raise ConfigError(f"{key}.model: required, {key}.weights DEFAULT does not say which model")
         return _torchvision_teacher(teacher.model, list(dict.fromkeys([*class_names, *(teacher.classes or ())])))
-    spec, classes = teacher.model, class_names
     state = checkpoint.load_any(teacher.weights)
+    spec, classes = teacher.model, checkpoint.classes_of(state) or class_names
     if state.get("format") == checkpoint.FORMAT:
-        spec, classes = stored_config(state, teacher.weights).student, state["classes"]
+        spec = stored_config(state, teacher.weights).student
     if spec is None:
         raise ConfigError(f"{key}.model: required, because {teacher.weights} does not say what model it belongs to")
     return build_model(_with_weights(spec, teacher.weights), len(classes)), classes

@@ -23,7 +23,7 @@ from torch import nn
 from tardkd.data.loader import build_loader
 from tardkd.distill.device import HostCopy
 from tardkd.train import checkpoint
-from tardkd.train.build import build_dataset, build_distiller
+from tardkd.train.build import build_dataset, build_distiller, start_from
 from tardkd.train.config import Config, ConfigError, Teacher
 from tardkd.train.distributed import Processes, join_processes
 from tardkd.train.evaluate import evaluate
@@ -32,10 +32,11 @@ from tardkd.train.logs import NoLog, RunLog
 from tardkd.train.optim import learning_rate
 from tardkd.train.update import Numbers, Part, Update
 
-OUTPUTS = ("last.pt", "best.pt", "failed*.pt", "train.csv", "eval.csv", "config.yaml", "tensorboard")
+OUTPUTS = ("last.pt", "previous.pt", "best.pt", "failed*.pt", "train.csv", "eval.csv", "config.yaml", "tensorboard")
 # What may differ on resume, because no weight depends on it but for rounding.
 FREE_ON_RESUME = {"output", "train.threads", "train.workers", "train.log_every", "train.save_every", "train.device",
-                  "train.accumulate", "train.on_non_finite"}
+                  "train.accumulate", "train.on_non_finite",
+                  "student.weights", "student.new_head", "student.backbone_weights"}  # the checkpoint has them all
 LATE_DEVICES = {"cuda"}  # go on working when the host has queued a step
 MOST_SKIPS = 10  # in a row, of steps with a loss that is not finite
 
@@ -108,7 +109,8 @@ class Run:
         state = _resumed_state(self.folder, config) if resume else None
         self.train_set, self.val_set = build_dataset(config, "train", augment=True), build_dataset(config, "val")
         check_classes("data.train", self.train_set.class_names, "data.val", self.val_set.class_names)
-        self.distiller = build_distiller(config, self.train_set.class_names).to(processes.device)
+        begin = config if state is None else start_from(config, None)  # the files it began from may be gone
+        self.distiller = build_distiller(begin, self.train_set.class_names).to(processes.device)
         if config.train.channels_last:
             self.distiller.to(memory_format=torch.channels_last)
         for section, teacher in zip(config.teachers.values(), self.distiller.teachers):
@@ -261,7 +263,7 @@ class Run:
                 "model": self.update.evaluated.state_dict(), "classes": self.train_set.class_names,
                 "config": self.config.plain(), "task": self.distiller.task_state(), **self.update.state_dict(),
                 **asdict(self.progress),
-            })
+            }, previous=self.folder / checkpoint.PREVIOUS if name == checkpoint.LAST else None)
 
     def _keep(self, step: Step) -> str:
         """Saves the images of a step that failed, to be looked at; says where."""
@@ -313,7 +315,7 @@ def _claim(folder: Path, overwrite: bool) -> None:
 
 def _resumed_state(folder: Path, config: Config) -> dict[str, Any]:
     """The checkpoint to go on from; one of a different run is refused, naming the keys that differ."""
-    state = checkpoint.load(folder / "last.pt")
+    state = checkpoint.load_last(folder)
     before, now = _flat(state["config"]), _flat(config.plain())
     changed = [f"{key} ({before.get(key)!r} -> {now.get(key)!r})" for key in sorted(before.keys() | now.keys())
                if before.get(key) != now.get(key) and key not in FREE_ON_RESUME]

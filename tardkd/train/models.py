@@ -18,6 +18,7 @@ from torchvision.ops import MultiScaleRoIAlign as TorchvisionRoIAlign
 
 from tardkd import build_info
 from tardkd.ops import MultiScaleRoIAlign
+from tardkd.train import checkpoint
 
 LIGHT = "resnet_fpn"
 LIGHT_ONLY = ("blocks", "width", "fpn_channels", "head_dim", "norm", "anchor_sizes", "canonical_scale")
@@ -37,7 +38,7 @@ class ModelSpec(BaseModel):
 
     name: Literal["resnet_fpn", "fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "fasterrcnn_resnet101_fpn",
                   "fasterrcnn_mobilenet_v3_large_fpn", "fasterrcnn_mobilenet_v3_large_320_fpn"] = LIGHT
-    weights: str | None = None  # the detector: a local state dict, or DEFAULT: torchvision downloads its own
+    weights: str | None = None  # the detector: a local state dict or checkpoint; DEFAULT: torchvision downloads its own
     new_head: bool = False  # weights of other classes: take all but the class and box predictor
     backbone_weights: str | None = None  # the classifier a backbone starts from: a local state dict, or DEFAULT
     freeze_norm: bool = False  # BatchNorm as constants, as detectors with small batches fine-tune
@@ -94,7 +95,8 @@ def build_model(spec: ModelSpec, num_classes: int) -> FasterRCNN:
     Nothing is downloaded unless ``weights`` or ``backbone_weights`` is ``DEFAULT``.
 
     Raises:
-        FileNotFoundError, ValueError: weights that are absent or do not fit tensor by tensor.
+        CheckpointError: weights that cannot be read.
+        ValueError: weights that do not fit tensor by tensor.
     """
     options = {key: getattr(spec, key) for key in COMMON if getattr(spec, key) is not None}
     if spec.name == LIGHT:
@@ -187,22 +189,13 @@ def _round8(channels: float) -> int:
 # ---- weights -------------------------------------------------------------------------------------------------------
 
 def _state(name: str, source: str) -> dict[str, Tensor]:
-    """A state dict from a local file (a plain one, or one of our checkpoints), or torchvision's own for ``name``."""
+    """A state dict from a local file (see checkpoint.load_weights), or torchvision's own for ``name``."""
     if source == "DEFAULT":
         try:
             return get_model_weights(name).DEFAULT.get_state_dict(progress=True)
         except ValueError:
             raise ValueError(f"torchvision has no DEFAULT weights for {name}") from None
-    try:
-        state = torch.load(source, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"weights file not found: {source}") from None
-    except Exception as error:  # torch.load raises whatever its zip, pickle or tensor reader meets
-        raise ValueError(f"cannot read weights {source}: {error}") from error
-    state = state.get("model", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{source} does not hold a state dict of tensors")
-    return state
+    return checkpoint.load_weights(source)[0]
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor], source: str, leave_out: tuple[str, ...] = ()) -> None:

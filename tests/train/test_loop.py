@@ -42,7 +42,7 @@ def test_what_a_run_leaves_behind(runs):
     for role in ("teacher", "baseline", "distilled"):
         folder = runs / role
         assert {path.name for path in folder.iterdir()} == {
-            "last.pt", "best.pt", "train.csv", "eval.csv", "config.yaml", "tensorboard"}
+            "last.pt", "previous.pt", "best.pt", "train.csv", "eval.csv", "config.yaml", "tensorboard"}
         state = checkpoint.load(folder / "last.pt")
         assert (state["epoch"], state["step"]) == (2, 6)
         assert yaml.safe_load((folder / "config.yaml").read_text()) == state["config"]

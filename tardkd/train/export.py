@@ -1,0 +1,235 @@
+"""A trained student as a file for others to run. What is written is read back and compared before it gets its name.
+
+| format | suffix | what it needs to run | input |
+|---|---|---|---|
+| state_dict | .pt, .pth | torchvision, and the constructor that ``export`` reports | |
+| safetensors | .safetensors | the same; classes and settings are in its metadata | |
+| torchscript | .ts | torch, with torchvision imported for its ops | a list of images of any size |
+| onnx | .onnx | onnxruntime or another runtime | one image of a fixed size |
+
+Images are (3, H, W) with values in 0..1, as everywhere in torchvision. A state dict holds weights alone: input sizes
+and thresholds are arguments of the constructor. The light ``resnet_fpn`` family has no constructor in torchvision: its
+state dict needs ``tardkd.train.models.build_model``; its TorchScript and ONNX files do not need tardkd.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import MultiScaleRoIAlign
+
+from tardkd import __version__
+from tardkd.data import Scenes
+from tardkd.train import checkpoint
+from tardkd.train.build import load_student, stored_config
+from tardkd.train.models import COMMON, LIGHT, ModelSpec
+
+SUFFIXES = {".pt": "state_dict", ".pth": "state_dict", ".safetensors": "safetensors", ".ts": "torchscript",
+            ".onnx": "onnx"}
+OPSET = 17
+OUTPUTS = ("boxes", "labels", "scores")
+
+Detections = dict[str, Tensor]  # OUTPUTS: (n, 4) xyxy in pixels, (n,) from 1, (n,)
+Detect = Callable[[Tensor], Detections]
+
+
+class ExportError(RuntimeError):
+    """A student that could not be exported as asked; the message says why."""
+
+
+def export(source: str | Path, out: str | Path, kind: str | None = None, *, size: tuple[int, int] | None = None,
+           overwrite: bool = False) -> str:
+    """Write the student of the checkpoint `source` to `out` and return what to tell the user about it.
+
+    `kind` is a format of the table above, by default that of the suffix; `size` the (height, width) of ONNX's input, by
+    default a square of the student's ``min_size``.
+
+    Raises:
+        CheckpointError: `source` cannot be read, or `out` not written.
+        ExportError: `out` exists, a package is missing, or the file does not detect what the student does.
+    """
+    source, out = Path(source), Path(out)
+    kind = kind or SUFFIXES.get(out.suffix)
+    if kind is None:
+        raise ExportError(f"the name {out} does not tell a format ({', '.join(SUFFIXES)}); give --format")
+    if size is not None and kind != "onnx":
+        raise ExportError(f"--size is for onnx, whose input has one size; a {kind} file takes images of any")
+    if out.exists() and not overwrite:
+        raise ExportError(f"{out} exists; --overwrite replaces it")
+    state = checkpoint.load(source)
+    spec, classes = stored_config(state, source).student, state["classes"]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with checkpoint.replacing(out) as file:
+        if kind in ("state_dict", "safetensors"):
+            tensors = {name: value.contiguous() for name, value in state["model"].items()}
+            if kind == "state_dict":
+                _write_state_dict(tensors, file)
+            else:
+                _write_safetensors(tensors, metadata(spec, classes), file)
+            notes = f"{len(tensors)} tensors for {constructor(spec, len(classes))}"
+        else:
+            student = load_student(state, source).eval().requires_grad_(False)
+            write = _write_torchscript if kind == "torchscript" else _write_onnx
+            side = student.transform.min_size[-1]
+            detect = write(deployable(student), metadata(spec, classes), file, size or (side, side))
+            sizes = [size or (side, side)] if kind == "onnx" else [(side, side), (side * 4 // 5, side * 7 // 6)]
+            found = sum(check_detections(student, detect, size) for size in sizes)
+            notes = f"its {found} detections in test images are the student's"
+    return f"{out}: {kind}, {len(classes)} classes ({', '.join(classes)}), {notes}"
+
+
+def deployable(student: nn.Module) -> nn.Module:
+    """A copy that needs no op of tardkd, to be converted."""
+    model = copy.deepcopy(student)
+    pool = model.roi_heads.box_roi_pool
+    model.roi_heads.box_roi_pool = MultiScaleRoIAlign(
+        pool.featmap_names, pool.output_size, pool.sampling_ratio,
+        canonical_scale=pool.canonical_scale, canonical_level=pool.canonical_level)
+    before = model.transform
+    model.transform = _Transform(before.min_size, before.max_size, before.image_mean, before.image_std)
+    return model.eval()
+
+
+class _Transform(GeneralizedRCNNTransform):
+    """torchvision's, but it resizes as outside of TorchScript and tracing.
+
+    There torchvision's own computes the scale in single precision, and half of all sizes come out one pixel smaller.
+    """
+
+    def resize(self, image: Tensor, target: Optional[dict[str, Tensor]] = None,  # noqa: UP045, what TorchScript reads
+               ) -> tuple[Tensor, Optional[dict[str, Tensor]]]:  # noqa: UP045
+        height, width = image.shape[-2:]
+        scale = min(self.min_size[-1] / min(height, width), self.max_size / max(height, width))
+        size = [int(height * scale), int(width * scale)]
+        return functional.interpolate(image[None], size, mode="bilinear", align_corners=False)[0], target
+
+
+def metadata(spec: ModelSpec, classes: list[str]) -> dict[str, str]:
+    """What travels with the weights where a format has room for it; `student` is the recipe's section, as JSON."""
+    return {"classes": json.dumps(classes), "model": spec.name, "tardkd": __version__,
+            "student": json.dumps(_settings(spec))}
+
+
+def _settings(spec: ModelSpec) -> dict[str, Any]:
+    return spec.model_dump(mode="json", exclude_defaults=True, exclude={"weights", "new_head", "backbone_weights"})
+
+
+def constructor(spec: ModelSpec, num_classes: int) -> str:
+    """The Python expression whose module takes the state dict."""
+    if spec.name == LIGHT:
+        return f"tardkd.train.models.build_model(ModelSpec(**{_settings(spec)}), {num_classes})"
+    options = "".join(f", {key}={getattr(spec, key)!r}" for key in COMMON if getattr(spec, key) is not None)
+    eps = "" if spec.norm_eps is None else f", with eps = {spec.norm_eps} in every BatchNorm2d"
+    if spec.name == "fasterrcnn_resnet101_fpn":
+        backbone = "resnet_fpn_backbone(backbone_name='resnet101', weights=None)"
+        return f"FasterRCNN({backbone}, {num_classes + 1}{options}){eps}"
+    return f"{spec.name}(weights=None, weights_backbone=None, num_classes={num_classes + 1}{options}){eps}"
+
+
+# ---- formats -------------------------------------------------------------------------------------------------------
+
+def _write_state_dict(tensors: dict[str, Tensor], file: Path) -> None:
+    checkpoint.write(tensors, file)
+    _check_tensors(torch.load(file, weights_only=True), tensors)
+
+
+def _write_safetensors(tensors: dict[str, Tensor], notes: dict[str, str], file: Path) -> None:
+    library = checkpoint.safetensors()
+    library.torch.save_file(tensors, file, metadata={"format": "pt", **notes})
+    _check_tensors(library.torch.load_file(file), tensors)
+
+
+def _check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    if found.keys() != expected.keys() or not all(torch.equal(found[name], expected[name]) for name in expected):
+        raise ExportError("the file does not hold the student's tensors")
+
+
+def _write_torchscript(model: nn.Module, notes: dict[str, str], file: Path, size: tuple[int, int]) -> Detect:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls TorchScript deprecated
+        torch.jit.save(torch.jit.script(model), str(file), _extra_files={"tardkd.json": json.dumps(notes)})
+        loaded = torch.jit.load(str(file))
+
+    def detect(image: Tensor) -> Detections:
+        with torch.jit.optimized_execution(False):  # what compiling takes is not worth two images
+            return loaded([image])[1][0]
+
+    return detect
+
+
+def _write_onnx(model: nn.Module, notes: dict[str, str], file: Path, size: tuple[int, int]) -> Detect:
+    try:
+        import onnx
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise ExportError(f"format onnx needs the package {error.name}: pip install onnx onnxruntime") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer, about what has one size here
+        # The newer exporter, dynamo=True, cannot follow shapes that depend on what is detected.
+        torch.onnx.export(_OneImage(model).eval(), (picture(model, size),), str(file), dynamo=False, opset_version=OPSET,
+                          input_names=["image"], output_names=list(OUTPUTS),
+                          dynamic_axes={name: {0: "detections"} for name in OUTPUTS})
+    content = onnx.load(str(file))
+    onnx.helper.set_model_props(content, notes)
+    onnx.checker.check_model(content)
+    onnx.save(content, str(file))
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+    def detect(image: Tensor) -> Detections:
+        return dict(zip(OUTPUTS, map(torch.from_numpy, session.run(OUTPUTS, {"image": image.numpy()})), strict=True))
+
+    return detect
+
+
+class _OneImage(nn.Module):
+    """A detector as a function of one tensor, which is what ONNX knows."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        found = self.model([image])[0]
+        return tuple(found[name] for name in OUTPUTS)
+
+
+# ---- comparison ----------------------------------------------------------------------------------------------------
+
+def check_detections(model: nn.Module, detect: Detect, size: tuple[int, int]) -> int:
+    """Compare `detect` with `model` on an image of `size`; the number of detections, or an ExportError."""
+    image = picture(model, size)
+    with torch.no_grad():
+        expected, found = model([image])[0], detect(image)
+    lost = _unmatched(expected, found, size) + _unmatched(found, expected, size)
+    # Rounding may move what is just at a threshold, or among the last that are kept.
+    if lost > 0.02 * (len(expected["boxes"]) + len(found["boxes"])):
+        raise ExportError(f"what was written detects something else than the student in an image of {size[0]} x "
+                          f"{size[1]}: of {len(expected['boxes'])} and {len(found['boxes'])} detections {lost} have no "
+                          "partner of equal label, score and box")
+    return len(expected["boxes"])
+
+
+def picture(model: nn.Module, size: tuple[int, int]) -> Tensor:
+    """Of noise and some of the built-in scenes, the image (3, *size) in which `model` finds most."""
+    images = [torch.rand(3, *size, generator=torch.Generator().manual_seed(0))]
+    for scene, _ in Scenes(4, 192, 0, split="test"):
+        images.append(functional.interpolate(scene[None] / 255, size, mode="bilinear")[0])
+    with torch.no_grad():
+        return max(images, key=lambda image: len(model([image])[0]["boxes"]))
+
+
+def _unmatched(left: Detections, right: Detections, size: tuple[int, int]) -> int:
+    """How many detections of `left` have none in `right` with the same label, score and box."""
+    same = left["labels"][:, None] == right["labels"]
+    same &= (left["scores"][:, None] - right["scores"]).abs() < 1e-3
+    same &= (left["boxes"][:, None] - right["boxes"]).abs().amax(-1) < 1e-3 * max(size)
+    return int((~same.any(1)).sum())
