@@ -144,7 +144,7 @@ def _write_state_dict(tensors: dict[str, Tensor], file: Path) -> None:
 
 def _write_safetensors(tensors: dict[str, Tensor], notes: dict[str, str], file: Path) -> None:
     library = checkpoint.safetensors()
-    library.torch.save_file(tensors, file, metadata={"format": "pt", **notes})
+    file.write_bytes(library.torch.save(tensors, metadata={"format": "pt", **notes}))
     _check_tensors(library.torch.load_file(file), tensors)
 
 
@@ -156,7 +156,8 @@ def _check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
 def _write_torchscript(model: nn.Module, notes: dict[str, str], file: Path, size: tuple[int, int]) -> Detect:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls TorchScript deprecated
-        torch.jit.save(torch.jit.script(model), str(file), _extra_files={"tardkd.json": json.dumps(notes)})
+        with open(file, "wb") as opened:
+            torch.jit.save(torch.jit.script(model), opened, _extra_files={"tardkd.json": json.dumps(notes)})
         loaded = torch.jit.load(str(file))
 
     def detect(image: Tensor) -> Detections:

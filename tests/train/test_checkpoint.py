@@ -228,6 +228,28 @@ def test_changed_files_are_refused_or_whole(sample, data):
     refused_or_whole(path, expected)
 
 
+def with_pickle(content, pickled):
+    """The archive with other bytes for the pickle, and checksums that fit."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as before, zipfile.ZipFile(buffer, "w") as after:
+        for item in before.infolist():
+            after.writestr(item.filename, pickled if item.filename.endswith("data.pkl") else before.read(item))
+    return buffer.getvalue()
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_changed_pickles_are_refused_or_read(sample, data):
+    path, _, content = sample
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        pickled = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+    path.write_bytes(with_pickle(content, change(data, pickled)))
+    try:
+        assert isinstance(checkpoint.load(path), dict)
+    except CheckpointError as error:
+        assert str(path) in str(error)
+
+
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(content=st.binary(max_size=200) | st.binary(max_size=60).map(lambda tail: LEGACY[:len(tail)] + tail))
 def test_random_bytes_are_refused(sample, content):

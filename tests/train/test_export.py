@@ -18,6 +18,7 @@ from tardkd.train.export import ExportError, deployable
 from tardkd.train.models import build_model
 
 from .recipe import recipe
+from .test_checkpoint import files_no_larger_than
 
 CLASSES = ["target", "ball", "board", "parcel", "sign", "star"]
 MOBILE = "student={name: fasterrcnn_mobilenet_v3_large_320_fpn, min_size: 128, max_size: 200}"
@@ -171,6 +172,17 @@ def test_a_file_that_holds_other_tensors_is_not_left(light, tmp_path, monkeypatc
     monkeypatch.setattr(checkpoint, "write", lambda content, path: original({**content, "extra": torch.ones(1)}, path))
     assert run(light, tmp_path / "student.pt") == 2
     assert "does not hold the student's tensors" in capsys.readouterr().err
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".ts", ".onnx"])
+def test_a_full_disk(light, tmp_path, capsys, suffix):
+    for package in {".safetensors": ["safetensors"], ".onnx": ["onnx", "onnxruntime"]}.get(suffix, []):
+        pytest.importorskip(package)
+    out = tmp_path / f"student{suffix}"
+    with files_no_larger_than(10_000):
+        assert run(light, out) == 2
+    assert f"cannot write {out}: File too large; " in capsys.readouterr().err
     assert not os.listdir(tmp_path)
 
 
