@@ -1,4 +1,4 @@
-"""The command line: ``tardkd train | eval | export | demo | info``."""
+"""The command line: ``tardkd train | doctor | eval | export | demo | info``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ class UsageError(ValueError):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for what the user can mend, 130 when interrupted, 143 if ended."""
+    """Run one command; returns the exit status: 0, 2 for what the user can mend, 130 when interrupted, 143 if ended.
+
+    The doctor's is 1 where it has found a problem.
+    """
     options = _parse(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except ModuleNotFoundError as error:
         if options.traceback or (error.name or "tardkd").startswith("tardkd"):
             raise
@@ -43,7 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.traceback or not ours:
             raise
         return _fail(str(error))
-    return 0
 
 
 def train(options: argparse.Namespace) -> None:
@@ -63,6 +65,18 @@ def train(options: argparse.Namespace) -> None:
     if _rank():
         return  # the first process says it
     print(f"{result.folder}: {describe(result.metrics)} after {result.seconds:.0f} s; best AP {result.best_ap:.1f}")
+
+
+def doctor(options: argparse.Namespace) -> int:
+    import json
+
+    from tardkd.doctor import examine
+
+    report = examine(options.config, options.overrides, role=options.role, images=options.images,
+                     thorough=options.thorough)
+    if options.json:
+        Path(options.json).write_text(json.dumps(report.plain(), indent=2), encoding="utf-8")
+    return report.status
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -165,6 +179,15 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--overwrite", action="store_true", help="remove an earlier run from output and start again")
     sub.add_argument("--init-from", metavar="PATH", help="start a new run from these weights of the student: a run's "
                      "folder, a checkpoint, a state dict or a .safetensors file")
+
+    sub = command(doctor, "check everything that a training depends on, before it starts")
+    sub.add_argument("--config", required=True, metavar="FILE", help="a recipe in YAML")
+    sub.add_argument("--role", choices=ROLES, help="which part of the recipe is to be trained")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.root=elsewhere")
+    sub.add_argument("--images", type=_positive, default=50, metavar="N",
+                     help="images to open and to try the models on (default %(default)s)")
+    sub.add_argument("--thorough", action="store_true", help="open all images")
+    sub.add_argument("--json", metavar="FILE", help="write the findings there, too")
 
     sub = command(evaluate, "average precision of a trained student")
     sub.add_argument("checkpoint", help="a checkpoint, or a run's folder for its last one")

@@ -106,7 +106,7 @@ class Run:
 
     def __init__(self, config: Config, processes: Processes, *, resume: bool, overwrite: bool) -> None:
         self.config, self.processes, self.folder = config, processes, Path(config.output)
-        state = _resumed_state(self.folder, config) if resume else None
+        state = resumed_state(self.folder, config) if resume else None
         self.train_set, self.val_set = build_dataset(config, "train", augment=True), build_dataset(config, "val")
         check_classes("data.train", self.train_set.class_names, "data.val", self.val_set.class_names)
         begin = config if state is None else start_from(config, None)  # the files it began from may be gone
@@ -313,7 +313,7 @@ def _claim(folder: Path, overwrite: bool) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _resumed_state(folder: Path, config: Config) -> dict[str, Any]:
+def resumed_state(folder: Path, config: Config) -> dict[str, Any]:
     """The checkpoint to go on from; one of a different run is refused, naming the keys that differ."""
     state = checkpoint.load_last(folder)
     before, now = _flat(state["config"]), _flat(config.plain())
