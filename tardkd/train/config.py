@@ -34,8 +34,8 @@ class Section(BaseModel):
 class Split(Section):
     """One split of a COCO-format data set; both paths are relative to ``data.root``."""
 
-    images: str
-    annotations: str
+    images: str  # folder
+    annotations: str  # COCO JSON file
 
 
 class CocoData(Section):
@@ -60,12 +60,12 @@ class VocData(Section):
 class SceneData(Section):
     """The built-in scenes; train, val and test are numbers of images."""
 
-    kind: Literal["scenes"]
-    image_size: PositiveInt = 192
-    train: PositiveInt = 400
-    val: PositiveInt = 200
-    test: PositiveInt | None = None
-    seed: NonNegativeInt = 0
+    kind: Literal["scenes"]  # drawn as they are needed
+    image_size: PositiveInt = 192  # pixels a side
+    train: PositiveInt = 400  # number of images
+    val: PositiveInt = 200  # number of images
+    test: PositiveInt | None = None  # number of images
+    seed: NonNegativeInt = 0  # of what is on them
 
 
 class Augment(Section):
@@ -91,8 +91,8 @@ class Teacher(Section):
     takes one out.
     """
 
-    weights: str | None = None
-    model: ModelSpec | None = None
+    weights: str | None = None  # null with --role distilled: those of the recipe's own teacher run
+    model: ModelSpec | None = None  # what the role teacher trains, and what a state dict or DEFAULT belongs to
     classes: dict[str, str | None] | None = None  # teacher's: student's
     compile: bool = False  # its backbone by torch.compile: minutes at the start, for trainings of hours
 

@@ -176,8 +176,8 @@ def _write_onnx(model: nn.Module, notes: dict[str, str], file: Path, size: tuple
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer, about what has one size here
         # The newer exporter, dynamo=True, cannot follow shapes that depend on what is detected.
-        torch.onnx.export(_OneImage(model).eval(), (picture(model, size),), str(file), dynamo=False, opset_version=OPSET,
-                          input_names=["image"], output_names=list(OUTPUTS),
+        torch.onnx.export(_OneImage(model).eval(), (picture(model, size),), str(file), dynamo=False,
+                          opset_version=OPSET, input_names=["image"], output_names=list(OUTPUTS),
                           dynamic_axes={name: {0: "detections"} for name in OUTPUTS})
     content = onnx.load(str(file))
     onnx.helper.set_model_props(content, notes)

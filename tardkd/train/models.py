@@ -36,6 +36,7 @@ class ModelSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
+    # torchvision's, or resnet_fpn: a light family for CPU work
     name: Literal["resnet_fpn", "fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "fasterrcnn_resnet101_fpn",
                   "fasterrcnn_mobilenet_v3_large_fpn", "fasterrcnn_mobilenet_v3_large_320_fpn"] = LIGHT
     weights: str | None = None  # the detector: a local state dict or checkpoint; DEFAULT: torchvision downloads its own
@@ -46,21 +47,21 @@ class ModelSpec(BaseModel):
     frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0  # leading ResNet stages without training: 1 = the stem
 
     min_size: PositiveInt | tuple[PositiveInt, ...] | None = None  # several: drawn anew for each training image
-    max_size: PositiveInt | None = None
-    rpn_pre_nms_top_n_train: PositiveInt | None = None
-    rpn_pre_nms_top_n_test: PositiveInt | None = None
-    rpn_post_nms_top_n_train: PositiveInt | None = None
-    rpn_post_nms_top_n_test: PositiveInt | None = None
-    rpn_batch_size_per_image: PositiveInt | None = None
+    max_size: PositiveInt | None = None  # longest side of an image in pixels
+    rpn_pre_nms_top_n_train: PositiveInt | None = None  # proposals a level before suppression, in training
+    rpn_pre_nms_top_n_test: PositiveInt | None = None  # the same otherwise
+    rpn_post_nms_top_n_train: PositiveInt | None = None  # proposals an image after suppression, in training
+    rpn_post_nms_top_n_test: PositiveInt | None = None  # the same otherwise
+    rpn_batch_size_per_image: PositiveInt | None = None  # anchors per image in the losses of the proposals
     box_batch_size_per_image: PositiveInt | None = None  # regions per image in training
-    box_detections_per_img: PositiveInt | None = None
-    box_score_thresh: Annotated[float, Field(ge=0, lt=1)] | None = None
+    box_detections_per_img: PositiveInt | None = None  # detections an image at most
+    box_score_thresh: Annotated[float, Field(ge=0, lt=1)] | None = None  # least score of a detection
 
     blocks: Annotated[tuple[PositiveInt, ...], Field(min_length=2, max_length=4)] = (2, 2, 2, 2)  # per stage
     width: PositiveFloat = 1.0  # 1: 64, 128, 256, 512 channels
-    fpn_channels: PositiveInt = 256
-    head_dim: PositiveInt = 1024
-    norm: Literal["batch", "group"] = "batch"
+    fpn_channels: PositiveInt = 256  # of every pyramid level
+    head_dim: PositiveInt = 1024  # width of the box head's two layers
+    norm: Literal["batch", "group"] = "batch"  # batch, or group: statistics within an image
     anchor_sizes: tuple[PositiveInt, ...] = (32, 64, 128, 256, 512)  # pixels, one per pyramid level (stages + 1)
     canonical_scale: PositiveInt = 224  # pixels; regions of this size are pooled from stride 16, half of it from 8
 

@@ -15,12 +15,11 @@ from torchvision.ops import box_convert, box_iou
 
 from tardkd.cli import main
 from tardkd.data.scenes import write_scenes
-from tardkd.train.build import build_dataset
 from tardkd.doctor import anchors, examine, gradients, speed, teacher
+from tardkd.train.build import build_dataset
 from tardkd.train.models import ModelSpec, build_model
 
-from train.recipe import MODEL, recipe, tree
-
+from .recipe import MODEL, recipe, tree
 
 def doctor(folder: Path, *overrides: str, role: str = "distilled", changes: dict | None = None):
     """The report on the tiny recipe, written to a file of `folder`."""
