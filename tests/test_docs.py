@@ -39,11 +39,15 @@ def test_links_lead_somewhere(page):
 
 
 def commands() -> list[str]:
+    """Every ``tardkd ...`` line of the pages' plain code blocks."""
     found = []
     for page in PAGES:
-        for block in re.findall(r"^```\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
-            lines = (line.partition("#")[0].strip() for line in block.splitlines())
-            found += [match[1] for line in lines if (match := re.search(r"(?:^|-m |&& )tardkd (\w.*)$", line))]
+        block = None  # the language of the one that a line is in
+        for line in page.read_text(encoding="utf-8").splitlines():
+            if line.startswith("```"):
+                block = line[3:] if block is None else None
+            elif block == "" and (match := re.search(r"^(?:.*(?:-m|&&) )?tardkd (\w[^#]*)", line)):
+                found.append(match[1].strip())
     return sorted(set(found))
 
 
