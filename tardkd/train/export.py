@@ -102,12 +102,12 @@ def deployable(student: nn.Module) -> nn.Module:
 class _Transform(GeneralizedRCNNTransform):
     """torchvision's, but it resizes as outside of TorchScript and tracing.
 
-    There torchvision's own computes the scale in single precision, and half of all sizes come out one pixel smaller.
+    There torchvision's own computes the scale in single precision, and half of all sizes come out one pixel off.
     """
 
     def resize(self, image: Tensor, target: Optional[dict[str, Tensor]] = None,  # noqa: UP045, what TorchScript reads
                ) -> tuple[Tensor, Optional[dict[str, Tensor]]]:  # noqa: UP045
-        height, width = image.shape[-2:]
+        height, width = int(image.shape[-2]), int(image.shape[-1])  # in a trace they are tensors in single precision
         scale = min(self.min_size[-1] / min(height, width), self.max_size / max(height, width))
         size = [int(height * scale), int(width * scale)]
         return functional.interpolate(image[None], size, mode="bilinear", align_corners=False)[0], target
@@ -208,11 +208,12 @@ class _OneImage(nn.Module):
 def check_detections(model: nn.Module, detect: Detect, size: tuple[int, int]) -> int:
     """Compare `detect` with `model` on an image of `size`; the number of detections, or an ExportError."""
     image = picture(model, size)
+    rounding = 1e-5 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected, found = model([image])[0], detect(image)
-    lost = _unmatched(expected, found, size) + _unmatched(found, expected, size)
-    # Rounding may move what is just at a threshold, or among the last that are kept.
-    if lost > 0.02 * (len(expected["boxes"]) + len(found["boxes"])):
+        expected, found, rounded = model([image])[0], detect(image), model([image + rounding])[0]
+    lost = _differing(expected, found, size)
+    # Rounding may move what is just at a threshold, or among the last that are kept; more of it in a raw student.
+    if lost > 0.02 * (len(expected["boxes"]) + len(found["boxes"])) + 2 * _differing(expected, rounded, size):
         raise ExportError(f"what was written detects something else than the student in an image of {size[0]} x "
                           f"{size[1]}: of {len(expected['boxes'])} and {len(found['boxes'])} detections {lost} have no "
                           "partner of equal label, score and box")
@@ -222,15 +223,15 @@ def check_detections(model: nn.Module, detect: Detect, size: tuple[int, int]) ->
 def picture(model: nn.Module, size: tuple[int, int]) -> Tensor:
     """Of noise and some of the built-in scenes, the image (3, *size) in which `model` finds most."""
     images = [torch.rand(3, *size, generator=torch.Generator().manual_seed(0))]
-    for scene, _ in Scenes(4, 192, 0, split="test"):
+    for scene, _ in Scenes(2, 192, 0, split="test"):
         images.append(functional.interpolate(scene[None] / 255, size, mode="bilinear")[0])
     with torch.no_grad():
         return max(images, key=lambda image: len(model([image])[0]["boxes"]))
 
 
-def _unmatched(left: Detections, right: Detections, size: tuple[int, int]) -> int:
-    """How many detections of `left` have none in `right` with the same label, score and box."""
+def _differing(left: Detections, right: Detections, size: tuple[int, int]) -> int:
+    """How many detections of either have none in the other with the same label, score and box."""
     same = left["labels"][:, None] == right["labels"]
-    same &= (left["scores"][:, None] - right["scores"]).abs() < 1e-3
-    same &= (left["boxes"][:, None] - right["boxes"]).abs().amax(-1) < 1e-3 * max(size)
-    return int((~same.any(1)).sum())
+    same &= (left["scores"][:, None] - right["scores"]).abs() < 0.01
+    same &= (left["boxes"][:, None] - right["boxes"]).abs().amax(-1) < 0.005 * max(size)
+    return int((~same.any(1)).sum() + (~same.any(0)).sum())

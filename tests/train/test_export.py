@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from torch import nn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
 from tardkd import cli
@@ -217,13 +218,25 @@ def test_a_missing_package_is_named(light, tmp_path, monkeypatch, capsys, suffix
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize("size", [(200, 270), (300, 410), (51, 74), (100, 130)])
+def test_images_are_resized_as_outside_of_torchscript_and_traces(size):
+    arguments = [320], 640, [0.0] * 3, [1.0] * 3
+    image = torch.rand(3, *size)
+    expected = GeneralizedRCNNTransform(*arguments).eval()([image])[0]
+    ours = export._Transform(*arguments).eval()
+    scripted = torch.jit.script(ours)([image])[0]
+    assert scripted.image_sizes == expected.image_sizes
+    traced = torch.jit.trace(lambda image: ours([image])[0].tensors, (image,))(image)
+    for tensors in (scripted.tensors, traced):
+        torch.testing.assert_close(tensors, expected.tensors)
+
+
 def test_the_comparison_sees_a_difference():
     one = {"boxes": torch.tensor([[1.0, 1, 9, 9], [20, 20, 40, 40]]), "labels": torch.tensor([1, 2]),
            "scores": torch.tensor([0.9, 0.5])}
     order = {name: value.flip(0) for name, value in one.items()}
-    assert export._unmatched(one, order, (64, 64)) == 0
+    assert export._differing(one, order, (64, 64)) == 0
     for name in one:
-        other = {**one, name: one[name] + 1}
-        assert export._unmatched(one, other, (64, 64)) == 2, name
+        assert export._differing(one, {**one, name: one[name] + 1}, (64, 64)) == 4, name
     none = {name: value[:0] for name, value in one.items()}
-    assert export._unmatched(one, none, (64, 64)) == 2 and export._unmatched(none, one, (64, 64)) == 0
+    assert export._differing(one, none, (64, 64)) == export._differing(none, one, (64, 64)) == 2
