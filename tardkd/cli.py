@@ -1,4 +1,4 @@
-"""The command line: ``tardkd train | doctor | eval | export | demo | info``."""
+"""The command line: ``tardkd train | doctor | eval | plot | inspect | export | demo | info``."""
 
 from __future__ import annotations
 
@@ -104,6 +104,22 @@ def evaluate(options: argparse.Namespace) -> None:
         Path(options.json).write_text(json.dumps({name: metrics[name] for name in (*METRICS, "per_class")}, indent=2))
 
 
+def plot(options: argparse.Namespace) -> None:
+    from tardkd.train.curves import plot_curves, unique_names
+
+    runs = unique_names(options.runs)
+    plot_curves(runs, options.out)
+    print(f"{options.out}: {', '.join(runs)}")
+
+
+def inspect(options: argparse.Namespace) -> None:
+    from tardkd.train.inspect import inspect_run
+
+    summary = inspect_run(_checkpoint(options.checkpoint), Path(options.out), split=options.split, count=options.images,
+                          ids=options.ids, overrides=options.overrides)
+    print(f"{options.out}: {summary}")
+
+
 def export(options: argparse.Namespace) -> None:
     from tardkd.train.export import export as run
 
@@ -194,6 +210,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--split", choices=("train", "val", "test"), default="val")
     sub.add_argument("--json", metavar="FILE", help="write the numbers there, too")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.root=elsewhere")
+
+    sub = command(plot, "curves of runs against each other, finished or not")
+    sub.add_argument("runs", nargs="+", metavar="run", help="a run's folder")
+    sub.add_argument("--out", required=True, metavar="FILE", help="a picture: .png, .svg or .pdf")
+
+    sub = command(inspect, "pictures of what the teacher taught a distilled student, region by region")
+    sub.add_argument("checkpoint", help="a distilled run's folder for its last checkpoint, or a checkpoint")
+    sub.add_argument("--out", required=True, metavar="DIR", help="for the pictures and regions.csv")
+    sub.add_argument("--split", choices=("train", "val", "test"), default="val")
+    which = sub.add_mutually_exclusive_group()
+    which.add_argument("--images", type=_positive, default=8, metavar="N", help="spread over the split (default 8)")
+    which.add_argument("--ids", type=int, nargs="+", metavar="ID", help="these images")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as teacher.weights=elsewhere.pt")
 
     sub = command(export, "write the student for others to run: as a state dict, TorchScript or ONNX")
     sub.add_argument("checkpoint", help="a checkpoint, or a run's folder for its last one")

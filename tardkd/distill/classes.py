@@ -57,6 +57,17 @@ class ClassMap:
         table = _label_table(tuple(ours for ours, _ in self.pairs), len(self.student), background, labels.device)
         return table[labels.clamp(-1, len(self.student) + 1)]
 
+    def to_student(self, labels: Tensor) -> Tensor:
+        """Labels 0..P of the pairs as the student's 0..K, where 0 is the background."""
+        return labels.new_tensor([0, *(ours + 1 for ours, _ in self.pairs)])[labels]
+
+    def from_teacher(self, labels: Tensor) -> Tensor:
+        """Labels 1.. of the teacher as the student's 1..K; 0 where there is no partner."""
+        table = [0] * (len(self.teacher) + 1)
+        for ours, theirs in self.pairs:
+            table[theirs + 1] = ours + 1
+        return labels.new_tensor(table)[labels]
+
     def student_regions(self, regions: Regions, head: HeadSettings) -> Regions:
         """The background regions and those of the pairs, with labels and outputs of the pairs alone."""
         if self.is_partial:

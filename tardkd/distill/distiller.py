@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tardkd.detectors import for_model
-from tardkd.detectors.base import InputBatch, StudentPass, TeacherPass
+from tardkd.detectors.base import InputBatch, Regions, StudentPass, TeacherPass
+from tardkd.ops import RegionLosses
 
 from . import checks
 from .adapters import make_adapter
@@ -99,6 +100,11 @@ class Distiller(nn.Module):
         """All frozen teachers."""
         return [paired.adapter.model for paired in self._teachers]
 
+    @property
+    def frozen_teachers(self) -> list[FrozenTeacher]:
+        """The same with what each of them teaches."""
+        return self._teachers
+
     def describe(self) -> list[str]:
         """Who teaches which classes, in lines to read; nothing where one teacher has just the student's classes."""
         lines = [f"{paired.name} teaches {paired.classes.describe()}" for paired in self._teachers if paired.classes]
@@ -162,13 +168,7 @@ class Distiller(nn.Module):
         if self.weight == 0:
             self.stats = {"lambda": torch.zeros((), device=next(self.student.parameters()).device)}
             return {**self.student(images, targets), **self._ended()}
-        passes: list[TeacherPass] = []
-
-        def start_teachers(inputs: InputBatch) -> None:
-            passes.extend(teacher.start(images, inputs) for teacher in self._teachers)
-
-        student = self._student.student_pass(images, targets, start_teachers)
-        join_beside(student.inputs.tensor.device)
+        student, passes = self._passes(images, targets)
         terms = self._terms(student, passes)
         checks.check_gradients(terms, student.features)
         weights = self.settings.weights
@@ -176,6 +176,38 @@ class Distiller(nn.Module):
             **student.losses,
             **{f"distill_{name}": self.weight * weights[name] * value for name, value in terms.items()},
         }
+
+    @torch.no_grad()
+    def look(
+        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
+    ) -> tuple[StudentPass, list[tuple[FrozenTeacher, Regions, RegionLosses]]]:
+        """What the region terms make of a batch, without gradients: the student's pass, and for each teacher the regions
+        that it teaches, with the gates and scores of each.
+
+        The student's pass is one of training, so that it has to be in training mode. Labels are those of the classes
+        that teacher and student share: see :class:`tardkd.distill.classes.ClassMap`.
+        """
+        student, passes = self._passes(images, targets)
+        adapters = [teacher.adapter for teacher in self._teachers]
+        shared = share_regions(self._student, student, list(zip(adapters, passes)), self.settings)
+        found = []
+        for teacher, seen in zip(self._teachers, passes):
+            regions, head = teacher.look(shared, seen)
+            losses = teacher.region_losses(student, seen, regions, head, self.adapters, "mean")
+            found.append((teacher, regions, losses))
+        return student, found
+
+    def _passes(
+        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
+    ) -> tuple[StudentPass, list[TeacherPass]]:
+        passes: list[TeacherPass] = []
+
+        def start_teachers(inputs: InputBatch) -> None:
+            passes.extend(teacher.start(images, inputs) for teacher in self._teachers)
+
+        student = self._student.student_pass(images, targets, start_teachers)
+        join_beside(student.inputs.tensor.device)
+        return student, passes
 
     def _ended(self) -> dict[str, Tensor]:
         """Zeros that keep the adapters in the graph: DDP waits for a gradient of every parameter."""

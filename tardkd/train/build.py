@@ -42,14 +42,18 @@ def build_distiller(config: Config, class_names: list[str]) -> Distiller:
     """
     _check_first_classes(config.student, class_names)
     seed_generators(config.train.seed)
-    student = build_model(config.student, len(class_names))
-    sections = config.teachers if config.distill.enabled else {}
-    loaded = [load_teacher(section, class_names, key) for key, section in sections.items()]
-    distiller = Distiller(student, [teacher for teacher, _ in loaded], config.distill, enabled=config.distill.enabled,
-                          student_classes=class_names, teacher_classes=[classes for _, classes in loaded],
-                          class_map=[section.classes for section in sections.values()])
+    distiller = pair(config, build_model(config.student, len(class_names)), class_names)
     seed_generators(config.train.seed + 1)
     return distiller
+
+
+def pair(config: Config, student: nn.Module, class_names: list[str]) -> Distiller:
+    """That student with the teachers of the configuration."""
+    sections = config.teachers if config.distill.enabled else {}
+    loaded = [load_teacher(section, class_names, key) for key, section in sections.items()]
+    return Distiller(student, [teacher for teacher, _ in loaded], config.distill, enabled=config.distill.enabled,
+                     student_classes=class_names, teacher_classes=[classes for _, classes in loaded],
+                     class_map=[section.classes for section in sections.values()])
 
 
 def start_from(config: Config, weights: str | None) -> Config:

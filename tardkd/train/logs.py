@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows: CSV tables, TensorBoard scalars, and a progress bar or plain lines."""
+"""What a run leaves behind and shows: CSV tables, TensorBoard scalars, and a table of progress or plain lines."""
 
 from __future__ import annotations
 
@@ -9,17 +9,10 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from tardkd.train.display import Display, place
 from tardkd.train.evaluate import METRICS
-
-SHORT_NAMES = {
-    "loss_classifier": "cls", "loss_box_reg": "box", "loss_objectness": "obj", "loss_rpn_box_reg": "rpn",
-    "distill_feature": "d.feat", "distill_classification": "d.cls", "distill_regression": "d.reg",
-    "distill_gaussian": "d.gauss", "gate_feature": "g.feat", "gate_classification": "g.cls",
-    "gate_regression": "g.reg",
-}
 
 
 class Table:
@@ -71,21 +64,15 @@ class RunLog:
         self._evaluations = Table(folder / "eval.csv", resume_step=resume_step)
         purge = None if resume_step is None else resume_step + 1
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
-        self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[rate]:.1f} img/s {task.fields[terms]}"),
-            console=self.console, transient=True, disable=not self.console.is_terminal,
-        )
-        self._task = self._progress.add_task(label, total=self._total, completed=resume_step or 0, rate=0.0, terms="")
-        self._seconds = self._images = 0.0  # smoothed, for the rate shown
+        self._display = Display(self.console, label=label, epochs=epochs, total=self._total, step=resume_step or 0)
 
     def __enter__(self) -> RunLog:
-        self._progress.start()
+        self._display.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        self._progress.stop()
+        self._display.__exit__()
         self._board.close()
         self._steps.close()
         self._evaluations.close()
@@ -93,24 +80,22 @@ class RunLog:
     def step(self, epoch: int, step: int, values: dict[str, float], *, images: int, seconds: float) -> None:
         self._steps.write({"epoch": epoch, "step": step, **values, "seconds": seconds})
         for name, value in values.items():
-            self._board.add_scalar(f"train/{name}", value, step)
-        self._seconds, self._images = 0.95 * self._seconds + seconds, 0.95 * self._images + images
-        rate = self._images / max(self._seconds, 1e-9)
-        head = f"{self._label} epoch {epoch}/{self._epochs}".strip()
-        terms = " ".join(f"{SHORT_NAMES.get(name, name)} {value:.3g}" for name, value in values.items()
-                         if name == "loss" or name in SHORT_NAMES)
-        self._progress.update(self._task, completed=step, description=head, rate=rate, terms=terms)
+            self._board.add_scalar("/".join(place(name)), value, step)
+        self._board.add_scalar("speed/images_per_second", images / max(seconds, 1e-9), step)
+        self._display.update(epoch, step, values, images=images, seconds=seconds)
         if not self.console.is_terminal and (step % self._log_every == 0 or step == self._total):
-            self.say(f"{head} step {step}/{self._total} {rate:.1f} img/s {terms}")
+            self.say(self._display.line())
 
     def evaluation(self, epoch: int, step: int, metrics: dict[str, Any], *, best: bool) -> None:
         """Log what `evaluate` returned: percent, None where there is no such object."""
-        classes = {f"AP/{name}": value for name, value in metrics["per_class"].items()}
-        values = {name: value for name, value in {**metrics, **classes}.items() if name != "per_class"}
-        self._evaluations.write({"epoch": epoch, "step": step, **values})
-        for name, value in values.items():
-            if value is not None:
-                self._board.add_scalar(f"eval/{name}", value, step)
+        values = {name: value for name, value in metrics.items() if name != "per_class"}
+        classes = metrics["per_class"]
+        self._evaluations.write({"epoch": epoch, "step": step, **values,
+                                 **{f"AP/{name}": value for name, value in classes.items()}})
+        for group, scalars in (("AP", values), ("class_AP", classes)):
+            for name, value in scalars.items():
+                if value is not None:
+                    self._board.add_scalar(f"{group}/{name}", value, step)
         self.say(f"{self._label} epoch {epoch}/{self._epochs} {describe(metrics)}{' (best)' if best else ''}".strip())
 
     def say(self, text: str) -> None:

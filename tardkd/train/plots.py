@@ -1,13 +1,11 @@
-"""Pictures of runs: curves from their CSV logs, and detections of several models side by side."""
+"""Boxes on images: what several models detect, side by side; and the parts of such pictures for others to use."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib import patheffects
 from matplotlib.axes import Axes
@@ -19,54 +17,6 @@ from torchvision.ops import box_iou
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers, as far as they go; then further ones.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#A5AA99", "#8C564B", "#F0E442")
-LINES = ("-", "--", ":", "-.")
-DISTILL = {"distill_feature": "feature", "distill_classification": "classification",
-           "distill_regression": "regression", "distill_gaussian": "gaussian"}
-GATES = {"gate_feature": "feature gate", "gate_classification": "classification gate",
-         "gate_regression": "regression gate"}
-
-Table = dict[str, np.ndarray]  # column name to values; NaN where a cell is empty
-
-
-def plot_curves(runs: Mapping[str, str | Path], out: str | Path) -> None:
-    """Draws the runs against each other over their epochs, into the picture file ``out``.
-
-    Args:
-        runs: name to run folder (or a file in it); reads its ``train.csv`` (columns epoch and step from 1, loss_* and
-            distill_* per step, gate_* and lambda) and ``eval.csv`` (epoch, AP, AP50, ...).
-    """
-    tables = {name: _read_run(Path(path)) for name, path in runs.items()}
-    distilled = {name: steps for name, (steps, _) in tables.items() if _columns(steps, DISTILL)}
-    figure = Figure(figsize=(11, 7.5 if distilled else 4), layout="constrained")
-    panels = figure.subplots(2 if distilled else 1, 2, squeeze=False).ravel()
-    for i, (name, (steps, evaluations)) in enumerate(tables.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        terms = [steps[key] for key in steps if key.startswith("loss_")]
-        if terms:
-            _curve(panels[0], steps, sum(terms), color=colour, label=name)
-        for key, style in (("AP", ".-"), ("AP50", ":")):
-            panels[1].plot(evaluations["epoch"], evaluations[key], style, color=colour, label=f"{name} {key}")
-    panels[0].set(title="detector loss (moving mean)", ylabel="loss", ylim=(0, None))
-    panels[1].set(title="average precision", ylabel="percent", ylim=(0, None))
-    for (name, steps), line in zip(distilled.items(), LINES * len(distilled), strict=False):
-        suffix = f" ({name})" if len(distilled) > 1 else ""
-        for colour, key in zip(COLOURS, _columns(steps, DISTILL), strict=False):
-            _curve(panels[2], steps, steps[key], color=colour, linestyle=line, label=DISTILL[key] + suffix)
-        for colour, key in zip(COLOURS, _columns(steps, GATES), strict=False):
-            _curve(panels[3], steps, steps[key], color=colour, linestyle=line, label=GATES[key] + suffix)
-        if "lambda" in steps:
-            panels[3].plot(_epochs(steps), steps["lambda"], color="black", linewidth=1, linestyle=line,
-                           label="schedule weight" + suffix)
-    if distilled:
-        panels[2].set(title="distillation terms, weighted (moving mean)", ylabel="loss", ylim=(0, None))
-        panels[3].set(title="foreground regions with open gates, and schedule", ylabel="share", ylim=(0, 1.02))
-    for panel in panels:
-        panel.set(xlabel="epoch", xlim=(0, None))
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
-        if panel.get_lines():
-            panel.legend(fontsize=8, frameon=False)
-    _save(figure, out)
 
 
 def draw_detections(images: Tensor | Sequence[Tensor], columns: Mapping[str, Any], class_names: Sequence[str],
@@ -94,87 +44,87 @@ def draw_detections(images: Tensor | Sequence[Tensor], columns: Mapping[str, Any
     panels = figure.subplots(len(images), len(columns), squeeze=False)
     for row, image in enumerate(images):
         for panel, (name, per_image) in zip(panels[row], columns.items(), strict=True):
-            entry = {key: value.detach().cpu() for key, value in per_image[row].items() if isinstance(value, Tensor)}
-            _draw_image(panel, image)
             if row == 0:
                 panel.set_title(name, fontsize=12)
-            if "scores" not in entry:
-                _draw_boxes(panel, entry["boxes"], entry["labels"])
-                continue
-            keep = entry["scores"] >= min_score
-            boxes, labels, scores = entry["boxes"][keep], entry["labels"][keep], entry["scores"][keep]
-            right = torch.ones(len(boxes), dtype=torch.bool)
-            if truth is not None:
-                right, missed = _match(boxes, labels, truth[row]["boxes"].cpu(), truth[row]["labels"].cpu())
-                for box in truth[row]["boxes"].cpu()[missed].tolist():
-                    _rectangle(panel, box, "white", ":", 1.4)
-            _draw_boxes(panel, boxes, labels, scores, right)
+            draw_panel(panel, image, per_image[row], truth and truth[row], min_score)
     used = sorted({int(label) for per_image in columns.values() for entry in per_image for label in entry["labels"]})
-    handles = [Line2D([], [], color=_class_colour(label), linewidth=3, label=class_names[label - 1]) for label in used]
-    if truth is not None:
-        handles += [Line2D([], [], color="grey", linestyle="--", label="wrong"),
-                    Line2D([], [], color="grey", linestyle=":", label="missed (white)")]
+    handles = class_handles(used, class_names, found=truth is not None)
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 3 * len(columns)),
                       frameon=False)
-    _save(figure, out)
+    save(figure, out)
 
 
-# ---- curves --------------------------------------------------------------------------------------------------------
+# ---- parts ---------------------------------------------------------------------------------------------------------
 
-def _read_run(path: Path) -> tuple[Table, Table]:
-    folder = path if path.is_dir() else path.parent
-    return _read_table(folder / "train.csv"), _read_table(folder / "eval.csv")
-
-
-def _read_table(path: Path) -> Table:
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        raise ValueError(f"{path} has no rows to plot")
-    return {key: np.array([float(row[key] or "nan") for row in rows]) for key in rows[0]}
-
-
-def _columns(table: Table, wanted: Mapping[str, str]) -> list[str]:
-    return [key for key in wanted if key in table and np.isfinite(table[key]).any()]
-
-
-def _epochs(steps: Table) -> np.ndarray:
-    """Position of every step in epochs, 1 at the end of the first."""
-    per_epoch = steps["step"][steps["epoch"] == steps["epoch"][0]].max() / steps["epoch"][0]
-    return steps["step"] / per_epoch
-
-
-def _curve(panel: Axes, steps: Table, values: np.ndarray, **style: Any) -> None:
-    """``values`` over the epochs as a moving mean over 3 % of the run, so that noise leaves the course visible."""
-    known = np.isfinite(values)
-    values, epochs = values[known], _epochs(steps)[known]
-    window = max(1, len(values) * 3 // 100)
-    sums = np.cumsum(np.concatenate([[0.0], values]))
-    panel.plot(epochs[window - 1:], (sums[window:] - sums[:-window]) / window, linewidth=1.4, **style)
+def draw_panel(panel: Axes, image: Tensor, entry: Mapping[str, Any], truth: Mapping[str, Any] | None,
+               min_score: float) -> None:
+    """One image with one model's boxes, or with its objects where ``entry`` has no scores."""
+    draw_image(panel, image)
+    entry = {key: value.detach().cpu() for key, value in entry.items() if isinstance(value, Tensor)}
+    boxes, labels = entry["boxes"], entry["labels"]
+    if "scores" not in entry:
+        for box, label in zip(boxes.tolist(), labels.tolist(), strict=True):
+            rectangle(panel, box, class_colour(label), "-", 1.8)
+        return
+    keep = entry["scores"] >= min_score
+    boxes, labels, scores = boxes[keep], labels[keep], entry["scores"][keep]
+    right = torch.ones(len(boxes), dtype=torch.bool)
+    if truth is not None:
+        right, missed = _match(boxes, labels, truth["boxes"].cpu(), truth["labels"].cpu())
+        for box in truth["boxes"].cpu()[missed].tolist():
+            rectangle(panel, box, "white", ":", 1.4)
+    for box, label, solid in zip(boxes.tolist(), labels.tolist(), right.tolist(), strict=True):
+        rectangle(panel, box, class_colour(label), "-" if solid else (0, (3, 2)), 1.8)
+    draw_tags(panel, boxes.tolist(), [f"{100 * score:.0f}" for score in scores.tolist()],
+              [class_colour(label) for label in labels.tolist()], size=6)
 
 
-# ---- detections ----------------------------------------------------------------------------------------------------
+def class_handles(labels: Sequence[int], class_names: Sequence[str], *, found: bool) -> list[Line2D]:
+    """A legend's lines for classes and, with ``found``, for what :func:`draw_panel` makes of detections."""
+    handles = [Line2D([], [], color=class_colour(label), linewidth=3, label=class_names[label - 1]) for label in labels]
+    if found:
+        handles += [Line2D([], [], color="grey", linestyle="--", label="wrong"),
+                    Line2D([], [], color="grey", linestyle=":", label="missed (white)")]
+    return handles
 
-def _draw_image(panel: Axes, image: Tensor) -> None:
+
+def draw_image(panel: Axes, image: Tensor) -> None:
     panel.imshow(image.detach().cpu().permute(1, 2, 0).numpy(), interpolation="lanczos")
     panel.set(xticks=[], yticks=[])
     panel.autoscale(False)
 
 
-def _draw_boxes(panel: Axes, boxes: Tensor, labels: Tensor, scores: Tensor | None = None,
-                right: Tensor | None = None) -> None:
-    for i, (box, label) in enumerate(zip(boxes.tolist(), labels.tolist(), strict=True)):
-        solid = right is None or bool(right[i])
-        _rectangle(panel, box, _class_colour(label), "-" if solid else (0, (3, 2)), 1.8)
-        if scores is not None:
-            top = panel.get_ylim()[0] * 0.05  # a tag above a box at the upper edge would be cut off
-            panel.text(max(box[0], 0), max(box[1], top), f"{100 * scores[i]:.0f}", fontsize=6, color="white",
-                       va="bottom", clip_on=True,
-                       bbox={"facecolor": _class_colour(label), "edgecolor": "none", "pad": 0.8})
+def draw_tags(panel: Axes, boxes: Sequence[Sequence[float]], texts: Sequence[str], colours: Sequence[str], *,
+              size: float, always: bool = False) -> None:
+    """A text at a corner of each box, where it hides no earlier one; without room it is left out unless ``always``."""
+    (left, right), (bottom, top) = panel.get_xlim(), panel.get_ylim()
+    extent = panel.get_window_extent()
+    # Pixels of the image to a typographic point; the layout makes the panel larger rather than smaller later.
+    unit = max((right - left) / extent.width, (bottom - top) / extent.height) * panel.figure.dpi / 72
+    taken: list[tuple[float, float]] = []
+    height = 1.35 * size * unit
+    spans: list[float] = []
+    for (x1, y1, x2, y2), text, colour in zip(boxes, texts, colours, strict=True):
+        width = (0.66 * len(text) + 0.4) * size * unit
+        corners = [(x1, y1 - height), (x2 - width, y1 - height), (x1, y2), (x2 - width, y2), (x1, y1),
+                   (x2 - width, y2 - height)]
+        corners = [(min(max(x, left), right - width), min(max(y, top), bottom - height)) for x, y in corners]
+
+        def hidden(corner: tuple[float, float]) -> float:
+            return sum(max(0.0, min(corner[0] + width, x + span) - max(corner[0], x))
+                       * max(0.0, height - abs(corner[1] - y)) for (x, y), span in zip(taken, spans))
+
+        best = min(corners, key=hidden)
+        if hidden(best) > 0 and not always:
+            continue
+        taken.append(best)
+        spans.append(width)
+        panel.text(best[0] + width / 2, best[1] + height / 2, text, fontsize=size, color="white", ha="center",
+                   va="center_baseline", bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8})
 
 
-def _rectangle(panel: Axes, box: Sequence[float], colour: str, line: Any, width: float) -> None:
+def rectangle(panel: Axes, box: Sequence[float], colour: str, line: Any, width: float) -> None:
     x1, y1, x2, y2 = box
     # Pixel i spans [i, i + 1] in box coordinates, but [i - 0.5, i + 0.5] in the picture's.
     # The dark rim keeps every colour apart from every ground.
@@ -183,7 +133,7 @@ def _rectangle(panel: Axes, box: Sequence[float], colour: str, line: Any, width:
                               linewidth=width, path_effects=[rim]))
 
 
-def _class_colour(label: int) -> str:
+def class_colour(label: int) -> str:
     return COLOURS[(label - 1) % len(COLOURS)]
 
 
@@ -200,6 +150,6 @@ def _match(boxes: Tensor, labels: Tensor, true_boxes: Tensor, true_labels: Tenso
     return right, missed
 
 
-def _save(figure: Figure, out: str | Path) -> None:
+def save(figure: Figure, out: str | Path) -> None:
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=130)

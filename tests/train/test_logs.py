@@ -2,14 +2,22 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tardkd.train import display
+from tardkd.train.display import place
 from tardkd.train.logs import RunLog, Table
 
 METRICS = {"AP": 12.34, "AP50": 30.0, "AP75": 5.0, "APs": 1.0, "APm": 2.0, "APl": None, "per_class": {"cat": 1.5}}
+
+
+@pytest.fixture(autouse=True)
+def same_memory(monkeypatch):
+    monkeypatch.setattr(display, "memory_peak", lambda: "peak 0.25 GiB")
 
 
 def rows(path):
@@ -36,21 +44,50 @@ def test_tables_lines_and_scalars(tmp_path):
         ["epoch", "step", "AP", "AP50", "AP75", "APs", "APm", "APl", "AP/cat"],
         ["1", "3", "12.34", "30", "5", "1", "2", "", "1.5"]]
     assert log.console.file.getvalue().splitlines() == [
-        "student epoch 1/2 step 2/6 8.0 img/s loss 1 d.feat 0.5",
+        "student epoch 1/2 step 2/6  2.0 steps/s  8.0 images/s  0:00:02 left  peak 0.25 GiB  loss: total 1  "
+        "distill: feature 0.5",
         "student epoch 1/2 AP 12.3 AP50 30.0 AP75 5.0 APs 1.0 APm 2.0 APl - (best)"]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, round(e.value, 3)) for e in events.Scalars("train/loss")] == [(1, 2.0), (2, 1.0), (3, 0.667)]
-    assert [e.value for e in events.Scalars("eval/AP/cat")] == [1.5]
+    assert [(e.step, round(e.value, 3)) for e in events.Scalars("loss/total")] == [(1, 2.0), (2, 1.0), (3, 0.667)]
+    assert [e.value for e in events.Scalars("class_AP/cat")] == [1.5]
+    assert set(events.Tags()["scalars"]) == {
+        "train/lr", "loss/total", "distill/feature", "speed/images_per_second", "class_AP/cat",
+        "AP/AP", "AP/AP50", "AP/AP75", "AP/APs", "AP/APm"}  # no APl: there is no such object
 
 
-def test_a_terminal_gets_a_bar_in_place_of_lines(tmp_path):
+def test_a_terminal_gets_a_table_in_place_of_lines(tmp_path):
+    values = {"lr": 0.01, "loss": 2.0, "loss_box_reg": 1.5, "distill_feature": 0.5, "lambda": 0.75,
+              "gate_feature": 0.9, "teacher_score": 0.8}
     with run_log(tmp_path, terminal=True) as log:
         for step in (1, 2):
-            log.step(1, step, {"loss": 2.0}, images=4, seconds=0.5)
-        log._progress.refresh()
-        shown = log.console.file.getvalue()
-    assert "2/6" in shown and "8.0 img/s" in shown and "loss 2" in shown
-    assert "step 2/6" not in shown
+            log.step(1, step, values, images=4, seconds=0.5)
+        live = log.console.file.getvalue
+        log._display._live.refresh()
+        shown = live()
+    assert "epoch 1/2 step 2/6  2.0 steps/s  8.0 images/s  0:00:02 left  peak 0.25 GiB" in shown
+    shown_rows = shown[shown.rindex("student"):].splitlines()[1:]
+    assert [" ".join(re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", row).split()) for row in shown_rows][:5] == [
+        "train lr 0.01 lambda 0.75", "loss total 2 box_reg 1.5", "distill feature 0.5", "gate feature 0.9",
+        "score teacher_score 0.8"]
+    assert "loss: total" not in live()
+
+
+@pytest.mark.parametrize(("name", "group"), [
+    ("loss", "loss/total"), ("loss_mask", "loss/mask"), ("distill_gaussian", "distill/gaussian"),
+    ("gate_regression", "gate/regression"), ("other_iou", "score/other_iou"), ("student_score", "score/student_score"),
+    ("lambda", "train/lambda"), ("grad_norm", "train/grad_norm"),
+])
+def test_every_value_has_its_group(name, group):
+    assert "/".join(place(name)) == group
+
+
+def test_speed_follows_the_last_steps_and_a_resumed_run_has_less_left(tmp_path):
+    with run_log(tmp_path, resume_step=3) as log:
+        assert log._display.line() == "student epoch 0/2 step 3/6  peak 0.25 GiB"
+        log.step(2, 4, {"loss": 1.0}, images=4, seconds=10.0)
+        for _ in range(200):
+            log._display.update(2, 5, {}, images=4, seconds=2.0)
+        assert "0.5 steps/s  2.0 images/s  0:00:02 left" in log._display.line()
 
 
 def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):

@@ -9,16 +9,19 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from tardkd.data import Scenes
-from tardkd.train import plots
-from tardkd.train.plots import draw_detections, plot_curves
+from tardkd import cli
+from tardkd.train import curves, plots
+from tardkd.train.curves import plot_curves, unique_names
+from tardkd.train.plots import draw_detections
 
 
 @pytest.fixture
 def figures(monkeypatch) -> list[Figure]:
     """Every figure saved, for a look inside."""
     saved: list[Figure] = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, out: (saved.append(figure), save(figure, out)))
+    save = plots.save
+    for module in (plots, curves):
+        monkeypatch.setattr(module, "save", lambda figure, out: (saved.append(figure), save(figure, out)))
     return saved
 
 
@@ -38,32 +41,98 @@ def write_run(folder: Path, *, distilled: bool, epochs: int = 3, steps: int = 40
     return folder
 
 
+def panels(figure: Figure) -> dict[str, list]:
+    """The lines of every panel by its title."""
+    return {axes.get_title(loc="left"): axes.get_lines() for axes in figure.axes}
+
+
 def test_curves(tmp_path, figures):
     runs = {"alone": write_run(tmp_path / "a", distilled=False),
             "taught": write_run(tmp_path / "b", distilled=True, steps=20) / "train.csv"}
     plot_curves(runs, tmp_path / "new" / "curves.png")
     assert Image.open(tmp_path / "new" / "curves.png").width > 1000
-    loss, ap, terms, gates = figures[0].axes
-    assert [line.get_label() for line in ap.get_lines()] == ["alone AP", "alone AP50", "taught AP", "taught AP50"]
-    assert ap.get_lines()[0].get_xydata().tolist() == [[1, 10], [2, 20], [3, 30]]
-    assert [line.get_label() for line in loss.get_lines()] == ["alone", "taught"]
-    assert [line.get_xdata()[-1] for line in loss.get_lines()] == [3, 3]  # epochs, whatever the steps in one
-    assert [line.get_label() for line in terms.get_lines()] == ["feature"]
-    assert [line.get_label() for line in gates.get_lines()] == ["feature gate", "regression gate", "schedule weight"]
+    drawn = panels(figures[0])
+    assert list(drawn) == ["average precision, percent", "detector loss, all parts", "losses of the box head",
+                           "distillation: features, weighted", "regions with an open feature gate, share",
+                           "regions with an open box gate, share", "schedule's weight lambda"]
+    precision = drawn["average precision, percent"]
+    assert [line.get_xydata().tolist() for line in precision[:2]] == [
+        [[1, 10], [2, 20], [3, 30]], [[1, 20], [2, 40], [3, 60]]]
+    assert [line.get_linestyle() for line in precision] == ["-", "--", "-", "--"]
+    loss = drawn["detector loss, all parts"]
+    assert [line.get_xdata()[-1] for line in loss] == [3, 3]  # epochs, whatever the steps in one
+    assert len(drawn["distillation: features, weighted"]) == 1
+    colours = [line.get_color() for line in loss]
+    assert colours == [precision[0].get_color(), precision[2].get_color()] == list(curves.COLOURS[:2])
+    assert drawn["schedule's weight lambda"][0].get_color() == colours[1]
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert labels == ["alone (AP 30.0 after epoch 3)", "taught (AP 30.0 after epoch 3)"]
 
 
 def test_loss_curve_is_the_moving_mean_of_the_sum(tmp_path, figures):
-    plot_curves({"a": write_run(tmp_path / "a", distilled=False, epochs=5)}, tmp_path / "curves.png")
-    values = figures[0].axes[0].get_lines()[0].get_ydata()
+    plot_curves({"a": write_run(tmp_path / "a", distilled=False, epochs=5)}, tmp_path / "curves.svg")
+    [line] = panels(figures[0])["detector loss, all parts"]
+    values = line.get_ydata()
     assert len(values) == 200 - 6 + 1
     assert values[0] == pytest.approx(sum(2 / step for step in range(1, 7)) / 6)
-    assert len(figures[0].axes) == 2  # nothing distilled, so no panels for it
+    assert len(figures[0].axes) == 3  # nothing distilled, so no panels for it
 
 
-def test_runs_without_rows_are_named(tmp_path):
+def test_a_run_in_progress(tmp_path, figures):
+    """Its last line is still being written, and it has not been evaluated."""
+    folder = write_run(tmp_path / "a", distilled=True, epochs=2)
+    (folder / "eval.csv").write_text("")
+    with open(folder / "train.csv", "a") as file:
+        file.write("3,81,0.5,0.")
+    plot_curves({"a": folder}, tmp_path / "curves.png")
+    [line] = panels(figures[0])["schedule's weight lambda"]
+    assert line.get_xdata()[[0, -1]].tolist() == [1 / 40, 2]
+    assert figures[0].legends[0].get_texts()[0].get_text() == "a (not evaluated yet)"
+
+
+def test_in_its_first_epoch_a_run_is_as_far_as_another_says(tmp_path, figures):
+    early = write_run(tmp_path / "early", distilled=False, epochs=1, steps=10)
+    (early / "eval.csv").unlink()
+    plot_curves({"early": early}, tmp_path / "one.png")
+    assert figures[0].axes[0].get_xlabel() == "step of the first epoch"
+    assert panels(figures[0])["detector loss, all parts"][0].get_xdata()[-1] == 10
+    plot_curves({"early": early, "other": write_run(tmp_path / "other", distilled=False)}, tmp_path / "two.png")
+    assert figures[1].axes[0].get_xlabel() == "epoch"
+    assert panels(figures[1])["detector loss, all parts"][0].get_xdata()[-1] == 10 / 40
+
+
+def test_names_of_runs_are_unique_and_short():
+    assert list(unique_names(["/x/seed0/distilled", "/x/seed1/distilled/", "/x/seed0/baseline"])) == [
+        "seed0/distilled", "seed1/distilled", "baseline"]
+    assert list(unique_names(["/a/run", "/b/a/run", "/a/run"])) == ["//a/run", "b/a/run"]
+
+
+def test_the_plot_command(tmp_path, capsys):
+    one, two = write_run(tmp_path / "one", distilled=False), write_run(tmp_path / "two", distilled=True)
+    assert cli.main(["plot", str(one), str(two), "--out", str(tmp_path / "curves.svg")]) == 0
+    assert f"{tmp_path / 'curves.svg'}: one, two" in capsys.readouterr().out
+    picture = (tmp_path / "curves.svg").read_text()
+    assert picture.count("<svg") == 1 and "distillation: features" in picture
+    for words, message in [
+        ([str(tmp_path), "--out", "x.png"], f"{tmp_path} is no run's folder: it has no train.csv; there are runs in "
+                                            "it: one, two"),
+        ([str(tmp_path / "no"), "--out", "x.png"], "is no run's folder: it has no train.csv\n"),
+        ([str(one), "--out", str(tmp_path / "x.doc")], "not supported"),
+    ]:
+        assert cli.main(["plot", *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rows", "message"), [
+    ("epoch,step,loss_box_reg\n", "has no step to plot yet"),
+    ("", "has no step to plot yet"),
+    ("epoch,step,loss_box_reg\n1,1,a\n", "a row that does not fit its columns"),
+    ("epoch,step,loss_box_reg\n1,1\n1,2,3\n", "a row that does not fit its columns"),
+])
+def test_logs_that_cannot_be_plotted_are_named(tmp_path, rows, message):
     folder = write_run(tmp_path / "a", distilled=False)
-    (folder / "eval.csv").write_text("epoch,step,AP\n")
-    with pytest.raises(ValueError, match="eval.csv has no rows"):
+    (folder / "train.csv").write_text(rows)
+    with pytest.raises(ValueError, match=f"train.csv .*{message}"):
         plot_curves({"a": folder}, tmp_path / "curves.png")
 
 

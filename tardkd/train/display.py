@@ -1,0 +1,96 @@
+"""What a running training shows: one table, redrawn in a terminal; the same as a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from datetime import timedelta
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+LINE_GROUPS = ("loss", "distill", "gate")  # a line has no room for more
+MEMORY = 0.95  # of earlier steps, in the speed shown
+
+
+def place(name: str) -> tuple[str, str]:
+    """The group of a logged value and its name there: a row of the table, a tag ``group/name`` of TensorBoard's."""
+    if name == "loss":
+        return "loss", "total"
+    for group in ("loss", "distill", "gate"):
+        if name.startswith(f"{group}_"):
+            return group, name.removeprefix(f"{group}_")
+    return ("score" if name.endswith(("_score", "_iou")) else "train"), name
+
+
+class Display:
+    """Use as a context manager; redraws itself in a terminal, and is silent elsewhere, where :meth:`line` serves."""
+
+    def __init__(self, console: Console, *, label: str, epochs: int, total: int, step: int) -> None:
+        self._label, self._epochs, self._total, self._epoch, self._step = label, epochs, total, 0, step
+        self._values: dict[str, float] = {}
+        self._steps = self._images = self._seconds = 0.0  # of the last steps, for the speed
+        self._live = Live(get_renderable=self.table, console=console, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> Display:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def update(self, epoch: int, step: int, values: Mapping[str, float], *, images: int, seconds: float) -> None:
+        self._epoch, self._step, self._values = epoch, step, dict(values)
+        self._steps = MEMORY * self._steps + 1
+        self._images = MEMORY * self._images + images
+        self._seconds = MEMORY * self._seconds + seconds
+
+    def table(self) -> Table:
+        """The first row says how far and how fast, each further one a group of values."""
+        head = Table.grid(padding=(0, 2))
+        head.add_row(ProgressBar(self._total, self._step, width=20), Text(f"{self._position()}  {self._speed()}"))
+        table = Table.grid(padding=(0, 2))
+        table.add_row(Text(self._label or "training", style="bold"), head)
+        for group, values in self._groups().items():
+            table.add_row(Text(group, style="dim"), Text("  ".join(values)))
+        return table
+
+    def line(self) -> str:
+        groups = [f"{group}: {' '.join(values)}" for group, values in self._groups().items() if group in LINE_GROUPS]
+        return "  ".join([f"{self._label} {self._position()}".strip(), self._speed(), *groups])
+
+    def _position(self) -> str:
+        return f"epoch {self._epoch}/{self._epochs} step {self._step}/{self._total}"
+
+    def _speed(self) -> str:
+        if not self._seconds:
+            return memory_peak()
+        left = timedelta(seconds=round((self._total - self._step) * self._seconds / self._steps))
+        return (f"{self._steps / self._seconds:.1f} steps/s  {self._images / self._seconds:.1f} images/s  "
+                f"{left} left  {memory_peak()}".rstrip())
+
+    def _groups(self) -> dict[str, list[str]]:
+        groups: dict[str, list[str]] = {}
+        for key, value in self._values.items():
+            group, name = place(key)
+            groups.setdefault(group, []).append(f"{name} {value:.3g}")
+        return groups
+
+
+def memory_peak() -> str:
+    """The most that tensors took on the GPU; without one the process's resident set, where the system tells."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        used = torch.cuda.max_memory_allocated()
+    else:
+        try:
+            import resource
+        except ModuleNotFoundError:  # Windows
+            return ""
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"peak {used / 2**30:.2f} GiB"

@@ -1,0 +1,90 @@
+"""A trained distillation under the magnifying glass: pictures and a table of what the teacher taught on real images."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tardkd.distill.distiller import REGION_TERMS
+from tardkd.train import checkpoint
+from tardkd.train.build import build_dataset, load_student, pair, stored_config
+from tardkd.train.config import Config, ConfigError
+from tardkd.train.distributed import pick_device
+from tardkd.train.loop import check_classes
+from tardkd.train.region_plots import draw_overview, draw_page
+from tardkd.train.regions import COLUMNS, detect, look_at, teachers_detections
+
+
+def inspect_run(path: Path, out: Path, *, split: str = "val", count: int = 8, ids: Sequence[int] | None = None,
+                overrides: Sequence[str] = ()) -> str:
+    """Writes ``image_<id>.png`` for every image, ``overview.png`` over all, and ``regions.csv`` into the folder ``out``.
+
+    Args:
+        path: a checkpoint of a distilled run; it says which data and teacher, unless ``overrides`` do.
+        count: that many images, evenly spread over the split; all if there are fewer. ``ids``: these images instead.
+
+    Returns:
+        What the gates came to, in one line.
+
+    Raises:
+        ConfigError: the run was not a distilled one, an id is not in the split, or the teacher is elsewhere now.
+    """
+    state = checkpoint.load(path)
+    config = stored_config(state, path, list(overrides))
+    _check_distilled(config, path)
+    dataset = build_dataset(config, split)
+    check_classes(path, state["classes"], f"data.{split}", dataset.class_names)
+    indices = _choose(dataset, f"data.{split}", count, ids)
+    distiller = pair(config, load_student(state, path), state["classes"]).to(pick_device(config.train.device))
+
+    out.mkdir(parents=True, exist_ok=True)
+    compared = "student" if config.distill.regression_gate == "vs_student" else "region"
+    looks = []
+    for index in indices:
+        image, target = dataset[index]
+        pixels = image.float() / 255
+        looks.append(look_at(distiller, pixels, target, seed=config.train.seed))
+        columns = {"objects": target, "student": detect(distiller.student, pixels),
+                   "teacher": teachers_detections(distiller, pixels)}
+        draw_page(image, columns, looks[-1], dataset.class_names, out / f"image_{target['image_id']}.png",
+                  title=f"image {target['image_id']} of {split}, {path.parent.name}/{path.name}", compared=compared)
+    with open(out / "regions.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([COLUMNS, *(row for look in looks for row in look.rows(dataset.class_names))])
+    draw_overview(looks, dataset.class_names, out / "overview.png", compared=compared)
+
+    gates = torch.cat([look.foreground().gates for look in looks])
+    images = "1 image" if len(looks) == 1 else f"{len(looks)} images"
+    if not len(gates):
+        return f"{images} without a foreground region"
+    shares = [f"{name} {share:.0%}" for name, share in zip(("features", "class", "box"), gates.float().mean(0).tolist())]
+    return f"{images}, {len(gates)} foreground regions; taught: {', '.join(shares)}"
+
+
+def _check_distilled(config: Config, path: Path) -> None:
+    if not config.distill.enabled:
+        raise ConfigError(f"{path} was trained without a teacher (distill.enabled is false); inspect needs a "
+                          "distilled run")
+    if not any(config.distill.weights[name] for name in REGION_TERMS):
+        raise ConfigError(f"{path} was distilled without a term of regions (distill.{', distill.'.join(REGION_TERMS)} "
+                          "are 0), so there are no gates to show")
+    for key, teacher in config.teachers.items():
+        if teacher.weights not in (None, "DEFAULT") and not Path(teacher.weights).exists():
+            raise ConfigError(f"{path} had the teacher {teacher.weights}, which is not there; {key}.weights=FILE says "
+                              "where it is now")
+
+
+def _choose(dataset: Any, where: str, count: int, ids: Sequence[int] | None) -> list[int]:
+    """Positions in the data set, whose items are in the order of their ids."""
+    if ids is None:
+        count = min(count, len(dataset))
+        return [i * len(dataset) // count for i in range(count)]
+    positions = {image_id: i for i, image_id in enumerate(sorted(dataset.coco.imgs))}
+    unknown = [str(image_id) for image_id in ids if image_id not in positions]
+    if unknown:
+        raise ConfigError(f"{where} has no image {', '.join(unknown)}; its {len(positions)} ids go from "
+                          f"{min(positions)} to {max(positions)}")
+    return [positions[image_id] for image_id in dict.fromkeys(ids)]
