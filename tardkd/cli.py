@@ -105,7 +105,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def plot(options: argparse.Namespace) -> None:
-    from tardkd.train.curves import plot_curves, unique_names
+    from tardkd.seeing.curves import plot_curves, unique_names
 
     runs = unique_names(options.runs)
     plot_curves(runs, options.out)
@@ -113,7 +113,7 @@ def plot(options: argparse.Namespace) -> None:
 
 
 def inspect(options: argparse.Namespace) -> None:
-    from tardkd.train.inspect import inspect_run
+    from tardkd.seeing.inspect import inspect_run
 
     summary = inspect_run(_checkpoint(options.checkpoint), Path(options.out), split=options.split, count=options.images,
                           ids=options.ids, overrides=options.overrides)

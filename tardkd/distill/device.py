@@ -38,8 +38,8 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 def run_beside(device: torch.device, work: Callable[[], Result]) -> Result:
     """Queue ``work`` on a second stream of ``device``, after all that is queued on the current one.
 
-    Before the current stream uses the result it must :func:`join_beside`. As long as the caller's stream stays the same one
-    memory is safe without more: what ``work`` allocates is used again by later work alone, which waits here first.
+    Before the current stream uses the result it must :func:`join_beside`. As long as the caller's stream stays the same
+    one memory is safe without more: what ``work`` allocates is used again by later work alone, which waits here first.
     """
     if device.type != "cuda":
         return work()

@@ -181,8 +181,8 @@ class Distiller(nn.Module):
     def look(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
     ) -> tuple[StudentPass, list[tuple[FrozenTeacher, Regions, RegionLosses]]]:
-        """What the region terms make of a batch, without gradients: the student's pass, and for each teacher the regions
-        that it teaches, with the gates and scores of each.
+        """What the region terms make of a batch, without gradients: the student's pass, and for each teacher the
+        regions that it teaches, with the gates and scores of each.
 
         The student's pass is one of training, so that it has to be in training mode. Labels are those of the classes
         that teacher and student share: see :class:`tardkd.distill.classes.ClassMap`.

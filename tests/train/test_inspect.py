@@ -13,10 +13,10 @@ from tardkd import cli
 from tardkd.data import Scenes
 from tardkd.distill import Distiller, DistillSettings
 from tardkd.train import checkpoint, region_plots
-from tardkd.train.inspect import inspect_run
+from tardkd.seeing.inspect import inspect_run
 from tardkd.train.models import ModelSpec, build_model
-from tardkd.train.region_plots import draw_overview, draw_page
-from tardkd.train.regions import COLUMNS, LESSONS, TaughtRegions, look_at
+from tardkd.seeing.region_plots import draw_overview, draw_page
+from tardkd.seeing.regions import COLUMNS, LESSONS, TaughtRegions, look_at
 
 from .recipe import MODEL
 

@@ -10,9 +10,9 @@ from PIL import Image
 
 from tardkd.data import Scenes
 from tardkd import cli
-from tardkd.train import curves, plots
-from tardkd.train.curves import plot_curves, unique_names
-from tardkd.train.plots import draw_detections
+from tardkd.seeing import curves, plots
+from tardkd.seeing.curves import plot_curves, unique_names
+from tardkd.seeing.plots import draw_detections
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from tardkd.train.plots import COLOURS, save
+from tardkd.seeing.plots import COLOURS, save
 
 COLUMNS = 3  # of panels
 WINDOW = 0.03  # share of a run's steps that the moving mean spans

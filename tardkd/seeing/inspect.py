@@ -15,13 +15,13 @@ from tardkd.train.build import build_dataset, load_student, pair, stored_config
 from tardkd.train.config import Config, ConfigError
 from tardkd.train.distributed import pick_device
 from tardkd.train.loop import check_classes
-from tardkd.train.region_plots import draw_overview, draw_page
-from tardkd.train.regions import COLUMNS, detect, look_at, teachers_detections
+from tardkd.seeing.region_plots import draw_overview, draw_page
+from tardkd.seeing.regions import COLUMNS, detect, look_at, teachers_detections
 
 
 def inspect_run(path: Path, out: Path, *, split: str = "val", count: int = 8, ids: Sequence[int] | None = None,
                 overrides: Sequence[str] = ()) -> str:
-    """Writes ``image_<id>.png`` for every image, ``overview.png`` over all, and ``regions.csv`` into the folder ``out``.
+    """Writes ``image_<id>.png`` for every image, ``overview.png`` over all, and ``regions.csv`` into ``out``.
 
     Args:
         path: a checkpoint of a distilled run; it says which data and teacher, unless ``overrides`` do.
@@ -60,7 +60,8 @@ def inspect_run(path: Path, out: Path, *, split: str = "val", count: int = 8, id
     images = "1 image" if len(looks) == 1 else f"{len(looks)} images"
     if not len(gates):
         return f"{images} without a foreground region"
-    shares = [f"{name} {share:.0%}" for name, share in zip(("features", "class", "box"), gates.float().mean(0).tolist())]
+    opened = gates.float().mean(0).tolist()
+    shares = [f"{name} {share:.0%}" for name, share in zip(("features", "class", "box"), opened)]
     return f"{images}, {len(gates)} foreground regions; taught: {', '.join(shares)}"
 
 

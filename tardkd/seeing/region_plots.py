@@ -1,6 +1,6 @@
 """Pictures of what a teacher taught: a page for one image, and an overview of many.
 
-A colour is a lesson (see ``tardkd.train.regions.LESSONS``) wherever regions are shown.
+A colour is a lesson (see ``tardkd.seeing.regions.LESSONS``) wherever regions are shown.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from tardkd.train.plots import class_handles, draw_image, draw_panel, draw_tags, rectangle, save
-from tardkd.train.regions import LESSONS, TaughtRegions
+from tardkd.seeing.plots import class_handles, draw_image, draw_panel, draw_tags, rectangle, save
+from tardkd.seeing.regions import LESSONS, TaughtRegions
 
 COLOURS = dict(zip(LESSONS, ("#808080", "#CC79A7", "#0072B2", "#D98200", "#009E73")))
 MARKERS = dict(zip(LESSONS, ("x", "D", "^", "s", "o")))
