@@ -85,7 +85,6 @@ def evaluate(options: argparse.Namespace) -> None:
     from tardkd.train import checkpoint
     from tardkd.train.build import build_dataset, load_student, stored_config
     from tardkd.train.distributed import pick_device
-    from tardkd.train.evaluate import METRICS
     from tardkd.train.evaluate import evaluate as run
     from tardkd.train.logs import describe
     from tardkd.train.loop import build_batches, check_classes
@@ -101,7 +100,7 @@ def evaluate(options: argparse.Namespace) -> None:
     for name, value in metrics["per_class"].items():
         print(f"  {name}: {'-' if value is None else format(value, '.1f')}")
     if options.json:
-        Path(options.json).write_text(json.dumps({name: metrics[name] for name in (*METRICS, "per_class")}, indent=2))
+        Path(options.json).write_text(json.dumps(metrics, indent=2))
 
 
 def plot(options: argparse.Namespace) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,9 +19,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 MIN_SIDE = 0.1  # pixels; a thinner box carries no object and its log-width target would dominate the loss
+STAND_IN = 64  # pixels, the side of what is shown for an image that cannot be read
 
 Target = dict[str, Any]
 Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
+OnBadImage = Literal["error", "replace", "blank"]
 
 
 class CocoDetection(Dataset):
@@ -28,6 +32,12 @@ class CocoDetection(Dataset):
     An item is ``(image, target)``: image a uint8 tensor (3, H, W); target a dict with ``boxes`` (G, 4) float32 xyxy
     pixels clipped to the image, ``labels`` (G,) int64 in 1..K, ``area`` (G,) float32, ``iscrowd`` (G,) int64 and the
     int ``image_id``. Crowd boxes and boxes without extent are left out of the targets; images without boxes stay.
+
+    Args:
+        on_bad_image: what to do about an image that is missing, cannot be decoded or has another size than annotated.
+            ``error`` raises. The others warn once of each: ``replace`` gives the next image that can be read in its
+            place, the same at every time; ``blank`` gives a black one, with ``unreadable: True`` in the target, which
+            evaluation counts as an image without detections.
 
     Attributes:
         class_names: K names; label ``y`` is ``class_names[y - 1]``.
@@ -38,21 +48,24 @@ class CocoDetection(Dataset):
     Raises:
         FileNotFoundError: the annotation file, the image folder or an image is missing.
         ValueError: the annotations are malformed (names file and key), an image path leaves the folder, an image
-            cannot be decoded or has another size than its annotation says.
+            cannot be decoded or has another size than its annotation says (names the image's id and file).
     """
 
+    on_bad_image: OnBadImage = "error"
+
     def __init__(self, image_folder: str | Path, annotations: str | Path | dict[str, Any], *,
-                 transform: Transform | None = None) -> None:
+                 transform: Transform | None = None, on_bad_image: OnBadImage = "error") -> None:
         self.image_folder = Path(image_folder)
         self.transform = transform
-        source = "the annotations" if isinstance(annotations, dict) else str(annotations)
+        self.on_bad_image = on_bad_image
+        source = f"annotations of {self.image_folder}" if isinstance(annotations, dict) else str(annotations)
         if not self.image_folder.is_dir():
             raise FileNotFoundError(f"image folder not found: {self.image_folder}")
         data = annotations if isinstance(annotations, dict) else read_json(Path(annotations))
         self._index(coco_index(check_annotations(data, source)))
-        missing = [name for name in self._file_names if not (self.image_folder / name).is_file()]
-        if missing:
-            raise FileNotFoundError(f"{len(missing)} of {len(self._file_names)} images of {source} are "
+        missing = missing_files(self.image_folder, self._file_names, source)
+        if missing and (on_bad_image == "error" or len(missing) == len(self)):
+            raise FileNotFoundError(f"{len(missing)} of {len(self)} images of {source} are "
                                     f"missing, the first: {self.image_folder / missing[0]}")
 
     def _index(self, coco: COCO) -> None:
@@ -64,16 +77,49 @@ class CocoDetection(Dataset):
         images = [coco.imgs[i] for i in self._image_ids]
         self._file_names: list[str] = [image["file_name"] for image in images]
         self.sizes: list[tuple[int, int]] = [(image["height"], image["width"]) for image in images]
+        self._bad = torch.zeros(max(1, len(images)), dtype=torch.bool).share_memory_()  # the loader's processes see it
 
     def __len__(self) -> int:
         return len(self._image_ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        image, target = self._image(index), self._target(index)
+        index, image = self._readable(index)
+        target = self._target(index)
+        if image is None:
+            return torch.zeros(3, STAND_IN, STAND_IN, dtype=torch.uint8), {**target, "unreadable": True}
         return self.transform(image, target) if self.transform else (image, target)
 
+    @property
+    def bad_images(self) -> list[int]:
+        """The ids of the images found bad so far, by this process and the loader's."""
+        return [image_id for image_id, bad in zip(self._image_ids, self._bad.tolist()) if bad]
+
+    def _readable(self, index: int) -> tuple[int, Tensor | None]:
+        """The image at ``index``; where it is bad, the first good one after it and its index, or None."""
+        for step in range(len(self)):
+            candidate = (index + step) % len(self) if step else index
+            try:
+                return candidate, self._image(candidate)
+            except (FileNotFoundError, ValueError) as error:
+                if self.on_bad_image == "error":
+                    raise
+                self._warn(candidate, error)
+                if self.on_bad_image == "blank":
+                    return candidate, None
+        raise ValueError(f"none of the {len(self)} images can be read; the first was {self._file_names[0]}")
+
+    def _warn(self, index: int, error: Exception) -> None:
+        if not self._bad[index]:
+            self._bad[index] = True
+            instead = ("the next good one takes its place" if self.on_bad_image == "replace"
+                       else "it counts as an image without detections")
+            warnings.warn(f"{error}; {instead}", stacklevel=2)
+
     def _image(self, index: int) -> Tensor:
-        return read_image(self.image_folder / self._file_names[index], self.sizes[index])
+        try:
+            return read_image(self.image_folder / self._file_names[index], self.sizes[index])
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"image id {self._image_ids[index]}: {error}") from error
 
     def _target(self, index: int) -> Target:
         height, width = self.sizes[index]
@@ -98,11 +144,33 @@ def has_extent(boxes: Tensor) -> Tensor:
     return ((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(dim=1)
 
 
-def read_image(path: Path, size: tuple[int, int]) -> Tensor:
-    """The image at ``path`` as uint8 RGB (3, H, W); 16-bit grey is scaled to 8 bits.
+def missing_files(folder: Path, names: list[str], source: str) -> list[str]:
+    """Those of ``names`` that are no files in ``folder``; ValueError for one that a link leads out of it."""
+    root = folder.resolve()
+    resolved = cache(Path.resolve)
+    missing = []
+    for name in names:
+        path = root / name
+        try:
+            real = path.resolve() if path.is_symlink() else resolved(path.parent)
+            found = path.is_file()
+        except (OSError, ValueError, RuntimeError):  # a name that no file can have, no right to look, a circle of links
+            missing.append(name)
+            continue
+        if not real.is_relative_to(root):
+            raise ValueError(f"{source}: images.file_name {name!r} is a link that leads out of the image folder, "
+                             f"to {real}")
+        if not found:
+            missing.append(name)
+    return missing
 
-    The EXIF orientation is applied, as annotation tools do, unless only the stored pixel grid has the annotated
-    ``size`` = (height, width).
+
+def read_image(path: Path, size: tuple[int, int]) -> Tensor:
+    """The image at ``path`` as uint8 RGB (3, H, W); 16-bit grey is scaled to 8 bits, transparency is left out.
+
+    The annotated ``size`` = (height, width) tells whether the boxes were drawn on the stored pixels or on the image as
+    EXIF turns it. Where both have that size (half turns, square images), EXIF is followed, as Detectron2, MMDetection
+    and annotation tools do.
     """
     try:
         with Image.open(path) as image:
@@ -139,6 +207,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"annotation file not found: {path}") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
@@ -174,7 +244,7 @@ def _check(data: Any) -> dict[str, Any]:
                 image.get("file_name"))
         for side in ("width", "height"):
             value = image.get(side)
-            _expect(_is_int(value) and value > 0, f"images[{i}].{side}", "a positive integer", value)
+            _expect(_is_int(value) and 0 < value < 2**31, f"images[{i}].{side}", "a positive integer", value)
     categories = _unique_ids(data["categories"], "categories")
     images = _unique_ids(data["images"], "images")
     _expect(len(categories) > 0, "categories", "at least one category", [])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,13 +15,14 @@ from .seeds import mix
 
 
 def build_loader(dataset: Dataset, *, batch_size: int, shuffle: bool, seed: int, epoch: int, workers: int = 0,
-                 first_batch: int = 0, processes: int = 1, rank: int = 0, parts: int = 1,
-                 pin_memory: bool = False) -> DataLoader:
-    """Batches ``(images, targets)``: N float images (3, H, W) in [0, 1] and N target dicts.
+                 first_batch: int = 0, processes: int = 1, rank: int = 0, parts: int = 1, pin_memory: bool = False,
+                 groups: Sequence[int] | None = None) -> DataLoader:
+    """Batches ``(images, targets)``: N images (3, H, W), uint8 in 0..255 or float in [0, 1] as the data set gives them
+    (see :func:`to_float`), and N target dicts.
 
     The order depends on (seed, epoch) alone and the random view of image ``index`` on (seed, epoch, index) alone, so
     neither the number of workers nor what was drawn before matters, and torch's global generator is left as it was.
-    With ``shuffle`` an incomplete last batch is dropped unless it is the only one; without, all images come, in order.
+    With ``shuffle`` the batches are those of :func:`epoch_batches`; without, all images come, in order.
 
     Of several processes each takes its share of every batch, in ``parts`` that come one after the other; without
     ``shuffle`` every image comes in one of them. Together the shares are the batch that one process would have.
@@ -28,6 +31,7 @@ def build_loader(dataset: Dataset, *, batch_size: int, shuffle: bool, seed: int,
         batch_size: images, of all processes and parts together.
         first_batch: how many batches (parts) of the epoch to leave out at its beginning, to resume within it.
         pin_memory: for copies to a GPU that need not be waited for.
+        groups: a number for each image, see :func:`epoch_batches`; with ``shuffle`` only.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, found {batch_size}")
@@ -35,14 +39,10 @@ def build_loader(dataset: Dataset, *, batch_size: int, shuffle: bool, seed: int,
     if count == 0:
         raise ValueError("the data set has no images")
     if shuffle:
-        order = torch.randperm(count, generator=_generator(seed, epoch))
-        batches = [batch.tolist() for batch in order.split(batch_size)]
-        if len(batches) > 1 and len(batches[-1]) < batch_size:
-            batches.pop()
-        batches = [part for batch in batches for part in _share(batch, processes, rank, parts)]
+        batches = [part for batch in epoch_batches(count, batch_size, seed, epoch, groups)
+                   for part in _share(batch, processes, rank, parts)]
     else:
-        order = torch.arange(rank, count, processes)
-        batches = [batch.tolist() for batch in order.split(max(1, batch_size // (processes * parts)))]
+        batches = _chunks(list(range(rank, count, processes)), max(1, batch_size // (processes * parts)))
     return DataLoader(_SeededItems(dataset, seed, epoch), batch_sampler=batches[first_batch:], collate_fn=collate,
                       num_workers=workers, pin_memory=pin_memory, generator=_generator(seed, epoch),
                       worker_init_fn=_ignore_termination)
@@ -57,15 +57,52 @@ def _share(batch: list[int], processes: int, rank: int, parts: int) -> list[list
     return [batch[first + part * size : first + (part + 1) * size] for part in range(parts)]
 
 
+def epoch_batches(count: int, batch_size: int, seed: int, epoch: int,
+                  groups: Sequence[int] | None = None) -> list[list[int]]:
+    """The batches of an epoch, as lists of the indices 0..count - 1: a pure function of its arguments.
+
+    With ``groups``, a number for every index, a batch holds images of one group, filled in the epoch's random order.
+    What is left of the groups at the end makes mixed batches, so that grouping costs no image and no step. With or
+    without, an incomplete last batch is dropped unless it is the only one.
+    """
+    batches: list[list[int]] = []
+    waiting: dict[int, list[int]] = defaultdict(list)
+    for index in torch.randperm(count, generator=_generator(seed, epoch)).tolist():
+        group = 0 if groups is None else groups[index]
+        waiting[group].append(index)
+        if len(waiting[group]) == batch_size:
+            batches.append(waiting.pop(group))
+    batches += _chunks([index for group in waiting.values() for index in group], batch_size)
+    if len(batches) > 1 and len(batches[-1]) < batch_size:
+        batches.pop()
+    return batches
+
+
+def aspect_groups(sizes: Iterable[tuple[int, int]]) -> list[int]:
+    """For images of (height, width): 1 for wide ones, 0 for the others. A batch of one kind needs less padding."""
+    return [int(width > height) for height, width in sizes]
+
+
+def _chunks(indices: list[int], size: int) -> list[list[int]]:
+    return [indices[start:start + size] for start in range(0, len(indices), size)]
+
+
 def _ignore_termination(worker: int) -> None:
     """A scheduler may send SIGTERM to all processes of a job: the one that trains ends them when it has saved."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def collate(items: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
-    """Images of differing sizes stay a list; uint8 becomes float32 in [0, 1]."""
-    images = [image.float() / 255 if image.dtype == torch.uint8 else image for image, _ in items]
-    return images, [target for _, target in items]
+    """Images of differing sizes stay a list, and uint8, a quarter of the bytes to pass on."""
+    return [image for image, _ in items], [target for _, target in items]
+
+
+def to_float(images: Iterable[Tensor], device: torch.device | str = "cpu") -> list[Tensor]:
+    """The images on ``device``, uint8 ones as float32 in [0, 1], on every device to the bit the same."""
+    # Not by a number: a CUDA tensor is then multiplied by its reciprocal.
+    whole = torch.full((), 255.0, dtype=torch.float32, device=device)
+    on_device = [image.to(device, non_blocking=True) for image in images]
+    return [image / whole if image.dtype == torch.uint8 else image for image in on_device]
 
 
 class _SeededItems(Dataset):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from .coco import Target, has_extent
 
 GREY = 114  # what lies outside the image when a view shrinks or moves it
 
+Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of an image and its boxes, such as a v2.Transform
+
 
 class DetectionTransform:
     """Applies v2 transforms to ``(image, target)``: boxes move with the pixels, are clipped to the view, and those
@@ -21,7 +23,7 @@ class DetectionTransform:
     All randomness comes from torch's global CPU generator, which the loader seeds per (seed, epoch, index).
     """
 
-    def __init__(self, *steps: v2.Transform) -> None:
+    def __init__(self, *steps: Step) -> None:
         self.steps = steps
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
@@ -38,8 +40,9 @@ class DetectionTransform:
 
 
 def build_transform(*, flip: float = 0.5, scale: Sequence[float] = (1.0, 1.0), shift: float = 0.0,
-                    photometric: bool = False) -> DetectionTransform:
-    """The usual training augmentation.
+                    photometric: bool = False, zoom_out: float = 1.0, iou_crop: bool = False,
+                    large_scale_jitter: Sequence[float] | None = None) -> DetectionTransform:
+    """The usual training augmentation, in the order of the arguments.
 
     Args:
         flip: probability of a horizontal flip.
@@ -47,6 +50,10 @@ def build_transform(*, flip: float = 0.5, scale: Sequence[float] = (1.0, 1.0), s
             size. (Resizing the image itself would be undone by the detector, which resizes to its own ``min_size``.)
         shift: largest displacement, as a share of the image's width and height.
         photometric: random brightness, contrast, saturation, hue and channel order.
+        zoom_out: half of the images are laid on a grey canvas whose sides are up to so many times as long (SSD: 4).
+        iou_crop: SSD's crop, of sides from 0.3 on, which holds the centre of an object at least.
+        large_scale_jitter: (smallest, largest) factor, such as (0.1, 2), by which the image is resized; then it is
+            cropped or laid on grey, at a random place, so that its size is as before.
     """
     if not 0 <= flip <= 1:
         raise ValueError(f"flip must be a probability, found {flip}")
@@ -54,7 +61,13 @@ def build_transform(*, flip: float = 0.5, scale: Sequence[float] = (1.0, 1.0), s
         raise ValueError(f"scale must be (smallest, largest) with 0 < smallest <= largest, found {scale}")
     if not 0 <= shift < 1:
         raise ValueError(f"shift must be in [0, 1), found {shift}")
-    steps: list[v2.Transform] = []
+    if not zoom_out >= 1:
+        raise ValueError(f"zoom_out must be at least 1, found {zoom_out}")
+    if large_scale_jitter is not None and not (len(large_scale_jitter) == 2
+                                               and 0 < large_scale_jitter[0] <= large_scale_jitter[1]):
+        raise ValueError("large_scale_jitter must be (smallest, largest) with 0 < smallest <= largest, "
+                         f"found {large_scale_jitter}")
+    steps: list[Step] = []
     if flip:
         steps.append(v2.RandomHorizontalFlip(flip))
     if tuple(scale) != (1, 1) or shift:
@@ -63,7 +76,41 @@ def build_transform(*, flip: float = 0.5, scale: Sequence[float] = (1.0, 1.0), s
                                      interpolation=v2.InterpolationMode.BILINEAR))
     if photometric:
         steps.append(v2.RandomPhotometricDistort())
+    if zoom_out > 1:
+        steps.append(v2.RandomZoomOut(fill=GREY, side_range=(1, zoom_out)))
+    if iou_crop:
+        steps.append(IoUCrop())
+    if large_scale_jitter is not None:
+        steps.append(LargeScaleJitter(large_scale_jitter))
     return DetectionTransform(*steps)
+
+
+class IoUCrop(v2.RandomIoUCrop):
+    """The crop of SSD. The boxes that it gives up come out without extent."""
+
+    def forward(self, image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        # It looks for a crop around an object, and for one of whole pixels.
+        if len(boxes) == 0 or min(image.shape[-2:]) * self.min_scale < 1:
+            return image, boxes
+        return super().forward(image, boxes)
+
+
+class LargeScaleJitter:
+    """Resizes by a random factor, then crops or fills up to the size that the image had, at a random place.
+
+    As in "Simple Copy-Paste" (arXiv 2012.07177), but for the canvas: there it is a square of 1024 pixels, here the
+    detector resizes the view to its own size anyway.
+    """
+
+    def __init__(self, factors: Sequence[float]) -> None:
+        self.factors = tuple(factors)
+
+    def __call__(self, image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        height, width = image.shape[-2:]
+        least = 2 / min(height, width)  # a pixel must be left
+        resize = v2.ScaleJitter((width, height), tuple(max(factor, least) for factor in self.factors))
+        place = v2.RandomCrop((height, width), pad_if_needed=True, fill=GREY)
+        return place(*resize(image, boxes))
 
 
 def _area(boxes: Tensor) -> Tensor:

@@ -8,7 +8,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
 
+from .coco import CocoDetection
+
 IMAGES, ANNOTATIONS, SPLITS = "JPEGImages", "Annotations", PurePosixPath("ImageSets/Main")
+
+
+class VocDetection(CocoDetection):
+    """One split of the Pascal VOC folder ``root``, as :func:`read_voc` reads it; ``settings`` as for CocoDetection."""
+
+    def __init__(self, root: str | Path, split: str, classes: Sequence[str] | None = None, **settings: Any) -> None:
+        super().__init__(Path(root) / IMAGES, read_voc(root, split, classes), **settings)
 
 
 def read_voc(root: str | Path, split: str, classes: Sequence[str] | None = None) -> dict[str, Any]:
@@ -36,11 +45,14 @@ def read_voc(root: str | Path, split: str, classes: Sequence[str] | None = None)
         path = root / ANNOTATIONS / f"{name}.xml"
         tree = read_xml(path)
         file_name = _text(tree, "filename", path)
+        if file_name != PurePosixPath(file_name).name or "\\" in file_name:
+            raise ValueError(f"{path}: filename is {file_name!r}, which is no plain name")
         if PurePosixPath(file_name).stem != name:
             raise ValueError(f"{path}: filename is {file_name!r}, which is not the image of that annotation's name")
-        size = [_number(tree, f"size/{side}", path) for side in ("width", "height")]
-        images.append({"id": image_id, "file_name": file_name,
-                       "width": int(size[0]), "height": int(size[1])})
+        width, height = (int(_number(tree, f"size/{side}", path)) for side in ("width", "height"))
+        if min(width, height) < 1:
+            raise ValueError(f"{path}: annotation/size must be that of the image, found {width}x{height}")
+        images.append({"id": image_id, "file_name": file_name, "width": width, "height": height})
         for item in tree.iter("object"):
             label = _text(item, "name", path)
             if label not in ids:
@@ -59,7 +71,7 @@ def read_split(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise FileNotFoundError(f"list of the split not found: {path}") from None
-    except UnicodeDecodeError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a list of names: {error}") from None
     names = [line.split()[0] for line in lines if line.strip()]
     for name in names:
@@ -83,6 +95,8 @@ def read_xml(path: Path) -> ElementTree.Element:
         data = path.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f"annotation file not found: {path}") from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise ValueError(f"cannot read {path}: {error}") from None
     if b"\0" in data:
         raise ValueError(f"{path} is not XML in UTF-8 or another encoding that extends ASCII")
     if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
@@ -106,6 +120,6 @@ def _number(element: ElementTree.Element, key: str, path: Path) -> float:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) < 2**31:  # nor NaN
         raise ValueError(f"{path}: {element.tag}/{key} must be a number, found {text[:80]!r}")
     return number

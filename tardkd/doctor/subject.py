@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tardkd.data import to_float
 from tardkd.distill import Distiller
 from tardkd.train.config import Config
 from tardkd.train.update import DTYPES
@@ -40,7 +41,7 @@ class Subject:
 
     def to_device(self, batch: tuple[list[Tensor], list[dict[str, Any]]]) -> tuple[list[Tensor], list[dict[str, Any]]]:
         images, targets = batch
-        return ([image.to(self.device) for image in images],
+        return (to_float(images, self.device),
                 [{key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in target.items()}
                  for target in targets])
 

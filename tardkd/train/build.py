@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from torchvision.models import get_model_weights
 
-from tardkd.data import CocoDetection, Scenes, voc
+from tardkd.data import CocoDetection, Scenes, VocDetection
 from tardkd.data.transforms import build_transform
 from tardkd.distill import Distiller
 from tardkd.train import checkpoint
@@ -29,9 +29,11 @@ def build_dataset(config: Config, split: str, *, augment: bool = False) -> Datas
     if isinstance(config.data, SceneData):
         return Scenes(chosen, config.data.image_size, config.data.seed, transform, split=split)
     root = Path(config.data.root)
+    instead = "replace" if split == "train" else "blank"
+    settings = {"transform": transform, "on_bad_image": instead if config.data.on_bad_image == "skip" else "error"}
     if isinstance(config.data, VocData):
-        return CocoDetection(root / voc.IMAGES, voc.read_voc(root, chosen, config.data.classes), transform=transform)
-    return CocoDetection(root / chosen.images, root / chosen.annotations, transform=transform)
+        return VocDetection(root, chosen, config.data.classes, **settings)
+    return CocoDetection(root / chosen.images, root / chosen.annotations, **settings)
 
 
 def build_distiller(config: Config, class_names: list[str]) -> Distiller:

@@ -28,7 +28,7 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class Split(Section):
@@ -38,23 +38,30 @@ class Split(Section):
     annotations: str  # COCO JSON file
 
 
+OnBadImage = Literal["error", "skip"]
+
+
 class CocoData(Section):
-    kind: Literal["coco"]
-    root: str
-    train: Split
-    val: Split
-    test: Split | None = None
+    """Images and COCO JSON files."""
+
+    kind: Literal["coco"]  # COCO annotations
+    root: str  # folder that the others are in
+    train: Split  # to learn from
+    val: Split  # evaluated during training
+    test: Split | None = None  # for tardkd eval --split test
+    on_bad_image: OnBadImage = "error"  # skip: the next good one in training, no detections in evaluation
 
 
 class VocData(Section):
     """A Pascal VOC folder; train, val and test are names of its ``ImageSets/Main`` lists."""
 
-    kind: Literal["voc"]
-    root: str
-    train: str = "train"
-    val: str = "val"
-    test: str | None = None
+    kind: Literal["voc"]  # a Pascal VOC folder
+    root: str  # it
+    train: str = "train"  # a list of ImageSets/Main, to learn from
+    val: str = "val"  # another, evaluated during training
+    test: str | None = None  # for tardkd eval --split test
     classes: tuple[str, ...] | None = None  # names in the order of the labels; None: all in the folder, by alphabet
+    on_bad_image: OnBadImage = "error"  # skip: the next good one in training, no detections in evaluation
 
 
 class SceneData(Section):
@@ -71,15 +78,20 @@ class SceneData(Section):
 class Augment(Section):
     """Random views of the training images; see tardkd.data.transforms.build_transform."""
 
-    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
-    scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
-    shift: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    photometric: bool = False
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5  # probability of a mirror image
+    scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)  # smallest and largest factor of the content's size
+    shift: Annotated[float, Field(ge=0, lt=1)] = 0.0  # largest displacement, as a share of the sides
+    photometric: bool = False  # random brightness, contrast, saturation, hue and channel order
+    zoom_out: Annotated[float, Field(ge=1)] = 1.0  # half the images on a canvas up to so much longer (SSD: 4)
+    iou_crop: bool = False  # SSD's crop, which holds an object's centre
+    large_scale_jitter: tuple[PositiveFloat, PositiveFloat] | None = None  # resizes, e.g. by [0.1, 2]; crops or fills
 
     @model_validator(mode="after")
     def _ordered(self) -> Augment:
-        if self.scale[0] > self.scale[1]:
-            raise ValueError(f"scale must be [smallest, largest], got {list(self.scale)}")
+        for name in ("scale", "large_scale_jitter"):
+            factors = getattr(self, name)
+            if factors is not None and factors[0] > factors[1]:
+                raise ValueError(f"{name} must be [smallest, largest], got {list(factors)}")
         return self
 
 
@@ -151,6 +163,7 @@ class Train(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where torch finds it
     threads: PositiveInt | None = None  # of a CPU; null: as many as torch takes
     workers: NonNegativeInt = 0  # processes that load images, for each process that trains
+    group_by_aspect: bool = True  # batches of wide images and batches of others, which need less padding
     eval_every: PositiveInt = 1  # epochs; the last epoch is always evaluated
     save_every: PositiveInt | None = None  # iterations between checkpoints within an epoch; each epoch's end has one
     log_every: PositiveInt = 20  # iterations between lines when the output is not a terminal
@@ -226,11 +239,12 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """Read a recipe and apply overrides such as ``optimizer.lr=0.01``; raises ConfigError."""
     path = Path(path)
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    tree = _read_yaml(text, _UniqueKeyLoader, f"{path} is not valid YAML")
     return parse_config(tree, overrides, source=str(path))
 
 
@@ -244,6 +258,13 @@ def parse_config(tree: Any, overrides: list[str] | tuple[str, ...] = (), *, sour
     except ValidationError as error:
         lines = [_describe(problem, source, overridden) for problem in error.errors()]
         raise ConfigError("\n".join(lines)) from None
+
+
+def _read_yaml(text: str, loader: type[yaml.SafeLoader], problem: str) -> Any:
+    try:
+        return yaml.load(text, loader)
+    except Exception as error:  # PyYAML lets out what its constructors meet in 2001-99-99, "!!int ''" or deep nesting
+        raise ConfigError(f"{problem}: {error or type(error).__name__}") from None
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -261,17 +282,18 @@ def _apply_override(tree: dict, override: str) -> str:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"override {override!r} must have the form section.key=value")
-    try:
-        value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    problem = f"override {override!r}: the value is not valid YAML"
+    value = _read_yaml(text, yaml.SafeLoader, problem) if text else ""
     *parents, last = key.split(".")
     for name in parents:
-        if isinstance(tree, dict) and tree.get(name) is None:
-            tree[name] = {}
-        tree = tree[_place(tree, name, override)]
-        if not isinstance(tree, (dict, list)):
+        place = _place(tree, name, override)
+        section = tree.get(name) if isinstance(tree, dict) else tree[place]
+        if section is None:
+            section = {}
+        if not isinstance(section, (dict, list)):
             raise ConfigError(f"override {override!r}: {name} is not a section")
+        tree[place] = section = section.copy()  # by YAML's aliases other sections may be the same
+        tree = section
     tree[_place(tree, last, override)] = value
     return key
 
@@ -287,7 +309,10 @@ def _place(tree: dict | list, name: str, override: str) -> str | int:
 
 def _describe(problem: Any, source: str, overridden: list[str]) -> str:
     # The variant of a section that pydantic puts into the path is not a key that the user wrote.
-    location = [str(part) for i, part in enumerate(problem["loc"]) if not (i == 1 and part in VARIANTS)]
+    path = list(problem["loc"])
+    if path[:1] in (["data"], ["teacher"]) and path[1:2] and path[1] in VARIANTS:
+        del path[1]
+    location = list(map(str, path))
     key = ".".join(location)
     where = "override" if any(key == name or key.startswith(name + ".") for name in overridden) else source
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -298,8 +323,16 @@ def _describe(problem: Any, source: str, overridden: list[str]) -> str:
     if problem["type"] == "missing":
         return f"{where}: {key}: required, but not given"
     message = problem["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(problem["input"], dict) or not key else f", got {problem['input']!r}"
+    got = "" if isinstance(problem["input"], dict) or not key else f", got {_shown(problem['input'])}"
     return f"{where}: {key}: {message}{got}" if key else f"{where}: {message}"
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no integer of thousands of digits
+        return "a number too large"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _known_keys(location: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterable, Sequence
+from itertools import compress
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +14,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
+from tardkd.data import VocDetection, to_float
 from tardkd.train.distributed import Processes
+from tardkd.train.voc_metric import voc_ap50
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # in the order of COCOeval.stats
 
@@ -32,8 +35,9 @@ def evaluate(model: nn.Module, loader: Iterable, dataset: DetectionDataset,
 
     Returns ``AP`` (mean over IoU 0.50:0.05:0.95), ``AP50``, ``AP75``, and ``APs``, ``APm``, ``APl`` (objects under
     32^2, up to 96^2, and over 96^2 pixels of area), all in percent and at most 100 detections per image, and
-    ``per_class``: name -> AP. A metric without ground truth is None. Only the images of ``loader`` count, of several
-    processes those of all their loaders, each once. The model comes back in the mode it was in.
+    ``per_class``: name -> AP; of a VOC folder also ``VOC_AP50``, see :func:`voc_ap50`. A metric without ground truth
+    is None. Only the images of ``loader`` count, of several processes those of all their loaders, each once. The model
+    comes back in the mode it was in.
 
     Raises:
         RuntimeError: a detection is not finite; the message names the image.
@@ -46,9 +50,11 @@ def evaluate(model: nn.Module, loader: Iterable, dataset: DetectionDataset,
     try:
         with torch.inference_mode():
             for images, targets in loader:
-                outputs = model([image.to(device) for image in images])
+                outputs = model(to_float(images, device))
                 image_ids = [int(target["image_id"]) for target in targets]
-                results += detections_to_coco(outputs, image_ids, dataset.category_ids)
+                readable = [not target.get("unreadable") for target in targets]  # the others are without detections
+                results += detections_to_coco(list(compress(outputs, readable)), list(compress(image_ids, readable)),
+                                              dataset.category_ids)
                 seen += image_ids
     finally:
         model.train(training)
@@ -58,7 +64,10 @@ def evaluate(model: nn.Module, loader: Iterable, dataset: DetectionDataset,
         return processes.from_first(None)
     every = {image_id: share for share in found for image_id in share[1]}  # by the process that saw it
     results = [one for share in found for one in share[0] if every[one["image_id"]] is share]
-    return processes.from_first(coco_metrics(results, list(every), dataset))
+    metrics = coco_metrics(results, list(every), dataset)
+    if isinstance(dataset, VocDetection):
+        metrics["VOC_AP50"] = voc_ap50(results, list(every), dataset)
+    return processes.from_first(metrics)
 
 
 def detections_to_coco(outputs: Sequence[dict[str, Tensor]], image_ids: Sequence[int],

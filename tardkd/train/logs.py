@@ -113,7 +113,8 @@ class NoLog:
 
 
 def describe(metrics: dict[str, Any]) -> str:
-    return " ".join(f"{name} {'-' if metrics[name] is None else format(metrics[name], '.1f')}" for name in METRICS)
+    names = [*METRICS, *(["VOC_AP50"] if "VOC_AP50" in metrics else [])]
+    return " ".join(f"{name} {'-' if metrics[name] is None else format(metrics[name], '.1f')}" for name in names)
 
 
 def _cell(value: float | None) -> str:

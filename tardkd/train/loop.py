@@ -20,7 +20,7 @@ import yaml
 from rich.console import Console
 from torch import nn
 
-from tardkd.data.loader import build_loader
+from tardkd.data.loader import aspect_groups, build_loader
 from tardkd.distill.device import HostCopy
 from tardkd.train import checkpoint
 from tardkd.train.build import build_dataset, build_distiller, start_from
@@ -294,7 +294,8 @@ def build_batches(config: Config, dataset: Any, *, epoch: int | None = None, fir
     if train.batch_size % (processes.count * train.accumulate):
         raise ConfigError(f"train.batch_size {train.batch_size} does not divide into {processes.count} processes times "
                           f"train.accumulate {train.accumulate}")
-    return build_loader(dataset, batch_size=train.batch_size, shuffle=epoch is not None, seed=train.seed,
+    groups = aspect_groups(dataset.sizes) if epoch is not None and train.group_by_aspect else None
+    return build_loader(dataset, groups=groups, batch_size=train.batch_size, shuffle=epoch is not None, seed=train.seed,
                         epoch=epoch or 0, workers=train.workers, first_batch=first_batch, rank=processes.rank,
                         processes=processes.count, parts=train.accumulate,
                         pin_memory=processes.device.type == "cuda")

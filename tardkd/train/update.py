@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from tardkd.data import to_float
 from tardkd.data.seeds import mix
 from tardkd.distill import Distiller
 from tardkd.distill.device import HostCopy
@@ -125,7 +126,7 @@ class Update:
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
         images, targets = part
-        return [moved(image) for image in images], [{k: moved(v) for k, v in target.items()} for target in targets]
+        return to_float(images, device), [{k: moved(v) for k, v in target.items()} for target in targets]
 
 
 def _add(sums: dict[str, Tensor], values: dict[str, Tensor], parts: int) -> None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from tardkd.data import Scenes, build_loader, build_transform
+from tardkd.data import Scenes, build_loader, build_transform, to_float
+from tardkd.data.loader import aspect_groups, epoch_batches
 
 
 class Numbers(Dataset):
@@ -43,8 +44,29 @@ def same(batches, others) -> bool:
 def test_batches(scenes):
     images, targets = epoch_of(scenes)[0]
     assert len(images) == len(targets) == 2
-    assert images[0].shape == (3, 64, 64) and images[0].dtype == torch.float32
-    assert 0 <= images[0].min() and images[0].max() <= 1 and images[0].max() > 0.2
+    assert images[0].shape == (3, 64, 64) and images[0].dtype == torch.uint8
+    (first, *_) = to_float(images)
+    assert first.dtype == torch.float32 and torch.equal(first, images[0].float() / 255)
+    assert 0 <= first.min() and first.max() <= 1 and first.max() > 0.2
+
+
+def test_grouping_keeps_batches_of_one_shape():
+    """And loses no image and no step by it."""
+    groups = [int(index % 3 == 0) for index in range(50)]
+    for epoch in range(3):
+        plain, grouped = epoch_batches(50, 4, 7, epoch), epoch_batches(50, 4, 7, epoch, groups)
+        assert len(plain) == len(grouped) == 12
+        kinds = [{groups[index] for index in batch} for batch in grouped]
+        assert sum(len(kind) == 2 for kind in kinds) <= 1 < sum(kind == {1} for kind in kinds)
+        assert len({index for batch in grouped for index in batch}) == 48
+        assert all(len(batch) == 4 for batch in grouped)
+    first, again, other = (epoch_batches(50, 4, 7, epoch, groups) for epoch in (0, 0, 1))
+    assert first == again != other
+    assert epoch_batches(9, 4, 0, 0, [1] * 9) == epoch_batches(9, 4, 0, 0)  # of one group nothing changes
+
+
+def test_wide_images_are_a_group():
+    assert aspect_groups([(3, 4), (4, 3), (4, 4)]) == [1, 0, 0]
 
 
 def test_order(scenes):

@@ -78,3 +78,48 @@ def test_any_v2_transform_may_be_a_step():
 def test_errors(settings, message):
     with pytest.raises(ValueError, match=message):
         build_transform(**settings)
+
+
+def white_share(image: torch.Tensor, box: torch.Tensor) -> float:
+    x1, y1, x2, y2 = box.round().int().tolist()
+    return float((image[:, y1:y2, x1:x2] > 200).float().mean())
+
+
+@pytest.mark.parametrize("settings", [{"zoom_out": 4.0}, {"iou_crop": True}, {"large_scale_jitter": (0.1, 2.0)},
+                                      {"zoom_out": 2.0, "iou_crop": True, "large_scale_jitter": (0.5, 1.5)}],
+                         ids=lambda settings: "+".join(settings))
+def test_boxes_go_with_what_they_hold(settings):
+    """Through views of any kind the white rectangle stays in its box, and every box within the image."""
+    transform = build_transform(flip=0.5, **settings)
+    seen = sizes = 0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        image, target = transform(*item())
+        height, width = image.shape[-2:]
+        boxes, labels = target["boxes"], target["labels"]
+        assert len(boxes) == len(labels) == len(target["area"]) == len(target["iscrowd"])
+        assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= torch.tensor([width, height])).all()
+        assert image.dtype == torch.uint8 and type(boxes) is torch.Tensor
+        for box in boxes[labels == 2]:
+            if (box[2:] - box[:2]).min() >= 4:
+                seen += 1
+                assert white_share(image, box) > 0.6, (seed, box)
+        sizes += (height, width) != (40, 60)
+    assert seen > 15
+    assert (sizes == 0) == (list(settings) == ["large_scale_jitter"])
+
+
+def test_large_scale_jitter_uses_its_whole_range():
+    transform = build_transform(flip=0, large_scale_jitter=(0.1, 2.0))
+    widths = []
+    for seed in range(100):
+        torch.manual_seed(seed)
+        _, target = transform(*item())
+        widths += (target["boxes"][:, 2] - target["boxes"][:, 0])[target["labels"] == 2].tolist()
+    assert min(widths) < 6 and max(widths) > 30
+
+
+@pytest.mark.parametrize("settings", [{"zoom_out": 0.5}, {"large_scale_jitter": (2, 1)}, {"large_scale_jitter": (0, 1)}])
+def test_wrong_settings_of_views(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        build_transform(**settings)

@@ -2,8 +2,8 @@
 
     python tests/train/kills.py --kills 200 --out FOLDER [--log FILE]
 
-On the built-in scenes, student with teacher, a checkpoint after every step. One kill in five is a SIGTERM, after which the
-run saves and ends by itself. Not a test that pytest collects: 200 kills take minutes.
+On the built-in scenes, student with teacher, a checkpoint after every step. One kill in five is a SIGTERM, after which
+the run saves and ends by itself. Not a test that pytest collects: 200 kills take minutes.
 """
 
 from __future__ import annotations

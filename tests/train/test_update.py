@@ -98,7 +98,7 @@ def test_a_step_does_not_depend_on_what_was_drawn_before(tmp_path):
 
 def test_the_average_of_the_weights(tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr(checkpoint, "save", lambda path, state: saved.append((path.name, copy.deepcopy(state))))
+    monkeypatch.setattr(checkpoint, "save", lambda path, state, **_: saved.append((path.name, copy.deepcopy(state))))
     settings = ("train.ema=0.75", "train.save_every=1", "train.epochs=1", "data.train=4")
     train(recipe(tmp_path, *settings).for_role("baseline"))
     by_step = {state["step"]: state for name, state in saved if name == "last.pt"}
