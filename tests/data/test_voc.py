@@ -6,8 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
+from tardkd.data import VocDetection, build_loader
 from tardkd.data.coco import CocoDetection
 from tardkd.data.voc import read_voc
+from tardkd.train.evaluate import evaluate
+from tardkd.train.logs import describe
 
 OBJECT = "<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{box}</bndbox></object>"
 SIDES = ("xmin", "ymin", "xmax", "ymax")
@@ -113,3 +116,27 @@ def test_file_names_cannot_leave_the_folder(folder):
     path.write_text(path.read_text().replace("a.jpg", "../../a.jpg"))
     with pytest.raises(ValueError, match=r"a\.xml: filename is .*, which is no plain name"):
         CocoDetection(folder / "JPEGImages", read_voc(folder, "train"))
+
+
+class FindsTheDog(torch.nn.Module):
+    """And, less surely, the difficult cat, which counts neither way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nothing = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, images):
+        boxes = torch.tensor([[0.0, 0, 20, 10], [2, 1, 7.5, 6]])
+        found = {"boxes": boxes, "labels": torch.tensor([3, 2]), "scores": torch.tensor([0.9, 0.8])}
+        return [found, *({key: value[:0] for key, value in found.items()} for _ in images[1:])]
+
+
+def test_vocs_own_precision_is_reported_too(folder):
+    dataset = VocDetection(folder, "train")
+    loader = build_loader(dataset, batch_size=2, shuffle=False, seed=0, epoch=0)
+    metrics = evaluate(FindsTheDog(), loader, dataset)
+    assert metrics["VOC_AP50"] == 100 and metrics["AP50"] == pytest.approx(100)
+    assert "VOC_AP50 100.0" in describe(metrics)
+    nothing = evaluate(FindsTheDog(), build_loader(VocDetection(folder, "val"), batch_size=2, shuffle=False, seed=0,
+                                                   epoch=0), VocDetection(folder, "val"))
+    assert nothing["VOC_AP50"] == 0

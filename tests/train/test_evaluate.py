@@ -7,8 +7,10 @@ import pytest
 import torch
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from tardkd.data import Scenes, build_loader
+from tardkd.train.distributed import Processes
 from tardkd.train.evaluate import METRICS, detections_to_coco, evaluate
 
 
@@ -121,3 +123,36 @@ def test_detections_that_are_not_finite_name_the_image(scenes):
     with pytest.raises(RuntimeError, match="image 7 are not finite"):
         evaluate(model, batches(scenes), scenes)
     assert model.training
+
+
+class Shares(Processes):
+    """The first of two processes; what the other one has is given."""
+
+    def __init__(self, other) -> None:
+        super().__init__(count=2)
+        object.__setattr__(self, "other", other)
+
+    def gather(self, value):
+        return [value, self.other]
+
+    def from_first(self, value):
+        return value
+
+
+def test_an_image_that_two_processes_saw_counts_once(scenes):
+    """Doubled detections would be wrong ones: the second on an object is."""
+    def wrong_in_the_first_half(output, rank):
+        return none(output, rank) if rank < 6 else output
+
+    whole = evaluate(Oracle(scenes, wrong_in_the_first_half), batches(scenes), scenes)
+    found = []  # what a process gathers
+    listen = Shares(None)
+    object.__setattr__(listen, "gather", lambda value: found.append(value) or [value])
+    evaluate(Oracle(scenes, wrong_in_the_first_half), batches(scenes), scenes, listen)
+    (results, seen) = found[0]
+    late = [image_id for image_id in seen if image_id > 4]
+    other = ([one for one in results if one["image_id"] in late], late)  # the first sees all, the other from 5 on
+    assert evaluate(Oracle(scenes, wrong_in_the_first_half), batches(scenes), scenes, Shares(other)) == whole
+    halves = Subset(scenes, range(4))
+    loader = build_loader(halves, batch_size=5, shuffle=False, seed=0, epoch=0)
+    assert evaluate(Oracle(scenes, wrong_in_the_first_half), loader, scenes, Shares(other)) == whole
