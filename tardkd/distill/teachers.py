@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, astuple
 
 import torch
@@ -119,6 +120,7 @@ class FrozenTeacher:
         else:
             classes.check_widths(ours, theirs)
         model.eval().requires_grad_(False)
+        self.seconds = 0.0  # of the host's time that it has taken so far: on a CPU all of its time
         self.ratio = settings.teacher_input_ratio or self.adapter.input_size / student.input_size
         self.pooled = self._choose_path()
 
@@ -135,6 +137,12 @@ class FrozenTeacher:
 
     # --- what runs
 
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - began
+
     def ready(self, device: torch.device) -> None:
         """Undo what may have happened to the teacher since the last step."""
         model = self.adapter.model
@@ -146,7 +154,7 @@ class FrozenTeacher:
     def start(self, images: Sequence[Tensor], inputs: InputBatch) -> TeacherPass:
         """The trunk, which needs the batch alone: on a GPU it runs beside the student's."""
         device = inputs.tensor.device
-        with torch.no_grad():
+        with torch.no_grad(), self._timed():
             self.ready(device)
             with torch.autocast(device.type, torch.bfloat16) if self.settings.teacher_bf16 else nullcontext():
                 return run_beside(device, lambda: self.adapter.teacher_pass(images, inputs, self.ratio))
@@ -154,7 +162,7 @@ class FrozenTeacher:
     def look(self, shared: Regions, seen: TeacherPass) -> tuple[Regions, HeadOutputs]:
         """The regions that it teaches and what its head says of them, both of its classes alone."""
         regions = shared if self.classes is None else self.classes.student_regions(shared, self.student.head)
-        with torch.no_grad():
+        with torch.no_grad(), self._timed():
             head = self.adapter.teacher_head(seen, regions.proposals)
             if self.classes is not None:
                 head = self.classes.teacher_outputs(head, self.adapter.head, self.student.head.background)

@@ -33,7 +33,7 @@ class Display:
     def __init__(self, console: Console, *, label: str, epochs: int, total: int, step: int) -> None:
         self._label, self._epochs, self._total, self._epoch, self._step = label, epochs, total, 0, step
         self._values: dict[str, float] = {}
-        self._steps = self._images = self._seconds = 0.0  # of the last steps, for the speed
+        self._steps = self._images = self._seconds = self._teachers = 0.0  # of the last steps, for the speed
         self._live = Live(get_renderable=self.table, console=console, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> Display:
@@ -45,11 +45,13 @@ class Display:
         if self._live:
             self._live.stop()
 
-    def update(self, epoch: int, step: int, values: Mapping[str, float], *, images: int, seconds: float) -> None:
+    def update(self, epoch: int, step: int, values: Mapping[str, float], *, images: int, seconds: float,
+               teachers_seconds: float = 0.0) -> None:
         self._epoch, self._step, self._values = epoch, step, dict(values)
         self._steps = MEMORY * self._steps + 1
         self._images = MEMORY * self._images + images
         self._seconds = MEMORY * self._seconds + seconds
+        self._teachers = MEMORY * self._teachers + teachers_seconds
 
     def table(self) -> Table:
         """The first row says how far and how fast, each further one a group of values."""
@@ -72,8 +74,9 @@ class Display:
         if not self._seconds:
             return memory_peak()
         left = timedelta(seconds=round((self._total - self._step) * self._seconds / self._steps))
+        teacher = f"teacher {self._teachers / self._seconds:.0%} of the time  " if self._teachers else ""
         return (f"{self._steps / self._seconds:.1f} steps/s  {self._images / self._seconds:.1f} images/s  "
-                f"{left} left  {memory_peak()}".rstrip())
+                f"{left} left  {teacher}{memory_peak()}".rstrip())
 
     def _groups(self) -> dict[str, list[str]]:
         groups: dict[str, list[str]] = {}

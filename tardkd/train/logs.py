@@ -77,12 +77,13 @@ class RunLog:
         self._steps.close()
         self._evaluations.close()
 
-    def step(self, epoch: int, step: int, values: dict[str, float], *, images: int, seconds: float) -> None:
+    def step(self, epoch: int, step: int, values: dict[str, float], *, images: int, seconds: float,
+             teachers_seconds: float = 0.0) -> None:
         self._steps.write({"epoch": epoch, "step": step, **values, "seconds": seconds})
         for name, value in values.items():
             self._board.add_scalar("/".join(place(name)), value, step)
         self._board.add_scalar("speed/images_per_second", images / max(seconds, 1e-9), step)
-        self._display.update(epoch, step, values, images=images, seconds=seconds)
+        self._display.update(epoch, step, values, images=images, seconds=seconds, teachers_seconds=teachers_seconds)
         if not self.console.is_terminal and (step % self._log_every == 0 or step == self._total):
             self.say(self._display.line())
 

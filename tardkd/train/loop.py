@@ -79,6 +79,7 @@ class Step:
     values: dict[str, float] | None = None  # the numbers once they have been looked at
     norm: HostCopy | None = None
     seconds: float = 0.0
+    teachers_seconds: float = 0.0  # of these; 0 on a GPU, where nobody waits for it to end
 
     def __str__(self) -> str:
         images = [str(target["image_id"]) for _, targets in self.parts for target in targets]
@@ -195,7 +196,9 @@ class Run:
             self.distiller.set_progress(progress.epoch, progress.batch)
             step = Step(progress.step + 1, progress.epoch + 1, rate, parts)
             try:
+                before = self.teachers_seconds()
                 losses, stats = update.gradients(progress.step, parts)
+                step.teachers_seconds = self.teachers_seconds() - before
                 stats["asked_to_end"] = torch.full_like(losses["loss"], termination.requested)
                 step.losses, step.numbers = list(losses), Numbers({**losses, **stats}, self.processes)
                 if not self.late:
@@ -230,6 +233,11 @@ class Run:
         if waiting is not None:
             self.write_last(waiting, log)
 
+    def teachers_seconds(self) -> float:
+        """That the teachers have taken so far, where it is known."""
+        on_cpu = self.processes.device.type == "cpu"
+        return sum(teacher.seconds for teacher in self.distiller.frozen_teachers) if on_cpu else 0.0
+
     def look_at(self, step: Step) -> None:
         """Takes the step's numbers; raises NonFiniteLoss naming the losses that are none, and on which images."""
         step.values = step.numbers.mean()
@@ -247,7 +255,8 @@ class Run:
         losses = {name: step.values.pop(name) for name in step.losses}
         values = {"lr": step.rate, **losses, "grad_norm": step.norm.tolist(), **step.values}
         images = self.processes.count * sum(len(images) for images, _ in step.parts)
-        log.step(step.epoch, step.number, values, images=images, seconds=step.seconds)
+        log.step(step.epoch, step.number, values, images=images, seconds=step.seconds,
+                 teachers_seconds=step.teachers_seconds)
 
     def write_last(self, step: Step, log: RunLog | NoLog) -> None:
         """The same for a step that no other follows at once."""

@@ -111,3 +111,9 @@ def test_a_missing_value_is_an_empty_cell_and_a_new_one_an_error(tmp_path):
         table.write({"step": 3, "loss": 1.0, "gate": 0.5, "extra": 1.0})
     table.close()
     assert rows(tmp_path / "t.csv")[2] == ["2", "1", ""]
+
+
+def test_the_teachers_share_of_the_time(tmp_path):
+    with run_log(tmp_path) as log:
+        log.step(1, 1, {"loss": 1.0}, images=4, seconds=2.0, teachers_seconds=0.5)
+        assert "teacher 25% of the time" in log._display.line()
