@@ -29,7 +29,7 @@ def build_dataset(config: Config, split: str, *, augment: bool = False) -> Datas
     if isinstance(config.data, SceneData):
         return Scenes(chosen, config.data.image_size, config.data.seed, transform, split=split)
     root = Path(config.data.root)
-    instead = "replace" if split == "train" else "blank"
+    instead = "replace" if augment else "blank"  # an evaluation must not see an image twice
     settings = {"transform": transform, "on_bad_image": instead if config.data.on_bad_image == "skip" else "error"}
     if isinstance(config.data, VocData):
         return VocDetection(root, chosen, config.data.classes, **settings)

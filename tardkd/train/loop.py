@@ -23,7 +23,7 @@ from torch import nn
 from tardkd.data.loader import aspect_groups, build_loader
 from tardkd.distill.device import HostCopy
 from tardkd.train import checkpoint
-from tardkd.train.build import build_dataset, build_distiller, start_from
+from tardkd.train.build import build_dataset, build_distiller, start_from, stored_config
 from tardkd.train.config import Config, ConfigError, Teacher
 from tardkd.train.distributed import Processes, join_processes
 from tardkd.train.evaluate import evaluate
@@ -326,11 +326,13 @@ def _claim(folder: Path, overwrite: bool) -> None:
 def resumed_state(folder: Path, config: Config) -> dict[str, Any]:
     """The checkpoint to go on from; one of a different run is refused, naming the keys that differ."""
     state = checkpoint.load_last(folder)
-    before, now = _flat(state["config"]), _flat(config.plain())
+    path = folder / checkpoint.LAST
+    before = _flat(stored_config(state, path).plain())  # with today's defaults for keys that it did not know
+    now = _flat(config.plain())
     changed = [f"{key} ({before.get(key)!r} -> {now.get(key)!r})" for key in sorted(before.keys() | now.keys())
                if before.get(key) != now.get(key) and key not in FREE_ON_RESUME]
     if changed:
-        raise ConfigError(f"{folder / 'last.pt'} belongs to a run with other settings: {', '.join(changed)}")
+        raise ConfigError(f"{path} belongs to a run with other settings: {', '.join(changed)}")
     return state
 
 

@@ -117,7 +117,8 @@ class Update:
             self.distiller.student.load_state_dict(state["student"])
             self.average.n_averaged.fill_(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self._scaler.load_state_dict(state["scaler"])
+        if self._scaler.is_enabled():
+            self._scaler.load_state_dict(state["scaler"])
 
     def _on_device(self, part: Part) -> Part:
         device = self.processes.device

@@ -119,7 +119,10 @@ def test_large_scale_jitter_uses_its_whole_range():
     assert min(widths) < 6 and max(widths) > 30
 
 
-@pytest.mark.parametrize("settings", [{"zoom_out": 0.5}, {"large_scale_jitter": (2, 1)}, {"large_scale_jitter": (0, 1)}])
+WRONG = [{"zoom_out": 0.5}, {"large_scale_jitter": (2, 1)}, {"large_scale_jitter": (0, 1)}]
+
+
+@pytest.mark.parametrize("settings", WRONG)
 def test_wrong_settings_of_views(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         build_transform(**settings)

@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tardkd.data.scenes import write_scenes
 from tardkd.distill import Distiller
 from tardkd.train import build
 from tardkd.train.build import build_dataset, load_teacher
-from tardkd.train.config import ConfigError, Teacher, load_config
+from tardkd.train.config import ConfigError, Teacher, load_config, parse_config
 from tardkd.train.models import ModelSpec, build_model
 
-from .recipe import MODEL, recipe
+from .recipe import MODEL, recipe, tree
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -82,3 +83,18 @@ def test_torchvision_teaches_what_it_knows(published):
         load_teacher(teacher, ["star", "parcel"])
     with pytest.raises(ConfigError, match="teacher.model: required"):
         load_teacher(Teacher(weights="DEFAULT"), ["cat"])
+
+
+def test_an_image_that_cannot_be_read_is_replaced_in_training_alone(tmp_path):
+    """An evaluation that saw its stand-in would count that one twice."""
+    write_scenes(tmp_path, splits={"train": 3, "val": 2}, image_size=64, seed=0)
+    (first, *_) = sorted((tmp_path / "images").glob("train*"))
+    first.write_bytes(b"")
+    split = {"images": "images", "annotations": "annotations/train.json"}
+    data = {"kind": "coco", "root": str(tmp_path), "train": split, "val": split, "on_bad_image": "skip"}
+    config = parse_config({**tree(tmp_path / "out"), "data": data}, source="recipe").for_role("baseline")
+    with pytest.warns(UserWarning, match="the next good one"):
+        assert build_dataset(config, "train", augment=True)[0][1]["image_id"] == 2
+    for chosen in ("train", "val"):
+        with pytest.warns(UserWarning, match="without detections"):
+            assert build_dataset(config, chosen)[0][1]["unreadable"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shutil
 
 import pytest
 import torch
@@ -257,3 +258,14 @@ def test_the_best_checkpoint_is_that_of_the_best_epoch(tmp_path, monkeypatch):
     assert result.best_ap == 5.0 and result.metrics["AP"] == 4.0
     best, last = (checkpoint.load(tmp_path / "baseline" / name) for name in ("best.pt", "last.pt"))
     assert (best["epoch"], best["metrics"]["AP"], last["epoch"], last["best_ap"]) == (2, 5.0, 3, 5.0)
+
+
+def test_a_checkpoint_from_before_a_setting_existed_is_resumed(runs, tmp_path):
+    """With that setting at its default; at another value it would be another run."""
+    shutil.copytree(runs / "baseline", tmp_path / "baseline")
+    state = checkpoint.load(tmp_path / "baseline" / "last.pt")
+    del state["config"]["train"]["group_by_aspect"]
+    checkpoint.save(tmp_path / "baseline" / "last.pt", state)
+    train(recipe(tmp_path).for_role("baseline"), resume=True)
+    with pytest.raises(ConfigError, match="train.group_by_aspect"):
+        train(recipe(tmp_path, "train.group_by_aspect=false").for_role("baseline"), resume=True)
