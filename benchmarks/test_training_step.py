@@ -39,11 +39,12 @@ def test_training_step(benchmark, quick, device) -> None:
             seconds[name].append(time.perf_counter() - start)
 
     # On a CPU the comparison above has warmed up enough.
-    benchmark.pedantic(all_in_turn, rounds=1 if quick else ROUNDS[device], warmup_rounds=1 if device == "cuda" else 0)
+    rounds = 1 if quick else ROUNDS[device]
+    benchmark.pedantic(all_in_turn, rounds=rounds, warmup_rounds=1 if device == "cuda" else 0)
     benchmark.group = f"training step / {device}"
     benchmark.extra_info |= record.about_the_run(device) | {
         "training_step": pair.names,
         "case": device,
         "quick": quick,
-        "seconds_of": {name: times[-benchmark.stats.stats.rounds :] for name, times in seconds.items()},  # not warm-up's
+        "seconds_of": {name: times[-rounds:] for name, times in seconds.items()},  # not warm-up's
     }
