@@ -3,8 +3,8 @@
     python3 benchmarks/hardware.py OUTPUT [--wheels FOLDER]
 
 Wants Python with torch, torchvision, pytest, hypothesis, pytest-benchmark, CMake, ninja and pybind11 installed, and
-nvcc on PATH; downloads nothing. What is missing of the packages is taken from FOLDER, as ``pip download -d FOLDER`` fills
-it. Ends within nine minutes: a step that takes too long is stopped, the others still run.
+nvcc on PATH; downloads nothing. What is missing of the packages is taken from FOLDER, as ``pip download -d FOLDER``
+fills it. Ends within nine minutes: a step that takes too long is stopped, the others still run.
 OUTPUT gets record.json, record.md, log.txt, benchmarks.json and, where matplotlib is, report.md with plots. Fails
 unless every step passed.
 """

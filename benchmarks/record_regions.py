@@ -2,9 +2,9 @@
 
     python benchmarks/record_regions.py CHECKPOINT benchmarks/regions.npz --batches 4 data.root=PATH
 
-CHECKPOINT is the ``last.pt`` of a distilled run. Its student goes on with a few batches of 512 regions an image, without
-learning; the overrides are those of ``tardkd train``. Boxes are stored as shares of the image's sides, so that they fit
-an image of any size; deltas and scores do not change with it.
+CHECKPOINT is the ``last.pt`` of a distilled run. Its student goes on with a few batches of 512 regions an image,
+without learning; the overrides are those of ``tardkd train``. Boxes are stored as shares of the image's sides, so that
+they fit an image of any size; deltas and scores do not change with it.
 """
 
 from __future__ import annotations

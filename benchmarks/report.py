@@ -93,7 +93,10 @@ def ratio_tables(rows: Sequence[Row]) -> list[str]:
         for sizes in dict.fromkeys(ours["sizes"] for ours, _ in found):
             lines += [sizes[:1].upper() + sizes[1:] + ".", ""]
             lines += table(
-                ("on", "gate", "rival", "tardkd, ms", "±", "rival, ms", "±", "ratio", "extra memory, MiB", "rival's, MiB"),
+                (
+                    *("on", "gate", "rival", "tardkd, ms", "±", "rival, ms", "±", "ratio"),
+                    *("extra memory, MiB", "rival's, MiB"),
+                ),
                 (
                     (
                         rival["case"],
@@ -170,8 +173,8 @@ def step_table(row: Row) -> list[str]:
     return [
         f"### On {row['case']}",
         "",
-        f"Student {row['training_step']}; untrained, 512 regions an image. A step: forward, backward and SGD; medians of",
-        f"{len(row['seconds_of'][ALONE])} rounds in which all took turns, and the middle half of what they say.",
+        f"Student {row['training_step']}; untrained, 512 regions an image. A step: forward, backward and SGD; medians",
+        f"of {len(row['seconds_of'][ALONE])} rounds in which all took turns, and the middle half of what they say.",
         "",
         *table(
             ("step", "ms", "over the student alone", "middle half"),
@@ -339,8 +342,8 @@ def plot_growth(rows: Sequence[Row], path: Path) -> None:
 INTRODUCTION = """
 Medians, forward and backward together; on a GPU of the time on the device, by events, on the CPU of the wall's.
 
-- Ratio: time of the rival by tardkd's, the two run in turn; above 1 tardkd is faster. ±: half the interquartile range by
-  the median. A step ends when its gradients are freed.
+- Ratio: time of the rival by tardkd's, the two run in turn; above 1 tardkd is faster. ±: half the interquartile range
+  by the median. A step ends when its gradients are freed.
 - `filtered`: pools, or compares, only regions whose feature gate is open.
 - `subtracted`: pools the difference of the two pyramids.
 - `pooled`: losses on regions that the box heads have pooled anyway, so it does less.
@@ -350,9 +353,10 @@ Medians, forward and backward together; on a GPU of the time on the device, by e
 """
 STEPS = """
 - `tardkd`: the distiller with what the box heads have pooled; `pyramids pooled`: with `region_distill_loss` instead.
-- `teacher remembered`: the teacher's outputs are those of the first step, so that only the distillation itself is added.
-- `PyTorch`: the same losses in plain PyTorch, the teacher's head on foreground regions only here too; `whole teacher`: it
-  predicts as well, as whoever calls `teacher(images)` has it.
+- `teacher remembered`: the teacher's outputs are those of the first step, so that only the distillation itself is
+  added.
+- `PyTorch`: the same losses in plain PyTorch, the teacher's head on foreground regions only here too; `whole teacher`:
+  it predicts as well, as whoever calls `teacher(images)` has it.
 """
 ROOFLINE = """
 - Bytes: what must be read and written once: pixels that open regions touch, and whole gradients.

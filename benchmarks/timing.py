@@ -41,7 +41,7 @@ def copies_needed(device: str, input_bytes: int) -> int:
 
 
 def measure(benchmark, step: Step, inputs: Sequence[Workload], quick: bool, ours: Step | None = None) -> None:
-    """Times ``step`` on the ``inputs`` in turn; if it is a rival's, in turn with ``ours`` too, as machines have moods."""
+    """Times ``step`` on the ``inputs`` in turn; of a rival, in turn with ``ours`` too, as machines have moods."""
     device = inputs[0].labels.device.type
     turns = itertools.cycle(inputs)
 

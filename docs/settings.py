@@ -9,7 +9,6 @@ import inspect
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter
 

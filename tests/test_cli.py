@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from train.recipe import tree
 
 from tardkd import cli
 from tardkd.train import checkpoint, demo
-from train.recipe import tree
 
 
 @pytest.fixture(scope="module")

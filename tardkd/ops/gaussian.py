@@ -26,8 +26,8 @@ def gaussian_feature_loss(
     map, for a box with centre (x0, y0), width w and height h in map pixels,
     ``M(x, y) = exp(-(x - x0)^2 / (sigma^2 (w/2)^2) - (y - y0)^2 / (sigma^2 (h/2)^2))`` at the integer pixels (x, y)
     inside the box, 0 outside, the maximum where boxes overlap. A level's loss is
-    ``sum M |F_S - F_T|^2 / (2 N_a)``, summed over the batch and the channels, ``N_a = max(1, sum M)``; the result is the
-    mean over levels.
+    ``sum M |F_S - F_T|^2 / (2 N_a)``, summed over the batch and the channels, ``N_a = max(1, sum M)``; the result is
+    the mean over levels.
 
     Args:
         student_features, teacher_features: L tensors (N, C, H_l, W_l), level by level of one shape; float16, bfloat16,

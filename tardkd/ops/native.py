@@ -44,7 +44,12 @@ def gradient_like(feature: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def region_results(
-    regions: Tensor, student_logits: Tensor, student_deltas: Tensor, dtype: torch.dtype, reduce: bool, wants: Sequence[bool]
+    regions: Tensor,
+    student_logits: Tensor,
+    student_deltas: Tensor,
+    dtype: torch.dtype,
+    reduce: bool,
+    wants: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Uninitialised (feature, classification, regression, gates, scores, factors, grad_logits, grad_deltas)."""
     count = regions.shape[0]
@@ -62,8 +67,9 @@ def region_results(
 def defers(op: str, choices: Sequence[int]) -> bool:
     """Whether the gradients of a reduced loss are better made in the backward pass, from the inputs.
 
-    It costs reading the open regions once more, and saves the pass that multiplies the gradient by the upstream one: over
-    whole pyramids, which takes longer than to pool the few regions that gates leave open, but not than to pool all.
+    It costs reading the open regions once more, and saves the pass that multiplies the gradient by the upstream one:
+    over whole pyramids, which takes longer than to pool the few regions that gates leave open, but not than to pool
+    all.
     """
     return op == "pooled_distill" or choices[FEATURE_GATE] != ALL
 

@@ -93,9 +93,9 @@ def region_distill_loss(
         reduction: "mean" as above, "sum" without the division, "none": (R,) a term.
 
     Returns:
-        :class:`RegionLosses`: the three losses, ``gates`` (R, 3) and ``scores`` (R, 4). Gradients flow into the student's
-        features, logits and deltas only. Ties leave a gate closed. A region with a non-finite box, an image index out
-        of range or such a label contributes nothing (``TARDKD_CHECK=1``: raises).
+        :class:`RegionLosses`: the three losses, ``gates`` (R, 3) and ``scores`` (R, 4). Gradients flow into the
+        student's features, logits and deltas only. Ties leave a gate closed. A region with a non-finite box, an image
+        index out of range or such a label contributes nothing (``TARDKD_CHECK=1``: raises).
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, an unknown option, or a teacher tensor that

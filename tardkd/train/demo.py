@@ -18,13 +18,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from tardkd.seeing.curves import plot_curves
+from tardkd.seeing.plots import draw_detections
 from tardkd.train import checkpoint
 from tardkd.train.build import build_dataset, load_student
 from tardkd.train.config import Config, ConfigError, parse_config
-from tardkd.seeing.curves import plot_curves
 from tardkd.train.evaluate import METRICS
 from tardkd.train.loop import train
-from tardkd.seeing.plots import draw_detections
 
 ROLES = ("teacher", "baseline", "distilled")
 QUICK = ("data.train=24", "data.val=12", "train.epochs=2", "train.log_every=6")

@@ -4,9 +4,9 @@
 
 Compiles every source of csrc/cuda with the flags of a release build, for each architecture and as PTX of the newest,
 prints a Markdown table and fails if a hot kernel, or a function it calls, spills or lacks the wide accesses it is
-built on. (A stack frame without spills is what functions that are not inlined get their arguments by.) Hot are all but those that accumulate in double, which are for checks. Needs nvcc and c++filt;
-the disassembly is looked at where there is a cuobjdump: beside nvcc, on PATH, or in the package of Triton. MAX_JOBS
-sources at a time.
+built on. (A stack frame without spills is what functions that are not inlined get their arguments by.) Hot are all
+but those that accumulate in double, which are for checks. Needs nvcc and c++filt; the disassembly is looked at where
+there is a cuobjdump: beside nvcc, on PATH, or in the package of Triton. MAX_JOBS sources at a time.
 """
 
 from __future__ import annotations

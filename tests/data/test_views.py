@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from train.recipe import MODEL
 
 from tardkd.data import Scenes, build_loader, build_transform
 from tardkd.detectors.torchvision import GeneralizedRCNNAdapter
 from tardkd.train.models import ModelSpec, build_model
-from train.recipe import MODEL
 
 BOXES = torch.tensor([[20.0, 8, 50, 28], [2, 30, 12, 38]])
 

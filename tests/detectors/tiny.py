@@ -100,7 +100,7 @@ def tiny_batch(
     labels = [torch.tensor([1, 3]), torch.tensor([2])]
     if empty:
         boxes[1], labels[1] = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-    targets = [{"boxes": b, "labels": l} for b, l in zip(boxes, labels)]
+    targets = [{"boxes": of_image, "labels": classes} for of_image, classes in zip(boxes, labels)]
     for image, target in zip(images, targets):
         count = len(target["boxes"])
         if family == "mask":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tardkd.distill import Distiller, DistillSettings, ScheduleSettings
 
-from .test_classes import ADAPTIVE, ALL, NAMES, OPEN, run, with_classes
+from .test_classes import ADAPTIVE, ALL, NAMES, OPEN, run
 
 TERMS = ["distill_feature", "distill_classification", "distill_regression"]
 FIRST = {"b": None}  # the first of two copies teaches a and c ...

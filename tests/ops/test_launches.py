@@ -15,7 +15,6 @@ from tardkd.ops.registry import IMPLEMENTATIONS
 from .scenes import LEVEL_RULE, make_boxes, make_scene
 from .test_pooled_loss import make_pooled
 
-
 # Each makes its inputs and returns what calls the op, and the leaves.
 
 

@@ -21,6 +21,7 @@ from tardkd.train.models import ModelSpec, build_model
 
 from .recipe import MODEL, recipe, tree
 
+
 def doctor(folder: Path, *overrides: str, role: str = "distilled", changes: dict | None = None):
     """The report on the tiny recipe, written to a file of `folder`."""
     config = folder / "recipe.yaml"

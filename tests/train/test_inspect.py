@@ -12,11 +12,12 @@ from torchvision.ops import box_iou
 from tardkd import cli
 from tardkd.data import Scenes
 from tardkd.distill import Distiller, DistillSettings
-from tardkd.train import checkpoint, region_plots
+from tardkd.seeing import region_plots
 from tardkd.seeing.inspect import inspect_run
-from tardkd.train.models import ModelSpec, build_model
 from tardkd.seeing.region_plots import draw_overview, draw_page
 from tardkd.seeing.regions import COLUMNS, LESSONS, TaughtRegions, look_at
+from tardkd.train import checkpoint
+from tardkd.train.models import ModelSpec, build_model
 
 from .recipe import MODEL
 

@@ -8,8 +8,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tardkd.data import Scenes
 from tardkd import cli
+from tardkd.data import Scenes
 from tardkd.seeing import curves, plots
 from tardkd.seeing.curves import plot_curves, unique_names
 from tardkd.seeing.plots import draw_detections
