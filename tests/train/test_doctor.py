@@ -121,7 +121,8 @@ def test_an_image_that_cannot_be_read_or_has_another_size(tmp_path, coco):
     (tmp_path / "data" / "images" / "train_00001.png").write_bytes(b"no image")
     edit(tmp_path, "val", lambda data: data["images"][1].update(width=65))
     report = doctor(tmp_path, role="baseline", changes=coco)
-    assert "1 of the 4 images opened cannot be used: cannot read image" in found(report, "problem", "training data")[0]
+    (text,) = found(report, "problem", "training data")
+    assert "1 of the 4 images opened cannot be used: image id 1: cannot read image" in text
     assert "is 64x64, its annotation says 65x64" in found(report, "problem", "validation")[0]
 
 
