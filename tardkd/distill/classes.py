@@ -68,6 +68,11 @@ class ClassMap:
             table[theirs + 1] = ours + 1
         return labels.new_tensor(table)[labels]
 
+    def detections(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a teacher found on an image, of the pairs alone and under the student's labels."""
+        labels = self.from_teacher(found["labels"])
+        return {key: value[labels > 0] for key, value in {**found, "labels": labels}.items()}
+
     def student_regions(self, regions: Regions, head: HeadSettings) -> Regions:
         """The background regions and those of the pairs, with labels and outputs of the pairs alone."""
         if self.is_partial:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from tardkd.distill import Distiller
+from tardkd.distill.classes import ClassMap
+from tardkd.distill.teachers import FrozenTeacher
 from tardkd.train import checkpoint
 from tardkd.train.build import build_distiller, stored_config
 from tardkd.train.config import Config, ConfigError, Teacher
@@ -19,7 +22,7 @@ from tardkd.train.evaluate import evaluate
 from tardkd.train.loop import build_batches
 from tardkd.train.models import build_model
 
-from .report import Finding, describe_error, first, ok, problem, skipped, warning
+from .report import Finding, describe_error, first, ok, problem, warning
 from .subject import Subject
 
 LEAST_AP = 5.0  # percent; a teacher below it is untrained, or of other data
@@ -55,8 +58,7 @@ def check_models(subject: Subject) -> Iterator[Finding]:
 
 
 def _named(distiller: Distiller) -> list[tuple[str, nn.Module]]:
-    one = len(distiller.teachers) == 1
-    return [("the teacher" if one else f"teacher {i}", teacher) for i, teacher in enumerate(distiller.teachers)]
+    return [(paired.name, paired.adapter.model) for paired in distiller.frozen_teachers]
 
 
 def _class_names(subject: Subject) -> list[str]:
@@ -138,24 +140,43 @@ def check_precision(subject: Subject) -> Iterator[Finding]:
                       "raise --images, or see data.val: nothing can be evaluated without objects")
         return
     yield ok(f"the student starts at AP {student['AP']:.1f} on {len(chosen)} validation images", AP=student["AP"])
-    if distiller.describe():
-        yield skipped("teachers of other classes, or in another order, are not evaluated: do so on their own data")
-        return
-    for name, teacher in _named(distiller):
-        yield from _teacher_precision(name, teacher, student, batches, dataset)
+    for paired in distiller.frozen_teachers:
+        yield from _teacher_precision(paired, student["per_class"], batches, dataset)
 
 
-def _teacher_precision(name: str, model: nn.Module, student: dict[str, Any], batches: Any,
+class InTheStudentsLabels(nn.Module):
+    """A teacher of other classes as a detector of the student's: it finds those that it teaches."""
+
+    def __init__(self, teacher: nn.Module, classes: ClassMap) -> None:
+        super().__init__()
+        self.teacher, self.classes = teacher, classes
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        return [self.classes.detections(found) for found in self.teacher(images)]
+
+
+def _teacher_precision(paired: FrozenTeacher, student: dict[str, float | None], batches: Any,
                        dataset: Any) -> Iterator[Finding]:
-    teacher = evaluate(model, batches, dataset)
-    zeros = [one for one, value in teacher["per_class"].items() if value == 0]
-    text = f"{name} has AP {teacher['AP']:.1f} on the same"
-    numbers = {"AP": teacher["AP"], "per_class": teacher["per_class"]}
-    if teacher["AP"] < LEAST_AP:
+    """``student``: its AP by class."""
+    name, model, classes = paired.name, paired.adapter.model, paired.classes
+    found = evaluate(model if classes is None else InTheStudentsLabels(model, classes), batches, dataset)
+    taught = dataset.class_names if classes is None else classes.taught
+    partial = len(taught) < len(dataset.class_names)
+    scores = {one: found["per_class"][one] for one in taught if found["per_class"][one] is not None}
+    if not scores:
+        yield warning(f"these images hold no object of what {name} teaches: {first(taught)}",
+                      "raise --images: it could not be looked at")
+        return
+    ours, theirs = fmean(student[one] for one in scores), fmean(scores.values())
+    of_these = f" over the {len(taught)} classes that it teaches" if partial else ""
+    text = f"{name} has AP {theirs:.1f} on the same{of_these}"
+    numbers = {"AP": theirs, "per_class": scores}
+    zeros = [one for one, value in scores.items() if value == 0]
+    if theirs < LEAST_AP:
         yield problem(text, "a teacher that knows nothing opens few gates, and those by chance: train it first "
                       "(--role teacher); do its weights, classes and input size belong together?", **numbers)
-    elif teacher["AP"] < student["AP"]:
-        yield problem(f"{text}, less than the student",
+    elif theirs < ours:
+        yield problem(f"{text}, less than the student" + (f"'s {ours:.1f}" if partial else ""),
                       "the student has nothing to learn from it: take a better teacher", **numbers)
     else:
         yield ok(text, **numbers)

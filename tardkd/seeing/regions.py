@@ -111,10 +111,7 @@ def teachers_detections(distiller: Distiller, image: Tensor) -> dict[str, Tensor
     found = []
     for teacher in distiller.frozen_teachers:
         boxes = detect(teacher.adapter.model.to(device), image)
-        if teacher.classes is not None:
-            labels = teacher.classes.from_teacher(boxes["labels"])
-            boxes = {key: value[labels > 0] for key, value in {**boxes, "labels": labels}.items()}
-        found.append(boxes)
+        found.append(boxes if teacher.classes is None else teacher.classes.detections(boxes))
     return {key: torch.cat([boxes[key] for boxes in found]) for key in ("boxes", "labels", "scores")}
 
 

@@ -1,11 +1,15 @@
-"""The smallest recipe that runs everything, as a fresh tree of plain dicts."""
+"""The smallest recipe that runs everything, as a fresh tree of plain dicts, and a teacher for it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tardkd.train import checkpoint
 from tardkd.train.config import Config, parse_config
+from tardkd.train.models import build_model
 
 MODEL: dict[str, Any] = {
     "name": "resnet_fpn", "blocks": [1, 1], "width": 0.125, "fpn_channels": 8, "head_dim": 16, "norm": "group",
@@ -29,3 +33,12 @@ def tree(output: Path) -> dict[str, Any]:
 
 def recipe(output: Path, *overrides: str) -> Config:
     return parse_config(tree(output), overrides, source="test recipe")
+
+
+def teacher_file(path: Path, classes: list[str], **changes: Any) -> str:
+    """A checkpoint as a teacher's training leaves it, with random weights."""
+    config = recipe(path.parent, *(f"student.{key}={value}" for key, value in changes.items())).for_role("baseline")
+    torch.manual_seed(3)
+    model = build_model(config.student, len(classes))
+    checkpoint.save(path, {"model": model.state_dict(), "classes": classes, "config": config.plain()})
+    return str(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -14,12 +15,15 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_convert, box_iou
 
 from tardkd.cli import main
-from tardkd.data.scenes import write_scenes
+from tardkd.data.scenes import CLASSES, write_scenes
+from tardkd.distill.classes import match_classes
 from tardkd.doctor import anchors, examine, gradients, speed, teacher
 from tardkd.train.build import build_dataset
+from tardkd.train.evaluate import evaluate
+from tardkd.train.loop import build_batches
 from tardkd.train.models import ModelSpec, build_model
 
-from .recipe import MODEL, recipe, tree
+from .recipe import MODEL, recipe, teacher_file, tree
 
 
 def doctor(folder: Path, *overrides: str, role: str = "distilled", changes: dict | None = None):
@@ -147,13 +151,71 @@ def test_a_teacher_that_knows_nothing(tmp_path, weights):
     assert "the teacher has AP 0.0" in text and "opens few gates" in text and report.status == 1
 
 
+def scores(monkeypatch, *evaluations: dict[str, float | None]) -> None:
+    """Makes these the results, in turn: AP of "ball" and "star", 20 of every other class."""
+    results = iter(evaluations)
+
+    def evaluate(*_):
+        per_class = {**dict.fromkeys(CLASSES, 20.0), **next(results)}
+        return {"AP": fmean(ap for ap in per_class.values() if ap is not None), "per_class": per_class}
+
+    monkeypatch.setattr(teacher, "evaluate", evaluate)
+
+
 def test_a_teacher_worse_than_the_student_and_one_that_misses_a_class(tmp_path, weights, monkeypatch):
-    scores = iter([30.0, 20.0, 0.0, 20.0])
-    monkeypatch.setattr(teacher, "evaluate", lambda *_: {"AP": next(scores), "per_class": {"ball": 0.0, "star": 9.0}})
+    scores(monkeypatch, {"ball": 30.0}, {}, {"ball": 0.0, "star": 0.0}, {"ball": 0.0, "star": 50.0})
     (text,) = found(doctor(tmp_path, weights), "problem")
     assert "the teacher has AP 20.0 on the same, less than the student" in text
     report = doctor(tmp_path, weights)
     assert not report.status and "the teacher finds no object of ball" in found(report, "warning", "precision")[0]
+
+
+def test_teachers_of_other_classes_are_tried_on_those_that_they_teach(tmp_path, monkeypatch, no_standards):
+    others = [name for name in CLASSES if name not in ("ball", "star")]
+    first = teacher_file(tmp_path / "first.pt", ["star", "else", "ball"])
+    second = teacher_file(tmp_path / "second.pt", others)
+    changes = {"teacher": [{"weights": first}, {"weights": second}]}
+    report = doctor(tmp_path, changes=changes)
+    ours, one, other = found(report, "ok", "precision")
+    assert "teacher 0 has AP 0.0 on the same over the 2 classes that it teaches" in one
+    assert f"teacher 1 has AP 0.0 on the same over the {len(others)} classes that it teaches" in other
+    assert not found(report, "skipped")
+
+    scores(monkeypatch, {"ball": 40.0, "star": 30.0}, {"ball": 50.0, "star": 10.0, others[0]: 0.0}, {"star": 0.0})
+    report = doctor(tmp_path, changes=changes)
+    (text,) = found(report, "problem")
+    assert "teacher 0 has AP 30.0 on the same over the 2 classes that it teaches, less than the student's 35.0" in text
+    assert "teacher 1 has AP 20.0" in found(report, "ok", "precision")[1]
+    assert not found(report, "warning", "precision")  # classes that it does not teach are not missed
+
+    scores(monkeypatch, {}, {"ball": None, "star": None}, {})
+    text = found(doctor(tmp_path, changes=changes), "warning", "precision")[0]
+    assert "these images hold no object of what teacher 0 teaches: ball, star" in text
+
+
+def test_a_teachers_detections_count_under_the_students_labels(tmp_path):
+    """A teacher with the classes in another order, that finds every object: perfect through its map alone."""
+    config = recipe(tmp_path)
+    dataset = build_dataset(config, "val")
+    names = list(CLASSES)
+    order = names[3:] + names[:3]
+
+    class Knowing(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+            self.seen = 0
+
+        def forward(self, images):
+            first, self.seen = self.seen, self.seen + len(images)
+            return [{"boxes": target["boxes"], "scores": torch.ones(len(target["labels"])),
+                     "labels": torch.tensor([order.index(names[one - 1]) + 1 for one in target["labels"].tolist()])}
+                    for _, target in (dataset[i] for i in range(first, first + len(images)))]
+
+    batches = build_batches(config, dataset)
+    assert evaluate(Knowing(), batches, dataset)["AP"] < 50
+    mapped = teacher.InTheStudentsLabels(Knowing(), match_classes(names, order))
+    assert evaluate(mapped, batches, dataset)["AP"] > 99.9
 
 
 def test_boxes_outside_and_without_extent(tmp_path, coco):

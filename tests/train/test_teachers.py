@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,22 +16,12 @@ from tardkd.train import checkpoint
 from tardkd.train.build import build_dataset, build_distiller
 from tardkd.train.config import Config, ConfigError, load_config, parse_config
 from tardkd.train.loop import train
-from tardkd.train.models import build_model
 
-from .recipe import MODEL, recipe, tree
+from .recipe import MODEL, recipe, teacher_file, tree
 from .test_loop import assert_same_weights, interrupted, weights
 
 NAMES = list(CLASSES)
 QUICK = ("data.train=4", "data.val=1", "train.epochs=1")
-
-
-def teacher_file(path: Path, classes: list[str], **changes: Any) -> str:
-    """A checkpoint as a teacher's training leaves it, with random weights."""
-    config = recipe(path.parent, *(f"student.{key}={value}" for key, value in changes.items())).for_role("baseline")
-    torch.manual_seed(3)
-    model = build_model(config.student, len(classes))
-    checkpoint.save(path, {"model": model.state_dict(), "classes": classes, "config": config.plain()})
-    return str(path)
 
 
 def team(folder: Path, *overrides: str) -> Config:
