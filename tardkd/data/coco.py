@@ -245,8 +245,9 @@ def _check(data: Any) -> dict[str, Any]:
         for side in ("width", "height"):
             value = image.get(side)
             _expect(_is_int(value) and 0 < value < 2**31, f"images[{i}].{side}", "a positive integer", value)
-    categories = _unique_ids(data["categories"], "categories")
-    images = _unique_ids(data["images"], "images")
+    categories = _unique(data["categories"], "categories", "id")
+    _unique(data["categories"], "categories", "name")
+    images = _unique(data["images"], "images", "id")
     _expect(len(categories) > 0, "categories", "at least one category", [])
 
     annotations = [_check_annotation(f"annotations[{i}]", annotation, images, categories)
@@ -273,11 +274,11 @@ def _expect(good: bool, where: str, expected: str, found: Any) -> None:
         raise _Malformed(f"{where} must be {expected}, found {repr(found)[:80]}")
 
 
-def _unique_ids(entries: list[dict[str, Any]], key: str) -> set[int]:
-    seen: set[int] = set()
+def _unique(entries: list[dict[str, Any]], where: str, key: str) -> set[Any]:
+    seen: set[Any] = set()
     for i, entry in enumerate(entries):
-        _expect(entry["id"] not in seen, f"{key}[{i}].id", "unique", entry["id"])
-        seen.add(entry["id"])
+        _expect(entry[key] not in seen, f"{where}[{i}].{key}", "unique", entry[key])
+        seen.add(entry[key])
     return seen
 
 

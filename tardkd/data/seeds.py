@@ -6,5 +6,5 @@ import numpy as np
 
 
 def mix(*numbers: int) -> int:
-    """One well-spread 64-bit seed from several small non-negative numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    """One well-spread 64-bit seed from several numbers of at most 64 bits; ids may be negative."""
+    return int(np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1, np.uint64)[0])

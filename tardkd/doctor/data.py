@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tardkd.data.coco import has_extent
+from tardkd.data.coco import has_extent, missing_files
 from tardkd.train.build import build_dataset
 
 from .report import Finding, describe_error, first, ok, problem, warning
@@ -41,13 +41,22 @@ def _check_split(subject: Subject, split: str, *, augment: bool) -> Iterator[Fin
 
 
 def _images(dataset: Any, chosen: range | list[int]) -> Finding:
+    policy = getattr(dataset, "on_bad_image", "error")
     errors = []
+    dataset.on_bad_image = "error"  # else another image would take the place of a bad one
     for index in chosen:
         try:
             dataset[index]
         except Exception as error:  # whatever a broken file does to its reader
             errors.append(describe_error(error))
+    dataset.on_bad_image = policy
     numbers = {"images": len(dataset), "opened": len(chosen), "broken": len(errors)}
+    if policy != "error":
+        missing = missing_files(dataset.image_folder, [image["file_name"] for image in dataset.coco.imgs.values()], "")
+        if errors or missing:
+            return warning(f"{len(missing)} of the {len(dataset)} images are missing, {len(errors)} of the "
+                           f"{len(chosen)} opened cannot be used: {first(errors or missing, 3)}",
+                           "data.on_bad_image=skip does without them", **numbers, missing=len(missing))
     if errors:
         return problem(f"{len(errors)} of the {len(chosen)} images opened cannot be used: {first(errors, 3)}",
                        "mend these files or their entries; --thorough opens all of them", **numbers)
@@ -145,4 +154,7 @@ def _files(dataset: Any) -> dict[str, Path]:
 
 def _same(left: Path, right: Path) -> bool:
     """Of two paths with one name. In two folders 0001.jpg may be two images: then as many bytes, too."""
-    return left == right or left.stat().st_size == right.stat().st_size
+    try:
+        return left == right or left.stat().st_size == right.stat().st_size
+    except OSError:  # a missing file is no image of either
+        return False

@@ -6,6 +6,7 @@ A colour is a run in all panels, a line style a quantity.
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from tardkd.seeing.plots import COLOURS, save
+from tardkd.seeing.plots import COLOURS, literal, save
 
 COLUMNS = 3  # of panels
 WINDOW = 0.03  # share of a run's steps that the moving mean spans
@@ -82,7 +83,7 @@ def plot_curves(runs: Mapping[str, str | Path], out: str | Path) -> None:
             for line, key in zip(LINES, panel.quantities):
                 if _known(steps, [key]):
                     _curve(ax, steps["step"] / length, steps[key], panel.smooth, color=colour, linestyle=line)
-        handles.append(Line2D([], [], color=colour, linewidth=3, label=_summary(name, evaluations)))
+        handles.append(Line2D([], [], color=colour, linewidth=3, label=literal(_summary(name, evaluations))))
     for ax, panel in zip(axes[1:], panels):
         _finish(ax, panel)
     axes[0].set_title("average precision, percent", loc="left", fontsize=10)
@@ -140,7 +141,7 @@ def _read_table(path: Path) -> Table:
     if not path.is_file():
         return {}
     text = path.read_text(encoding="utf-8")
-    header, *rows = list(csv.reader(text[:text.rfind("\n") + 1].splitlines())) or [[]]
+    header, *rows = list(csv.reader(io.StringIO(text[:text.rfind("\n") + 1], newline=""))) or [[]]
     try:
         return {key: np.array([float(row[i] or "nan") for row in rows]) for i, key in enumerate(header) if rows}
     except (ValueError, IndexError):

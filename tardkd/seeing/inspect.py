@@ -46,12 +46,16 @@ def inspect_run(path: Path, out: Path, *, split: str = "val", count: int = 8, id
     looks = []
     for index in indices:
         image, target = dataset[index]
+        if target.get("unreadable"):  # which the data set has warned of
+            continue
         pixels = image.float() / 255
         looks.append(look_at(distiller, pixels, target, seed=config.train.seed))
         columns = {"objects": target, "student": detect(distiller.student, pixels),
                    "teacher": teachers_detections(distiller, pixels)}
         draw_page(image, columns, looks[-1], dataset.class_names, out / f"image_{target['image_id']}.png",
                   title=f"image {target['image_id']} of {split}, {path.parent.name}/{path.name}", compared=compared)
+    if not looks:
+        raise ConfigError(f"none of the {len(indices)} images of data.{split} can be read")
     with open(out / "regions.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([COLUMNS, *(row for look in looks for row in look.rows(dataset.class_names))])
     draw_overview(looks, dataset.class_names, out / "overview.png", compared=compared)

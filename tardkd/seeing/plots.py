@@ -45,7 +45,7 @@ def draw_detections(images: Tensor | Sequence[Tensor], columns: Mapping[str, Any
     for row, image in enumerate(images):
         for panel, (name, per_image) in zip(panels[row], columns.items(), strict=True):
             if row == 0:
-                panel.set_title(name, fontsize=12)
+                panel.set_title(literal(name), fontsize=12)
             draw_panel(panel, image, per_image[row], truth and truth[row], min_score)
     used = sorted({int(label) for per_image in columns.values() for entry in per_image for label in entry["labels"]})
     handles = class_handles(used, class_names, found=truth is not None)
@@ -82,11 +82,17 @@ def draw_panel(panel: Axes, image: Tensor, entry: Mapping[str, Any], truth: Mapp
 
 def class_handles(labels: Sequence[int], class_names: Sequence[str], *, found: bool) -> list[Line2D]:
     """A legend's lines for classes and, with ``found``, for what :func:`draw_panel` makes of detections."""
-    handles = [Line2D([], [], color=class_colour(label), linewidth=3, label=class_names[label - 1]) for label in labels]
+    handles = [Line2D([], [], color=class_colour(label), linewidth=3, label=literal(class_names[label - 1]))
+               for label in labels]
     if found:
         handles += [Line2D([], [], color="grey", linestyle="--", label="wrong"),
                     Line2D([], [], color="grey", linestyle=":", label="missed (white)")]
     return handles
+
+
+def literal(name: str) -> str:
+    """A name as it is, where matplotlib would set what is between two dollars as a formula."""
+    return name.replace("$", r"\$")
 
 
 def draw_image(panel: Axes, image: Tensor) -> None:

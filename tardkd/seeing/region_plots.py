@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from tardkd.seeing.plots import class_handles, draw_image, draw_panel, draw_tags, rectangle, save
+from tardkd.seeing.plots import class_handles, draw_image, draw_panel, draw_tags, literal, rectangle, save
 from tardkd.seeing.regions import LESSONS, TaughtRegions
 
 COLOURS = dict(zip(LESSONS, ("#808080", "#CC79A7", "#0072B2", "#D98200", "#009E73")))
@@ -143,7 +143,7 @@ def _draw_table(ax: Axes, shown: TaughtRegions, foreground: TaughtRegions, class
 
 
 def _short(name: str, length: int = 14) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
+    return literal(name if len(name) <= length else name[: length - 1] + "…")
 
 
 # ---- the overview --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,12 @@ def build_dataset(config: Config, split: str, *, augment: bool = False) -> Datas
     instead = "replace" if augment else "blank"  # an evaluation must not see an image twice
     settings = {"transform": transform, "on_bad_image": instead if config.data.on_bad_image == "skip" else "error"}
     if isinstance(config.data, VocData):
-        return VocDetection(root, chosen, config.data.classes, **settings)
-    return CocoDetection(root / chosen.images, root / chosen.annotations, **settings)
+        dataset: Dataset = VocDetection(root, chosen, config.data.classes, **settings)
+    else:
+        dataset = CocoDetection(root / chosen.images, root / chosen.annotations, **settings)
+    if not len(dataset):
+        raise ConfigError(f"data.{split} has no images")
+    return dataset
 
 
 def build_distiller(config: Config, class_names: list[str]) -> Distiller:
@@ -42,9 +47,9 @@ def build_distiller(config: Config, class_names: list[str]) -> Distiller:
     The student's first weights depend on the seed alone, and the generators are left in the same state whether or
     not there is a teacher, so that a baseline and a distilled run differ by nothing but the distillation.
     """
-    _check_first_classes(config.student, class_names)
+    spec = _first_weights(config.student, class_names)
     seed_generators(config.train.seed)
-    distiller = pair(config, build_model(config.student, len(class_names)), class_names)
+    distiller = pair(config, build_model(spec, len(class_names)), class_names)
     seed_generators(config.train.seed + 1)
     return distiller
 
@@ -53,7 +58,10 @@ def pair(config: Config, student: nn.Module, class_names: list[str]) -> Distille
     """That student with the teachers of the configuration."""
     sections = config.teachers if config.distill.enabled else {}
     loaded = [load_teacher(section, class_names, key) for key, section in sections.items()]
-    return Distiller(student, [teacher for teacher, _ in loaded], config.distill, enabled=config.distill.enabled,
+    settings = config.distill
+    if config.train.on_non_finite == "skip":  # which looks at the losses of all processes, when they have all got there
+        settings = replace(settings, check_finite=False)
+    return Distiller(student, [teacher for teacher, _ in loaded], settings, enabled=settings.enabled,
                      student_classes=class_names, teacher_classes=[classes for _, classes in loaded],
                      class_map=[section.classes for section in sections.values()])
 
@@ -64,14 +72,17 @@ def start_from(config: Config, weights: str | None) -> Config:
     return config.model_copy(update={"student": student})
 
 
-def _check_first_classes(spec: ModelSpec, class_names: list[str]) -> None:
-    """Weights of as many classes, but others, would fit without a word."""
-    if spec.weights in (None, "DEFAULT") or spec.new_head:
-        return
+def _first_weights(spec: ModelSpec, class_names: list[str]) -> ModelSpec:
+    """With the head of weights that tell these very classes; those of as many others would fit without a word."""
+    if spec.weights in (None, "DEFAULT"):
+        return spec
     _, classes = checkpoint.load_weights(spec.weights)
-    if classes not in (None, class_names):
+    if classes == class_names:
+        return spec.model_copy(update={"new_head": False})
+    if classes is not None and not spec.new_head:
         raise ConfigError(f"student.weights {spec.weights} has the classes {classes}, the data set has {class_names}; "
                           "student.new_head=true takes all but the class and box predictor")
+    return spec
 
 
 def load_teacher(teacher: Teacher, class_names: list[str], key: str = "teacher") -> tuple[nn.Module, list[str]]:

@@ -8,6 +8,7 @@ noticed: torch writes a checksum of every record but does not look at it, so it 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -53,17 +54,18 @@ def replacing(path: str | Path, *, previous: str | Path | None = None) -> Iterat
     Whatever goes wrong, `path` is as it was and the temporary file is gone.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary, replaced = path.with_name(path.name + ".tmp"), False
     try:
         yield temporary
         _sync(temporary)
         if previous is not None and path.exists():
             _keep(path, Path(previous))
         os.replace(temporary, path)
-        _sync(path.parent)  # the rename itself must survive a power cut
+        replaced = True
+        _sync_folder(path.parent)  # the rename itself must survive a power cut
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
-        kept = "; what it held before is untouched" if path.exists() else ""
+        kept = "; what it held before is untouched" if path.exists() and not replaced else ""
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}; {free / 2**20:.0f} MiB are free in "
                               f"{path.parent}{kept}") from None
     finally:
@@ -81,13 +83,17 @@ def write(content: Any, path: Path) -> None:
 
 def _keep(path: Path, previous: Path) -> None:
     """`path` under a second name, without copying it."""
-    previous.unlink(missing_ok=True)
+    second = previous.with_name(previous.name + ".tmp")
+    second.unlink(missing_ok=True)
     try:
-        os.link(path, previous)
+        os.link(path, second)
+        os.replace(second, previous)
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
             raise
         os.replace(path, previous)  # a file system without links: for a moment there is `previous` alone
+    finally:
+        second.unlink(missing_ok=True)  # two names of one file are not renamed into one
 
 
 def _sync(path: Path) -> None:
@@ -96,6 +102,14 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync_folder(path: Path) -> None:
+    try:
+        _sync(path)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that sync no folders
+            raise
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -139,6 +153,15 @@ def classes_of(state: dict[str, Any]) -> list[str] | None:
     classes = state.get("classes")
     told = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     return classes if told else None
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """Of names, shapes and values: two state dicts with the same one hold the same weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_any(path: str | Path) -> dict[str, Any]:

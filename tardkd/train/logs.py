@@ -16,14 +16,19 @@ from tardkd.train.evaluate import METRICS
 
 
 class Table:
-    """A CSV file with the columns of its first row; on resume the rows after the checkpoint's step are dropped."""
+    """A CSV file with the columns of its first row.
 
-    def __init__(self, path: Path, *, resume_step: int | None) -> None:
+    Args:
+        last: what to keep of an earlier run's rows, by the number in a column: ``("step", 7)`` drops those of later
+            steps; None begins anew.
+    """
+
+    def __init__(self, path: Path, *, last: tuple[str, int] | None) -> None:
         self._path = path
         self._columns: list[str] | None = None
-        if resume_step is not None and path.exists():
-            self._truncate(resume_step)
-        self._file = open(path, "a" if resume_step is not None else "w", newline="", encoding="utf-8")
+        if last is not None and path.exists():
+            self._truncate(*last)
+        self._file = open(path, "a" if last is not None else "w", newline="", encoding="utf-8")
 
     def write(self, row: dict[str, float | None]) -> None:
         if self._columns is None:
@@ -38,12 +43,12 @@ class Table:
     def close(self) -> None:
         self._file.close()
 
-    def _truncate(self, last_step: int) -> None:
+    def _truncate(self, column: str, last: int) -> None:
         with open(self._path, newline="", encoding="utf-8") as file:
             header, *rows = list(csv.reader(file)) or [[]]
         self._columns = header or None
         # A row that a crash cut short is one after the checkpoint, too.
-        kept = [row for row in rows if len(row) == len(header) and int(row[header.index("step")]) <= last_step]
+        kept = [row for row in rows if len(row) == len(header) and int(row[header.index(column)]) <= last]
         temporary = self._path.with_suffix(".tmp")
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([header, *kept] if header else [])
@@ -56,15 +61,15 @@ class RunLog:
     Steps and epochs are numbered from 1 as a reader counts them: step n is the n-th update.
     """
 
-    def __init__(self, folder: Path, *, epochs: int, steps_per_epoch: int, resume_step: int | None,
+    def __init__(self, folder: Path, *, epochs: int, steps_per_epoch: int, resumed: tuple[int, int] | None,
                  log_every: int, console: Console | None = None, label: str = "") -> None:
         self.console = console or Console()
         self._epochs, self._total, self._log_every, self._label = epochs, epochs * steps_per_epoch, log_every, label
-        self._steps = Table(folder / "train.csv", resume_step=resume_step)
-        self._evaluations = Table(folder / "eval.csv", resume_step=resume_step)
-        purge = None if resume_step is None else resume_step + 1
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
-        self._display = Display(self.console, label=label, epochs=epochs, total=self._total, step=resume_step or 0)
+        epoch, step = resumed or (None, None)  # that the checkpoint has finished
+        self._steps = Table(folder / "train.csv", last=None if step is None else ("step", step))
+        self._evaluations = Table(folder / "eval.csv", last=None if epoch is None else ("epoch", epoch))
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=None if step is None else step + 1)
+        self._display = Display(self.console, label=label, epochs=epochs, total=self._total, step=step or 0)
 
     def __enter__(self) -> RunLog:
         self._display.__enter__()

@@ -7,6 +7,7 @@ ended: all that is random depends on the seed, the epoch or step and the image a
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,15 +35,16 @@ from tardkd.train.update import Numbers, Part, Update
 
 OUTPUTS = ("last.pt", "previous.pt", "best.pt", "failed*.pt", "train.csv", "eval.csv", "config.yaml", "tensorboard")
 # What may differ on resume, because no weight depends on it but for rounding.
-FREE_ON_RESUME = {"output", "train.threads", "train.workers", "train.log_every", "train.save_every", "train.device",
-                  "train.accumulate", "train.on_non_finite",
+FREE_ON_RESUME = {"output", "data.root", "train.threads", "train.workers", "train.log_every", "train.save_every",
+                  "train.device", "train.accumulate", "train.on_non_finite",
                   "student.weights", "student.new_head", "student.backbone_weights"}  # the checkpoint has them all
+MOVABLE = re.compile(r"teacher(\.\d+)?\.weights")  # free too, but must hold what they held
 LATE_DEVICES = {"cuda"}  # go on working when the host has queued a step
-MOST_SKIPS = 10  # in a row, of steps with a loss that is not finite
+MOST_SKIPS = 10  # in a row, of steps with a loss or gradient that is not finite
 
 
 class NonFiniteLoss(RuntimeError):
-    """A loss term became infinite or NaN; the message names it, the step and the images."""
+    """A loss term or the gradient became infinite or NaN; the message names it, the step and the images."""
 
 
 @dataclass
@@ -110,12 +112,15 @@ class Run:
         state = resumed_state(self.folder, config) if resume else None
         self.train_set, self.val_set = build_dataset(config, "train", augment=True), build_dataset(config, "val")
         check_classes("data.train", self.train_set.class_names, "data.val", self.val_set.class_names)
+        if all(annotation["iscrowd"] for annotation in self.val_set.coco.dataset["annotations"]):
+            raise ConfigError("data.val holds no object, so nothing can be evaluated")
         begin = config if state is None else start_from(config, None)  # the files it began from may be gone
         self.distiller = build_distiller(begin, self.train_set.class_names).to(processes.device)
         if config.train.channels_last:
             self.distiller.to(memory_format=torch.channels_last)
         for section, teacher in zip(config.teachers.values(), self.distiller.teachers):
             ready_teacher(config, section, teacher.to(processes.device))
+        self.fingerprints = [checkpoint.fingerprint(teacher.state_dict()) for teacher in self.distiller.teachers]
         self.update = Update(config, self.distiller, processes)
         self.steps_per_epoch = len(self.batches(epoch=0)) // config.train.accumulate
         self.distiller.start(config.train.epochs, self.steps_per_epoch)
@@ -141,7 +146,7 @@ class Run:
             return nullcontext(NoLog())
         train = self.config.train
         return RunLog(self.folder, epochs=train.epochs, steps_per_epoch=self.steps_per_epoch, label=label,
-                      console=console, resume_step=self.progress.step if self.resumed else None,
+                      console=console, resumed=(self.progress.epoch, self.progress.step) if self.resumed else None,
                       log_every=train.log_every)
 
     def train(self, log: RunLog | NoLog, termination: Termination) -> None:
@@ -171,8 +176,6 @@ class Run:
             progress.epoch, progress.batch = progress.epoch + 1, 0
             best = False
             if due:
-                if metrics["AP"] is None:
-                    raise ConfigError("data.val holds no object, so nothing can be evaluated")
                 best = metrics["AP"] > progress.best_ap
                 progress.metrics, progress.best_ap = metrics, max(metrics["AP"], progress.best_ap)
                 log.evaluation(progress.epoch, progress.step, metrics, best=best)
@@ -203,6 +206,9 @@ class Run:
                 step.losses, step.numbers = list(losses), Numbers({**losses, **stats}, self.processes)
                 if not self.late:
                     self.look_at(step)
+                step.norm = HostCopy(update.clip())
+                if not self.late:
+                    self.look_at_norm(step)
             except FloatingPointError as error:
                 blamed = step if waiting is None else waiting  # what was not waited for is of the step before
                 raise NonFiniteLoss(f"{error} at {blamed}; {self._keep(blamed)}") from None
@@ -215,7 +221,7 @@ class Run:
                 step.norm = HostCopy(torch.tensor(math.nan))
             else:
                 self._skipped = 0
-                step.norm = HostCopy(update.apply(rate))
+                update.apply(rate)
             progress.batch, progress.step = progress.batch + 1, progress.step + 1
             now = time.perf_counter()
             step.seconds, tick = now - tick, now
@@ -245,13 +251,22 @@ class Run:
         if all(math.isfinite(step.values[name]) for name in step.losses):
             return
         own = step.numbers.own()
-        broken = [f"{name} is {own[name]}" for name in step.losses if not math.isfinite(own[name])]
+        self._refuse(step, [f"{name} is {own[name]}" for name in step.losses if not math.isfinite(own[name])])
+
+    def look_at_norm(self, step: Step) -> None:
+        """The gradient may be infinite where no loss is; raises NonFiniteLoss in all processes, for they share it."""
+        norm = step.norm.tolist()
+        if not (math.isfinite(norm) or self.update.expects_overflow):
+            self._refuse(step, [f"the gradient's norm is {norm}"])
+
+    def _refuse(self, step: Step, broken: list[str]) -> None:
         described = f"{'; '.join(broken)} at {step}; {self._keep(step)}" if broken else None
         raise NonFiniteLoss("; ".join(filter(None, self.processes.gather(described))))
 
     def write(self, step: Step, log: RunLog | NoLog) -> None:
         if step.values is None:
             self.look_at(step)
+            self.look_at_norm(step)
         losses = {name: step.values.pop(name) for name in step.losses}
         values = {"lr": step.rate, **losses, "grad_norm": step.norm.tolist(), **step.values}
         images = self.processes.count * sum(len(images) for images, _ in step.parts)
@@ -270,8 +285,8 @@ class Run:
         if self.processes.is_first:
             checkpoint.save(self.folder / name, {
                 "model": self.update.evaluated.state_dict(), "classes": self.train_set.class_names,
-                "config": self.config.plain(), "task": self.distiller.task_state(), **self.update.state_dict(),
-                **asdict(self.progress),
+                "config": self.config.plain(), "teachers": self.fingerprints, "task": self.distiller.task_state(),
+                **self.update.state_dict(), **asdict(self.progress),
             }, previous=self.folder / checkpoint.PREVIOUS if name == checkpoint.LAST else None)
 
     def _keep(self, step: Step) -> str:
@@ -284,6 +299,10 @@ class Run:
         return f"{path} holds these images; nothing else of that step is saved"
 
     def _restore(self, state: dict[str, Any]) -> None:
+        for (key, section), now, before in zip(self.config.teachers.items(), self.fingerprints,
+                                               state.get("teachers", self.fingerprints)):
+            if now != before:
+                raise ConfigError(f"{key}.weights {section.weights} holds other weights than the run began with")
         self.update.load_state_dict(state["model"], state)
         self.distiller.load_task_state(state["task"])
         self.progress = Progress(**{item.name: state[item.name] for item in fields(Progress)})
@@ -330,7 +349,7 @@ def resumed_state(folder: Path, config: Config) -> dict[str, Any]:
     before = _flat(stored_config(state, path).plain())  # with today's defaults for keys that it did not know
     now = _flat(config.plain())
     changed = [f"{key} ({before.get(key)!r} -> {now.get(key)!r})" for key in sorted(before.keys() | now.keys())
-               if before.get(key) != now.get(key) and key not in FREE_ON_RESUME]
+               if before.get(key) != now.get(key) and key not in FREE_ON_RESUME and not MOVABLE.fullmatch(key)]
     if changed:
         raise ConfigError(f"{path} belongs to a run with other settings: {', '.join(changed)}")
     return state
@@ -339,6 +358,8 @@ def resumed_state(folder: Path, config: Config) -> dict[str, Any]:
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            value = {str(place): item for place, item in enumerate(value)}
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
     return flat
 

@@ -40,7 +40,7 @@ class ModelSpec(BaseModel):
     name: Literal["resnet_fpn", "fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "fasterrcnn_resnet101_fpn",
                   "fasterrcnn_mobilenet_v3_large_fpn", "fasterrcnn_mobilenet_v3_large_320_fpn"] = LIGHT
     weights: str | None = None  # the detector: a local state dict or checkpoint; DEFAULT: torchvision downloads its own
-    new_head: bool = False  # weights of other classes: take all but the class and box predictor
+    new_head: bool = False  # take all but the class and box predictor from weights of other classes, or that tell none
     backbone_weights: str | None = None  # the classifier a backbone starts from: a local state dict, or DEFAULT
     freeze_norm: bool = False  # BatchNorm as constants, as detectors with small batches fine-tune
     norm_eps: NonNegativeFloat | None = None  # of BatchNorm; 0 is what torchvision's COCO_V1 files were trained with

@@ -88,16 +88,23 @@ class Update:
             _add(stats_sum, self.distiller.stats, len(parts))
         return losses_sum, stats_sum
 
-    def apply(self, rate: float) -> Tensor:
-        """Moves the weights; returns the norm of the gradient before clipping."""
-        set_learning_rate(self.optimizer, rate)
+    @property
+    def expects_overflow(self) -> bool:
+        """Gradients may be infinite: the scaler takes no step then, and a smaller scale."""
+        return self._scaler.is_enabled()
+
+    def clip(self) -> Tensor:
+        """Returns the norm of the gradient before that."""
         self._scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        return torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
+
+    def apply(self, rate: float) -> None:
+        """Moves the weights."""
+        set_learning_rate(self.optimizer, rate)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         if self.average is not None:
             self.average.update_parameters(self.distiller.student)
-        return norm
 
     def drop(self) -> None:
         """As if the gradients had never been computed: batch statistics would keep a NaN for good."""

@@ -111,6 +111,7 @@ def test_quiet(tmp_path, capsys):
     ("images.0.height", 30.5, r"images\[0\]\.height"),
     ("images.0.height", True, r"images\[0\]\.height"),
     ("categories.1.id", 90, r"categories\[1\]\.id must be unique"),
+    ("categories.1.name", "toothbrush", r"categories\[1\]\.name must be unique"),
     ("categories.0.name", ..., r"categories\[0\]\.name"),
     ("annotations.2.image_id", 8, r"annotations\[2\]\.image_id"),
     ("annotations.2.image_id", [7], r"annotations\[2\]\.image_id"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from tardkd.distill import Distiller
 from tardkd.train import build
 from tardkd.train.build import build_dataset, load_teacher
 from tardkd.train.config import ConfigError, Teacher, load_config, parse_config
+from tardkd.train.loop import train
 from tardkd.train.models import ModelSpec, build_model
 
 from .recipe import MODEL, recipe, tree
@@ -83,6 +85,20 @@ def test_torchvision_teaches_what_it_knows(published):
         load_teacher(teacher, ["star", "parcel"])
     with pytest.raises(ConfigError, match="teacher.model: required"):
         load_teacher(Teacher(weights="DEFAULT"), ["cat"])
+
+
+@pytest.mark.parametrize("without, message", [("images", "data.val has no images"),
+                                              ("annotations", "data.val holds no object")])
+def test_nothing_to_evaluate_is_said_before_the_training(tmp_path, without, message):
+    write_scenes(tmp_path, splits={"train": 3, "val": 2}, image_size=64, seed=0)
+    path = tmp_path / "annotations" / "val.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), without: [], "annotations": []}))
+    data = {"kind": "coco", "root": str(tmp_path),
+            **{split: {"images": "images", "annotations": f"annotations/{split}.json"} for split in ("train", "val")}}
+    config = parse_config({**tree(tmp_path / "out"), "data": data}, source="recipe").for_role("baseline")
+    with pytest.raises(ConfigError, match=message):
+        train(config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_image_that_cannot_be_read_is_replaced_in_training_alone(tmp_path):

@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import shutil
+import stat
 import zipfile
 from contextlib import contextmanager, nullcontext
 
@@ -42,14 +43,60 @@ def test_the_checkpoint_before_is_kept_without_a_copy(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["last.pt", "previous.pt"]
 
 
-def test_the_checkpoint_before_is_kept_where_files_have_one_name_only(tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOSYS], ids=["exFAT", "FUSE"])
+def test_the_checkpoint_before_is_kept_where_files_have_one_name_only(tmp_path, monkeypatch, code):
     def refuse(*_):
-        raise PermissionError(errno.EPERM, "Operation not permitted")  # as on exFAT
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "link", refuse)
     for step in (1, 2, 3):
         checkpoint.save(tmp_path / "last.pt", {"step": step}, previous=tmp_path / "previous.pt")
     assert [checkpoint.load(tmp_path / name)["step"] for name in ("last.pt", "previous.pt")] == [3, 2]
+
+
+def folders_fail(monkeypatch, code):
+    """Folders cannot be synced, files can."""
+    original = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_a_file_system_that_syncs_no_folders(tmp_path, monkeypatch):
+    folders_fail(monkeypatch, errno.EINVAL)
+    for step in (1, 2):
+        checkpoint.save(tmp_path / "last.pt", {"step": step})
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 2
+
+
+def test_nothing_is_said_to_be_untouched_that_was_replaced(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / "last.pt", {"step": 1})
+    folders_fail(monkeypatch, errno.EIO)
+    with pytest.raises(CheckpointError, match="Input/output error") as error:
+        checkpoint.save(tmp_path / "last.pt", {"step": 2})
+    assert "untouched" not in str(error.value) and checkpoint.load(tmp_path / "last.pt")["step"] == 2
+
+
+def test_a_crash_between_the_two_names_leaves_no_third(tmp_path):
+    """`previous` and `path` are one file then, and a rename between names of one file does nothing."""
+    last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
+    checkpoint.save(last, {"step": 1})
+    os.link(last, previous)
+    checkpoint.save(last, {"step": 2}, previous=previous)
+    assert [checkpoint.load(path)["step"] for path in (last, previous)] == [2, 1]
+    assert sorted(os.listdir(tmp_path)) == ["last.pt", "previous.pt"]
+
+
+def test_a_fingerprint_is_of_names_shapes_and_values():
+    one = {"a": torch.arange(6.0), "b": torch.tensor(3), "c": torch.zeros(2, dtype=torch.bfloat16)}
+    same = {key: one[key].clone() for key in ("c", "a", "b")}
+    assert checkpoint.fingerprint(one) == checkpoint.fingerprint(same)
+    others = ({"a": one["a"] + 1e-6}, {"a": one["a"].reshape(2, 3)}, {"b": torch.tensor(3, dtype=torch.int32)})
+    assert len({checkpoint.fingerprint({**one, **other}) for other in ({}, *others)}) == 4
 
 
 def test_the_file_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
@@ -61,7 +108,7 @@ def test_the_file_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
     assert calls == ["fsync", "replace", "fsync"]  # the file, the rename, the folder
     calls.clear()
     checkpoint.save(tmp_path / "last.pt", {}, previous=tmp_path / "previous.pt")
-    assert calls == ["fsync", "link", "replace", "fsync"]
+    assert calls == ["fsync", "link", "replace", "replace", "fsync"]  # the second name takes the place of `previous`
 
 
 # ---- a full disk ---------------------------------------------------------------------------------------------------

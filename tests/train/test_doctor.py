@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from statistics import fmean
 
@@ -128,6 +129,30 @@ def test_an_image_that_cannot_be_read_or_has_another_size(tmp_path, coco):
     (text,) = found(report, "problem", "training data")
     assert "1 of the 4 images opened cannot be used: image id 1: cannot read image" in text
     assert "is 64x64, its annotation says 65x64" in found(report, "problem", "validation")[0]
+
+
+def test_images_that_the_training_would_do_without(tmp_path, coco):
+    """Where it is told to, and says nothing, the doctor says how many."""
+    coco["data"]["on_bad_image"] = "skip"
+    (tmp_path / "data" / "images" / "train_00001.png").write_bytes(b"no image")
+    (tmp_path / "data" / "images" / "train_00003.png").unlink()
+    (tmp_path / "data" / "images" / "val_00002.png").unlink()
+    report = doctor(tmp_path, role="baseline", changes=coco)
+    train, val = found(report, "warning", "training data")[0], found(report, "warning", "validation")[0]
+    assert "1 of the 4 images are missing, 2 of the 4 opened cannot be used: image id 1: cannot read" in train
+    assert "1 of the 2 images are missing, 1 of the 2 opened cannot be used" in val and "on_bad_image=skip" in val
+    assert not found(report, "problem")
+
+
+def test_a_missing_image_is_in_no_two_splits(tmp_path, coco):
+    coco["data"].update(on_bad_image="skip", val={**coco["data"]["val"], "images": "other"})
+    shutil.copytree(tmp_path / "data" / "images", tmp_path / "data" / "other")
+    edit(tmp_path, "val", lambda data: data["images"][0].update(file_name="train_00001.png"))
+    report = doctor(tmp_path, role="baseline", changes=coco)
+    assert "1 of 2 validation images are also trained on: train_00001.png" in found(report, "warning", "overlap")[0]
+    (tmp_path / "data" / "other" / "train_00001.png").unlink()
+    report = doctor(tmp_path, role="baseline", changes=coco)
+    assert "no image is in both" in found(report, "ok", "overlap")[0]
 
 
 def test_weights_of_another_model(tmp_path, weights):

@@ -68,6 +68,13 @@ def test_it_resumes_without_the_weights_it_began_with(runs, tmp_path, command):
     train(resumed, resume=True)
 
 
+def test_a_recipes_new_head_is_for_weights_of_other_classes(runs, tmp_path, command):
+    """Else a run that goes on with its own weights would lose the head that it has trained."""
+    assert cli.main([*command, "student.new_head=true", "--init-from", str(runs / "baseline")]) == 0
+    config = recipe(tmp_path, "student.new_head=true").for_role("baseline")
+    assert_first_weights(start_from(config, str(runs / "baseline" / "last.pt")), runs / "baseline" / "last.pt")
+
+
 @pytest.mark.parametrize("classes", [["cat", "ball", "board", "parcel", "sign", "star"], ["cat"]])
 def test_other_classes_are_refused_unless_the_head_is_new(runs, tmp_path, command, capsys, classes):
     state = checkpoint.load(runs / "baseline" / "last.pt")

@@ -11,12 +11,14 @@ from torchvision.ops import box_iou
 
 from tardkd import cli
 from tardkd.data import Scenes
+from tardkd.data.scenes import write_scenes
 from tardkd.distill import Distiller, DistillSettings
 from tardkd.seeing import region_plots
 from tardkd.seeing.inspect import inspect_run
 from tardkd.seeing.region_plots import draw_overview, draw_page
 from tardkd.seeing.regions import COLUMNS, LESSONS, TaughtRegions, look_at
 from tardkd.train import checkpoint
+from tardkd.train.config import ConfigError
 from tardkd.train.models import ModelSpec, build_model
 
 from .recipe import MODEL
@@ -172,6 +174,21 @@ def test_regions_without_a_gate_on_background_and_images_without_objects(runs, t
     summary = inspect_run(runs / "distilled" / "last.pt", tmp_path / "none", overrides=["data.val=1"])
     assert summary == "1 image without a foreground region"
     assert (tmp_path / "none" / "image_1.png").exists()
+
+
+def test_an_image_that_cannot_be_read_is_left_out(runs, tmp_path):
+    """What stands in for it is black, and of another size than its objects."""
+    write_scenes(tmp_path, splits={"train": 1, "val": 2}, image_size=64, seed=0)
+    split = "{images: images, annotations: annotations/val.json}"
+    data = [f"data={{kind: coco, root: {tmp_path}, train: {split}, val: {split}, on_bad_image: skip}}"]
+    (tmp_path / "images" / "val_00001.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match="cannot read image"):
+        summary = inspect_run(runs / "distilled" / "last.pt", tmp_path / "one", overrides=data)
+    assert summary.startswith("1 image, ") and not (tmp_path / "one" / "image_1.png").exists()
+    with open(tmp_path / "one" / "regions.csv", newline="") as file:
+        assert {row["image_id"] for row in csv.DictReader(file)} == {"2"}
+    with pytest.warns(UserWarning), pytest.raises(ConfigError, match="none of the 1 images of data.val can be read"):
+        inspect_run(runs / "distilled" / "last.pt", tmp_path / "none", ids=[1], overrides=data)
 
 
 @pytest.mark.parametrize(("run", "words", "message"), [

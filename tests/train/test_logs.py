@@ -25,9 +25,9 @@ def rows(path):
         return list(csv.reader(file))
 
 
-def run_log(folder, resume_step=None, *, terminal=False):
+def run_log(folder, resumed=None, *, terminal=False):
     console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
-    return RunLog(folder, epochs=2, steps_per_epoch=3, resume_step=resume_step, log_every=2, console=console,
+    return RunLog(folder, epochs=2, steps_per_epoch=3, resumed=resumed, log_every=2, console=console,
                   label="student")
 
 
@@ -82,7 +82,7 @@ def test_every_value_has_its_group(name, group):
 
 
 def test_speed_follows_the_last_steps_and_a_resumed_run_has_less_left(tmp_path):
-    with run_log(tmp_path, resume_step=3) as log:
+    with run_log(tmp_path, resumed=(1, 3)) as log:
         assert log._display.line() == "student epoch 0/2 step 3/6  peak 0.25 GiB"
         log.step(2, 4, {"loss": 1.0}, images=4, seconds=10.0)
         for _ in range(200):
@@ -96,15 +96,25 @@ def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
             log.step(1, step, {"loss": float(step)}, images=1, seconds=1.0)
     with open(tmp_path / "train.csv", "a") as file:
         file.write("2,1")  # a crash in the middle of a row, whose step was 12
-    with run_log(tmp_path, resume_step=3) as log:
+    with run_log(tmp_path, resumed=(1, 3)) as log:
         log.step(2, 4, {"loss": 40.0}, images=1, seconds=1.0)
     table = rows(tmp_path / "train.csv")
     assert table[0] == ["epoch", "step", "loss", "seconds"]
     assert [row[1:3] for row in table[1:]] == [["1", "1"], ["2", "2"], ["3", "3"], ["4", "40"]]
 
 
+def test_resuming_drops_the_evaluation_of_an_epoch_that_is_done_again(tmp_path):
+    """It came after the epoch's last step, at which the checkpoint was written, and before the next one."""
+    for _ in range(2):
+        with run_log(tmp_path, resumed=(0, 3)) as log:
+            log.evaluation(1, 3, METRICS, best=True)
+    with run_log(tmp_path, resumed=(1, 3)) as log:
+        log.evaluation(2, 6, METRICS, best=True)
+    assert [row[:2] for row in rows(tmp_path / "eval.csv")] == [["epoch", "step"], ["1", "3"], ["2", "6"]]
+
+
 def test_a_missing_value_is_an_empty_cell_and_a_new_one_an_error(tmp_path):
-    table = Table(tmp_path / "t.csv", resume_step=None)
+    table = Table(tmp_path / "t.csv", last=None)
     table.write({"step": 1, "loss": 1.0, "gate": 0.5})
     table.write({"step": 2, "loss": 1.0})
     with pytest.raises(ValueError, match="no column for extra; it has step, loss, gate"):

@@ -161,6 +161,28 @@ def test_resume_refuses_another_run(runs, tmp_path):
         train(recipe(tmp_path).for_role("baseline"), resume=True)
 
 
+def test_a_run_that_was_moved_goes_on_with_the_same_teacher_alone(runs, tmp_path, monkeypatch):
+    """The recipe's own teacher lies beside it: another `output` is another path to the same weights."""
+    shutil.copytree(runs / "teacher", tmp_path / "old" / "teacher")
+    interrupted(monkeypatch, recipe(tmp_path / "old").for_role("distilled"), epoch=1)
+    (tmp_path / "old").rename(tmp_path / "new")
+    config = recipe(tmp_path / "new").for_role("distilled")
+    other = tmp_path / "other.pt"
+    state = checkpoint.load(tmp_path / "new" / "teacher" / "last.pt")
+    name = "roi_heads.box_predictor.cls_score.bias"
+    checkpoint.save(other, {**state, "model": {**state["model"], name: state["model"][name] + 1}})
+    with pytest.raises(ConfigError, match=f"teacher.weights {other} holds other weights than the run began with"):
+        train(recipe(tmp_path / "new", f"teacher.weights={other}").for_role("distilled"), resume=True)
+    train(config, resume=True)
+    assert_same_weights(weights(tmp_path / "new" / "distilled"), weights(runs / "distilled"))
+
+
+def test_several_teachers_are_compared_one_by_one():
+    flat = loop._flat({"teacher": [{"weights": "a", "model": {"width": 1}}, {"weights": "b"}], "sizes": [1, 2]})
+    assert flat == {"teacher.0.weights": "a", "teacher.0.model.width": 1, "teacher.1.weights": "b", "sizes": [1, 2]}
+    assert [bool(loop.MOVABLE.fullmatch(key)) for key in flat] == [True, False, True, False]
+
+
 def test_an_output_folder_in_use_is_refused(runs, tmp_path):
     config = recipe(tmp_path, "train.epochs=1", "data.train=2").for_role("baseline")
     folder = tmp_path / "baseline"

@@ -12,7 +12,7 @@ from tardkd import cli
 from tardkd.data import Scenes
 from tardkd.seeing import curves, plots
 from tardkd.seeing.curves import plot_curves, unique_names
-from tardkd.seeing.plots import draw_detections
+from tardkd.seeing.plots import draw_detections, literal
 
 
 @pytest.fixture
@@ -134,6 +134,18 @@ def test_logs_that_cannot_be_plotted_are_named(tmp_path, rows, message):
     (folder / "train.csv").write_text(rows)
     with pytest.raises(ValueError, match=f"train.csv .*{message}"):
         plot_curves({"a": folder}, tmp_path / "curves.png")
+
+
+def test_names_with_signs_of_their_own(tmp_path):
+    """Dollars are no formula, and what Unicode takes for the end of a line is none in a table."""
+    folder = write_run(tmp_path / "$_$", distilled=False)
+    table = (folder / "eval.csv").read_text().splitlines()
+    table[0] += ',"AP/odd\u2028name"'
+    (folder / "eval.csv").write_text("\n".join([table[0], *(f"{line},1" for line in table[1:])]) + "\n")
+    plot_curves({"$_$": folder}, tmp_path / "curves.png")
+    image = Scenes(1, 64, 0)[0][0]
+    draw_detections(image, {"$_$": boxes([1, 1, 9, 9, 1, 0.9])}, ["$_$"], tmp_path / "one.png")
+    assert literal("a $5") == r"a \$5"
 
 
 def boxes(*rows: list[float], scores: bool = True) -> dict[str, torch.Tensor]:

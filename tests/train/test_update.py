@@ -186,6 +186,57 @@ def test_a_step_may_be_skipped(tmp_path, monkeypatch, capsys):
     assert all(value.isfinite().all() for value in checkpoint.load(result.folder / "last.pt")["model"].values())
 
 
+def overflows_at(monkeypatch, step):
+    """A gradient that is infinite at this step (from 0), where the losses are not."""
+    original = Update.gradients
+
+    def gradients(self, number, parts):
+        found = original(self, number, parts)
+        if number == step:
+            self._parameters[0].grad.view(-1)[0] = math.inf
+        return found
+
+    monkeypatch.setattr(Update, "gradients", gradients)
+
+
+@pytest.mark.parametrize("late", [set(), {"cpu"}], ids=["at once", "late"])
+@pytest.mark.parametrize("save_every", [(), ("train.save_every=1",)], ids=["epochs", "steps"])
+def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(tmp_path, monkeypatch, late, save_every):
+    """At the last step of an epoch, after which nothing else would look before a save."""
+    monkeypatch.setattr(loop, "LATE_DEVICES", late)
+    overflows_at(monkeypatch, 3)
+    config = recipe(tmp_path, "data.train=4", *save_every).for_role("baseline")
+    with pytest.raises(NonFiniteLoss, match=r"the gradient's norm is inf at step 4, images \d, \d; .*failed\.pt holds"):
+        train(config)
+    folder = tmp_path / "baseline"
+    assert checkpoint.load(folder / "last.pt")["step"] == (3 if save_every else 2)
+    for path in folder.glob("*.pt"):
+        state = checkpoint.load(path)
+        assert all(value.isfinite().all() for value in state.get("model", {}).values()), path
+    monkeypatch.undo()
+    train(config, resume=True)
+
+
+@pytest.mark.parametrize("amp", ["none", "fp16"])
+def test_a_gradient_that_is_not_finite_may_be_skipped(tmp_path, monkeypatch, capsys, amp):
+    """A scaler does so by itself."""
+    overflows_at(monkeypatch, 1)
+    config = recipe(tmp_path, "train.on_non_finite=skip", f"train.amp={amp}", "train.epochs=1").for_role("baseline")
+    result = train(config, console=Console(width=200))
+    assert ("skipped: the gradient's norm is inf" in capsys.readouterr().out) == (amp == "none")
+    assert len(rows(result.folder)) == 3
+    assert all(value.isfinite().all() for value in checkpoint.load(result.folder / "last.pt")["model"].values())
+
+
+def test_a_distilled_step_may_be_skipped(runs, tmp_path, monkeypatch, capsys):
+    broken_at(monkeypatch, {1}, where="images")
+    weights = f"teacher.weights={runs}/teacher/last.pt"
+    config = recipe(tmp_path, "train.on_non_finite=skip", "train.epochs=1", weights).for_role("distilled")
+    result = train(config, console=Console(width=200))
+    assert "skipped: loss is nan" in capsys.readouterr().out
+    assert [math.isnan(row["loss"]) for row in rows(result.folder)] == [False, True, False]
+
+
 def test_too_many_skips_stop(tmp_path, monkeypatch):
     broken_at(monkeypatch, set(range(100)))
     config = recipe(tmp_path, "train.on_non_finite=skip", "train.epochs=9").for_role("baseline")
