@@ -176,15 +176,17 @@ def test_a_teacher_that_knows_nothing(tmp_path, weights):
     assert "the teacher has AP 0.0" in text and "opens few gates" in text and report.status == 1
 
 
-def scores(monkeypatch, *evaluations: dict[str, float | None]) -> None:
-    """Makes these the results, in turn: AP of "ball" and "star", 20 of every other class."""
-    results = iter(evaluations)
+def scores(monkeypatch, *evaluations: dict[str, float | None]) -> list[torch.nn.Module]:
+    """Makes these the results, in turn: AP of "ball" and "star", 20 of every other class; returns the models."""
+    results, models = iter(evaluations), []
 
-    def evaluate(*_):
+    def evaluate(model, *_):
+        models.append(model)
         per_class = {**dict.fromkeys(CLASSES, 20.0), **next(results)}
         return {"AP": fmean(ap for ap in per_class.values() if ap is not None), "per_class": per_class}
 
     monkeypatch.setattr(teacher, "evaluate", evaluate)
+    return models
 
 
 def test_a_teacher_worse_than_the_student_and_one_that_misses_a_class(tmp_path, weights, monkeypatch):
@@ -206,12 +208,15 @@ def test_teachers_of_other_classes_are_tried_on_those_that_they_teach(tmp_path, 
     assert f"teacher 1 has AP 0.0 on the same over the {len(others)} classes that it teaches" in other
     assert not found(report, "skipped")
 
-    scores(monkeypatch, {"ball": 40.0, "star": 30.0}, {"ball": 50.0, "star": 10.0, others[0]: 0.0}, {"star": 0.0})
+    first_teacher = {"ball": 50.0, "star": 10.0, others[0]: 0.0}
+    models = scores(monkeypatch, {"ball": 40.0, "star": 30.0}, first_teacher, {"star": 0.0})
     report = doctor(tmp_path, changes=changes)
     (text,) = found(report, "problem")
     assert "teacher 0 has AP 30.0 on the same over the 2 classes that it teaches, less than the student's 35.0" in text
     assert "teacher 1 has AP 20.0" in found(report, "ok", "precision")[1]
     assert not found(report, "warning", "precision")  # classes that it does not teach are not missed
+    labels = models[1]([torch.rand(3, 64, 64)])[0]["labels"].tolist()
+    assert labels and set(labels) <= {list(CLASSES).index(name) + 1 for name in ("ball", "star")}
 
     scores(monkeypatch, {}, {"ball": None, "star": None}, {})
     text = found(doctor(tmp_path, changes=changes), "warning", "precision")[0]
