@@ -129,7 +129,7 @@ def results_table(results: dict[str, Any], seeds: int) -> Table:
 
 def gates_table(epochs: list[dict[str, float]]) -> Table:
     """What the gates opened over time, of the first seed."""
-    table = Table(title="What the gates opened, by epoch", caption=(
+    table = Table(title="What the gates opened, by epoch of the first seed", caption=(
         "weight: of the schedule; feature, class, box: share of foreground regions with an open gate; p: mean "
         "probability of the true class, IoU: mean overlap with the object, of teacher, student and proposal"))
     table.add_column("epoch", justify="right")
