@@ -13,9 +13,9 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # for its table of tolerances
 
-import timing  # noqa: E402
-import workloads  # noqa: E402
-from cases import CASES, Case  # noqa: E402
+import timing
+import workloads
+from cases import CASES, Case
 
 QUICK = dict(height=160, width=224, regions=64, channels=16)
 START = time.monotonic()

@@ -117,7 +117,7 @@ def read_report(path: Path) -> dict:
 
 
 def output_of(*command: str, cwd: Path = ROOT) -> str:
-    """"" if it cannot be had."""
+    """ "" if it cannot be had."""
     try:
         done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):

@@ -50,16 +50,18 @@ def record(path: str, batches: int, overrides: list[str]) -> dict[str, np.ndarra
         def of_the_label(deltas: torch.Tensor) -> torch.Tensor:
             return deltas.unflatten(1, (-1, 4))[every, regions.labels]
 
-        rows.append({
-            "counts": torch.tensor(regions.counts),
-            "proposals": torch.cat(regions.proposals) / sides,
-            "gt_boxes": regions.gt_boxes / sides,
-            "labels": regions.labels,
-            "student_scores": regions.head.logits.softmax(1)[every, regions.labels],
-            "teacher_scores": head.logits.softmax(1)[every, regions.labels],
-            "student_deltas": of_the_label(regions.head.deltas),
-            "teacher_deltas": of_the_label(head.deltas),
-        })
+        rows.append(
+            {
+                "counts": torch.tensor(regions.counts),
+                "proposals": torch.cat(regions.proposals) / sides,
+                "gt_boxes": regions.gt_boxes / sides,
+                "labels": regions.labels,
+                "student_scores": regions.head.logits.softmax(1)[every, regions.labels],
+                "teacher_scores": head.logits.softmax(1)[every, regions.labels],
+                "student_deltas": of_the_label(regions.head.deltas),
+                "teacher_deltas": of_the_label(head.deltas),
+            }
+        )
     return {key: torch.cat([row[key] for row in rows]).numpy() for key in rows[0]}
 
 

@@ -30,9 +30,7 @@ class Pool:
     def __init__(self, levels: int, output_size: int = 7, sampling_ratio: int = 2) -> None:
         self.module = MultiScaleRoIAlign([str(level) for level in range(levels)], output_size, sampling_ratio)
 
-    def __call__(
-        self, features: Sequence[Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
-    ) -> Tensor:
+    def __call__(self, features: Sequence[Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         return self.module({str(level): feature for level, feature in enumerate(features)}, boxes, image_shapes)
 
 

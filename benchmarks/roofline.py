@@ -118,7 +118,7 @@ def roi_align(workload: Workload) -> Work:
 
 def gaussian(workload: Workload) -> Work:
     values = 0
-    for level, (scale, feature) in enumerate(zip(SCALES, workload.student_features)):
+    for _level, (scale, feature) in enumerate(zip(SCALES, workload.student_features)):
         inside = torch.zeros((feature.shape[0], *feature.shape[2:]), dtype=torch.bool)
         for image, boxes in enumerate(workload.gt_per_image):
             for x1, y1, x2, y2 in (boxes.cpu() * scale).tolist():

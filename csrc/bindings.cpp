@@ -94,9 +94,9 @@ void roi_align(const py::list& levels, const Scales& scales, const py::object& p
   });
 }
 
-void gaussian_feature_loss(const py::list& student_levels, const py::list& teacher_levels,
-                           const Scales& scales, const py::object& boxes_object, double sigma_squared,
-                           const py::object& loss_object, const py::object& mask_sums_object, int threads) {
+void gaussian_feature_loss(const py::list& student_levels, const py::list& teacher_levels, const Scales& scales,
+                           const py::object& boxes_object, double sigma_squared, const py::object& loss_object,
+                           const py::object& mask_sums_object, int threads) {
   const Pyramid student = pyramid(student_levels, scales), teacher = pyramid(teacher_levels, scales);
   const Tensor boxes = tensor(boxes_object), loss = tensor(loss_object), mask_sums = tensor(mask_sums_object);
   accumulate_as(student.dtype, [&](auto a) {

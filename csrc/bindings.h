@@ -23,7 +23,9 @@ struct Tensor {
   std::vector<int64_t> shape, strides;
 
   template <class T>
-  T* as() const { return static_cast<T*>(data); }
+  T* as() const {
+    return static_cast<T*>(data);
+  }
   explicit operator bool() const { return data != nullptr; }
 };
 
@@ -54,8 +56,13 @@ inline Pyramid pyramid(const py::list& levels, const Scales& scales) {
     p.images = static_cast<int32_t>(t.shape[0]);
     p.channels = static_cast<int32_t>(t.shape[1]);
     p.dtype = t.dtype;
-    p.level[level] = FeatureMap{t.data,       t.strides[0], t.strides[1], t.strides[2],
-                                t.strides[3], static_cast<int32_t>(t.shape[2]), static_cast<int32_t>(t.shape[3]),
+    p.level[level] = FeatureMap{t.data,
+                                t.strides[0],
+                                t.strides[1],
+                                t.strides[2],
+                                t.strides[3],
+                                static_cast<int32_t>(t.shape[2]),
+                                static_cast<int32_t>(t.shape[3]),
                                 scales[level]};
   }
   return p;
@@ -78,11 +85,16 @@ inline RoiAlignSpec align_spec(const py::tuple& align) {
 inline LossSpec loss_spec(const py::tuple& loss) {
   const auto choices = loss[0].cast<std::array<int, 8>>();
   const auto box_weights = loss[3].cast<std::array<double, 4>>();
-  return LossSpec{static_cast<FeatureLoss>(choices[0]),    static_cast<BinWeight>(choices[1]),
-                  static_cast<FeatureGate>(choices[2]),    static_cast<ClassificationGate>(choices[3]),
-                  static_cast<RegressionGate>(choices[4]), static_cast<Background>(choices[5]),
-                  static_cast<Activation>(choices[6]),     static_cast<Reduction>(choices[7]),
-                  loss[1].cast<double>(),                  loss[2].cast<double>(),
+  return LossSpec{static_cast<FeatureLoss>(choices[0]),
+                  static_cast<BinWeight>(choices[1]),
+                  static_cast<FeatureGate>(choices[2]),
+                  static_cast<ClassificationGate>(choices[3]),
+                  static_cast<RegressionGate>(choices[4]),
+                  static_cast<Background>(choices[5]),
+                  static_cast<Activation>(choices[6]),
+                  static_cast<Reduction>(choices[7]),
+                  loss[1].cast<double>(),
+                  loss[2].cast<double>(),
                   {box_weights[0], box_weights[1], box_weights[2], box_weights[3]}};
 }
 

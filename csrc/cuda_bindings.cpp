@@ -94,8 +94,8 @@ void region_distill(const py::list& student_levels, const py::list& teacher_leve
 }
 
 void pooled_distill(const py::object& student_pooled, const py::object& teacher_pooled, const py::object& grad_pooled,
-                    const py::tuple& regions, const py::tuple& results, const py::tuple& scratch,
-                    const py::tuple& loss, const py::tuple& target) {
+                    const py::tuple& regions, const py::tuple& results, const py::tuple& scratch, const py::tuple& loss,
+                    const py::tuple& target) {
   const Tensor student = tensor(student_pooled), teacher = tensor(teacher_pooled), grad = tensor(grad_pooled);
   const auto pooled = pooled_tensor<cuda::PooledTensor>;
   const cuda::RegionTables in = region_tables(regions, -1);
@@ -138,8 +138,8 @@ void roi_align_scatter(const py::list& grad_levels, const Scales& scales, const 
 }
 
 void roi_align_gather(const py::list& grad_levels, const Scales& scales, const py::object& proposals_object,
-                      const py::object& open_object, const py::object& pooled_object,
-                      const py::object& windows_object, const py::tuple& align, const py::tuple& target) {
+                      const py::object& open_object, const py::object& pooled_object, const py::object& windows_object,
+                      const py::tuple& align, const py::tuple& target) {
   const Pyramid grad = pyramid(grad_levels, scales);
   const cuda::Table proposals = table(proposals_object);
   const Tensor open = tensor(open_object), pooled = tensor(pooled_object), windows = tensor(windows_object);
@@ -158,8 +158,7 @@ int64_t gaussian_partials(const py::list& student_levels, const Scales& scales) 
 // scratch = (done, partial)
 void gaussian_feature_loss(const py::list& student_levels, const py::list& teacher_levels, const Scales& scales,
                            const py::object& boxes_object, double sigma_squared, const py::tuple& scratch,
-                           const py::object& mask_sums_object, const py::object& loss_object,
-                           const py::tuple& target) {
+                           const py::object& mask_sums_object, const py::object& loss_object, const py::tuple& target) {
   const Pyramid student = pyramid(student_levels, scales), teacher = pyramid(teacher_levels, scales);
   const cuda::Table boxes = table(boxes_object);
   const int64_t count = tensor(boxes_object).shape[0];

@@ -1,6 +1,6 @@
 """Writes docs/settings.md from the code: names, types and defaults from the schema, meanings from the comments.
 
-    python docs/settings.py
+python docs/settings.py
 """
 
 from __future__ import annotations

@@ -72,8 +72,9 @@ def doctor(options: argparse.Namespace) -> int:
 
     from tardkd.doctor import examine
 
-    report = examine(options.config, options.overrides, role=options.role, images=options.images,
-                     thorough=options.thorough)
+    report = examine(
+        options.config, options.overrides, role=options.role, images=options.images, thorough=options.thorough
+    )
     if options.json:
         Path(options.json).write_text(json.dumps(report.plain(), indent=2), encoding="utf-8")
     return report.status
@@ -114,16 +115,29 @@ def plot(options: argparse.Namespace) -> None:
 def inspect(options: argparse.Namespace) -> None:
     from tardkd.seeing.inspect import inspect_run
 
-    summary = inspect_run(_checkpoint(options.checkpoint), Path(options.out), split=options.split, count=options.images,
-                          ids=options.ids, overrides=options.overrides)
+    summary = inspect_run(
+        _checkpoint(options.checkpoint),
+        Path(options.out),
+        split=options.split,
+        count=options.images,
+        ids=options.ids,
+        overrides=options.overrides,
+    )
     print(f"{options.out}: {summary}")
 
 
 def export(options: argparse.Namespace) -> None:
     from tardkd.train.export import export as run
 
-    print(run(_checkpoint(options.checkpoint), options.out, options.format,
-              size=options.size and tuple(options.size), overwrite=options.overwrite))
+    print(
+        run(
+            _checkpoint(options.checkpoint),
+            options.out,
+            options.format,
+            size=options.size and tuple(options.size),
+            overwrite=options.overwrite,
+        )
+    )
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -192,15 +206,24 @@ def _parser() -> argparse.ArgumentParser:
     start = sub.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="go on exactly from the last checkpoint in output")
     start.add_argument("--overwrite", action="store_true", help="remove an earlier run from output and start again")
-    sub.add_argument("--init-from", metavar="PATH", help="start a new run from these weights of the student: a run's "
-                     "folder, a checkpoint, a state dict or a .safetensors file")
+    sub.add_argument(
+        "--init-from",
+        metavar="PATH",
+        help="start a new run from these weights of the student: a run's "
+        "folder, a checkpoint, a state dict or a .safetensors file",
+    )
 
     sub = command(doctor, "check everything that a training depends on, before it starts")
     sub.add_argument("--config", required=True, metavar="FILE", help="a recipe in YAML")
     sub.add_argument("--role", choices=ROLES, help="which part of the recipe is to be trained")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.root=elsewhere")
-    sub.add_argument("--images", type=_positive, default=50, metavar="N",
-                     help="images to open and to try the models on (default %(default)s)")
+    sub.add_argument(
+        "--images",
+        type=_positive,
+        default=50,
+        metavar="N",
+        help="images to open and to try the models on (default %(default)s)",
+    )
     sub.add_argument("--thorough", action="store_true", help="open all images")
     sub.add_argument("--json", metavar="FILE", help="write the findings there, too")
 

@@ -52,9 +52,7 @@ def _run(*command: str | Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
     try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        )
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     except FileNotFoundError:
         raise RuntimeError("building the CUDA kernels for the CPU takes cmake: pip install 'tardkd[test]'") from None
     if done.returncode:

@@ -69,7 +69,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(("command", "message"), MISTAKES.items(), ids=[" ".join(words) for words in MISTAKES])
+@pytest.mark.parametrize("command, message", MISTAKES.items(), ids=[" ".join(words) for words in MISTAKES])
 def test_mistakes_end_with_status_2_and_one_message(trained, tmp_path, capsys, command, message):
     if "cuda" in " ".join(command) and torch.cuda.is_available():
         pytest.skip("the message is for machines without CUDA")
@@ -82,21 +82,26 @@ def test_mistakes_end_with_status_2_and_one_message(trained, tmp_path, capsys, c
 
 def test_a_data_set_that_is_not_there_is_named(trained, tmp_path, capsys):
     recipe, _ = trained
-    coco = ("data={kind: coco, root: here, train: {images: images, annotations: train.json}, "
-            "val: {images: images, annotations: val.json}}")
+    coco = (
+        "data={kind: coco, root: here, train: {images: images, annotations: train.json}, "
+        "val: {images: images, annotations: val.json}}"
+    )
     assert cli.main(["train", "--config", str(recipe), coco, f"output={tmp_path}/x", "--role", "baseline"]) == 2
     assert "image folder not found: here/images" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    ([], "required: command"),
-    (["fly"], "invalid choice: 'fly'"),
-    (["train"], "required: --config"),
-    (["train", "--config", "x", "--rezume"], "unrecognized arguments: --rezume"),
-    (["demo", "--out", "x", "--seeds", "0"], "must be at least 1"),
-    (["export", "x", "--out", "y", "a=b"], "unrecognized arguments: a=b"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "required: command"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["train"], "required: --config"),
+        (["train", "--config", "x", "--rezume"], "unrecognized arguments: --rezume"),
+        (["demo", "--out", "x", "--seeds", "0"], "must be at least 1"),
+        (["export", "x", "--out", "y", "a=b"], "unrecognized arguments: a=b"),
+    ],
+)
 def test_wrong_usage(words, message, capsys):
     with pytest.raises(SystemExit) as error:
         cli.main(words)
@@ -135,8 +140,10 @@ def test_info_and_module(capsys):
 
 
 def test_help_needs_no_optional_package():
-    code = ("import sys; sys.modules.update(dict.fromkeys(('torchvision', 'pydantic', 'yaml', 'rich'))); "
-            "from tardkd.cli import main; main(['--help'])")
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('torchvision', 'pydantic', 'yaml', 'rich'))); "
+        "from tardkd.cli import main; main(['--help'])"
+    )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "usage: tardkd" in shown.stdout
 

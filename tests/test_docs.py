@@ -58,7 +58,8 @@ def test_commands_are_understood(command):
     cli._parse(shlex.split(command))
 
 
-@pytest.mark.parametrize("config", sorted({word for command in commands() for word in command.split()
-                                           if word.startswith("recipes/")}))
+@pytest.mark.parametrize(
+    "config", sorted({word for command in commands() for word in command.split() if word.startswith("recipes/")})
+)
 def test_recipes_that_are_named_are_there(config):
     assert (ROOT / config).exists()

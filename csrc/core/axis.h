@@ -12,14 +12,13 @@
 namespace tardkd {
 
 struct RoiAxis {
-  double start;     // region start, map pixels
-  double bin;       // bin size, map pixels
-  int32_t grid;     // samples per bin; <= 0 for an inverted region under adaptive sampling: no samples
-  int32_t size;     // map extent
+  double start;  // region start, map pixels
+  double bin;    // bin size, map pixels
+  int32_t grid;  // samples per bin; <= 0 for an inverted region under adaptive sampling: no samples
+  int32_t size;  // map extent
 };
 
-TARDKD_HD RoiAxis roi_axis(double lo, double hi, double scale, int32_t pooled, int32_t size,
-                           const RoiAlignSpec& spec) {
+TARDKD_HD RoiAxis roi_axis(double lo, double hi, double scale, int32_t pooled, int32_t size, const RoiAlignSpec& spec) {
   const double offset = spec.aligned ? 0.5 : 0.0;
   const double start = lo * scale - offset;
   double extent = (hi * scale - offset) - start;
@@ -70,8 +69,7 @@ TARDKD_HD int32_t reachable_levels(double finest, double coarsest, int32_t level
 TARDKD_HD int32_t assign_level(const double* box, double scale0, int32_t levels, const RoiAlignSpec& spec) {
   const double area = (box[2] - box[0]) * (box[3] - box[1]);
   if (!(area > 0.0)) return 0;
-  const double level =
-      floor(spec.canonical_level + log2(sqrt(area) / spec.canonical_scale) + 1e-6 + log2(scale0));
+  const double level = floor(spec.canonical_level + log2(sqrt(area) / spec.canonical_scale) + 1e-6 + log2(scale0));
   return level <= 0.0 ? 0 : (level >= levels - 1 ? levels - 1 : static_cast<int32_t>(level));
 }
 

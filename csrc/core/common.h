@@ -67,26 +67,26 @@ struct RegionInputs {
   int32_t images;  // < 0: the image index is not checked (pooled features)
   int32_t logit_columns;
   int32_t student_delta_columns, teacher_delta_columns;  // each 4, 4 K or 4 (K + 1)
-  const double* proposals;   // (R, 5) image index, x1, y1, x2, y2
-  const A* student_logits;   // (R, logit_columns)
-  const A* teacher_logits;   // (R, logit_columns)
-  const A* student_deltas;   // (R, student_delta_columns)
-  const A* teacher_deltas;   // (R, teacher_delta_columns)
-  const int64_t* labels;     // (R,)
-  const double* gt_boxes;    // (R, 4)
-  const A* region_weights;   // (R,) or null
-  const A* upstream;         // (3, R) gradients of the unreduced terms, or null for ones
+  const double* proposals;                               // (R, 5) image index, x1, y1, x2, y2
+  const A* student_logits;                               // (R, logit_columns)
+  const A* teacher_logits;                               // (R, logit_columns)
+  const A* student_deltas;                               // (R, student_delta_columns)
+  const A* teacher_deltas;                               // (R, teacher_delta_columns)
+  const int64_t* labels;                                 // (R,)
+  const double* gt_boxes;                                // (R, 4)
+  const A* region_weights;                               // (R,) or null
+  const A* upstream;                                     // (3, R) gradients of the unreduced terms, or null for ones
 };
 
 // Results. A null gradient pointer means that gradient is not wanted.
 template <class A>
 struct RegionOutputs {
-  A* losses[3];     // feature, classification, regression: a scalar each, or (R,) with Reduction::none
-  bool* gates;      // (R, 3) feature, classification, regression
-  A* scores;        // (R, 4) p_T(y), p_S(y), IoU of the teacher's box, IoU it was compared with
-  A* factors;       // (3,) by which each term's gradient is to be multiplied yet: 1 / gate count with Reduction::mean
-  A* grad_logits;   // (R, logit_columns)
-  A* grad_deltas;   // (R, student_delta_columns)
+  A* losses[3];    // feature, classification, regression: a scalar each, or (R,) with Reduction::none
+  bool* gates;     // (R, 3) feature, classification, regression
+  A* scores;       // (R, 4) p_T(y), p_S(y), IoU of the teacher's box, IoU it was compared with
+  A* factors;      // (3,) by which each term's gradient is to be multiplied yet: 1 / gate count with Reduction::mean
+  A* grad_logits;  // (R, logit_columns)
+  A* grad_deltas;  // (R, student_delta_columns)
 };
 
 }  // namespace tardkd

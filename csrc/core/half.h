@@ -6,11 +6,23 @@
 
 namespace tardkd {
 
-struct float16 { uint16_t bits; };
-struct bfloat16 { uint16_t bits; };
+struct float16 {
+  uint16_t bits;
+};
+struct bfloat16 {
+  uint16_t bits;
+};
 
-inline float bits_to_float(uint32_t bits) { float f; std::memcpy(&f, &bits, 4); return f; }
-inline uint32_t float_to_bits(float f) { uint32_t bits; std::memcpy(&bits, &f, 4); return bits; }
+inline float bits_to_float(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline uint32_t float_to_bits(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  return bits;
+}
 
 inline float to_float(bfloat16 h) { return bits_to_float(uint32_t(h.bits) << 16); }
 
@@ -18,8 +30,8 @@ inline float to_float(bfloat16 h) { return bits_to_float(uint32_t(h.bits) << 16)
 // subnormals included; an exponent of all ones (inf, NaN) is patched to float's.
 inline float to_float(float16 h) {
   const uint32_t sign = uint32_t(h.bits & 0x8000u) << 16, payload = uint32_t(h.bits & 0x7fffu) << 13;
-  const uint32_t value = payload >= 0x0f800000u ? (payload | 0x7f800000u)
-                                                 : float_to_bits(bits_to_float(payload) * 0x1p112f);
+  const uint32_t value =
+      payload >= 0x0f800000u ? (payload | 0x7f800000u) : float_to_bits(bits_to_float(payload) * 0x1p112f);
   return bits_to_float(sign | value);
 }
 

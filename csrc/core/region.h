@@ -53,17 +53,26 @@ template <class A>
 TARDKD_HD Gates decide_gates(const RegionState& state, const A* scores, const LossSpec& spec) {
   Gates gates{false, false, false};
   if (!state.valid) return gates;
-  gates.classification = spec.classification_gate == ClassificationGate::all ||
-                         (state.foreground && (spec.classification_gate == ClassificationGate::foreground ||
-                                               scores[0] > scores[1]));
-  gates.regression =
-      state.foreground && (spec.regression_gate == RegressionGate::foreground || scores[2] > scores[3]);
+  gates.classification =
+      spec.classification_gate == ClassificationGate::all ||
+      (state.foreground && (spec.classification_gate == ClassificationGate::foreground || scores[0] > scores[1]));
+  gates.regression = state.foreground && (spec.regression_gate == RegressionGate::foreground || scores[2] > scores[3]);
   switch (spec.feature_gate) {
-    case FeatureGate::all: gates.feature = true; break;
-    case FeatureGate::foreground: gates.feature = state.foreground; break;
-    case FeatureGate::classification: gates.feature = gates.classification; break;
-    case FeatureGate::regression: gates.feature = gates.regression; break;
-    case FeatureGate::either: gates.feature = state.foreground && (gates.classification || gates.regression); break;
+    case FeatureGate::all:
+      gates.feature = true;
+      break;
+    case FeatureGate::foreground:
+      gates.feature = state.foreground;
+      break;
+    case FeatureGate::classification:
+      gates.feature = gates.classification;
+      break;
+    case FeatureGate::regression:
+      gates.feature = gates.regression;
+      break;
+    case FeatureGate::either:
+      gates.feature = state.foreground && (gates.classification || gates.regression);
+      break;
   }
   return gates;
 }

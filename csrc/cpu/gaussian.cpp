@@ -26,7 +26,9 @@ struct BoxOnMap {
 };
 
 // First integer >= v inside [0, size], and one past the last integer <= v.
-int32_t first_pixel(double v, int32_t size) { return static_cast<int32_t>(std::clamp(std::ceil(v), 0.0, double(size))); }
+int32_t first_pixel(double v, int32_t size) {
+  return static_cast<int32_t>(std::clamp(std::ceil(v), 0.0, double(size)));
+}
 int32_t past_pixel(double v, int32_t size) {
   return static_cast<int32_t>(std::clamp(std::floor(v) + 1.0, 0.0, double(size)));
 }
@@ -57,8 +59,8 @@ std::vector<std::vector<BoxOnMap<A>>> place_boxes(const FeatureMap& map, int32_t
 
 // Rows [row, row + rows) of the mask, the maximum over boxes, and each row's nonzero columns. Returns their sum.
 template <class A>
-double make_mask(const std::vector<BoxOnMap<A>>& boxes, int32_t width, int32_t row, int32_t rows,
-                 double sigma_squared, A* mask, int32_t* extent) {
+double make_mask(const std::vector<BoxOnMap<A>>& boxes, int32_t width, int32_t row, int32_t rows, double sigma_squared,
+                 A* mask, int32_t* extent) {
   double sum = 0;
   std::fill(mask, mask + int64_t(rows) * width, A(0));
   for (int32_t y = 0; y < rows; ++y) {
@@ -119,12 +121,12 @@ void gaussian_feature_loss(const Pyramid& student, const Pyramid& teacher, const
     const GaussianJob<A> job = gaussian_job<A>(student, teacher, level);
     const int64_t tasks = int64_t(student.images) * bands_of(map);
     std::vector<double> sums(tasks), losses(tasks);
-    for_bands<A>(map, student.images, boxes, count, sigma_squared, threads,
-                 [&](int64_t task, int32_t image, int32_t row, int32_t rows, const A* mask, const int32_t* extent,
-                     double sum) {
-                   sums[task] = sum;
-                   losses[task] = hot.gaussian_loss(job, image, row, rows, mask, extent);
-                 });
+    for_bands<A>(
+        map, student.images, boxes, count, sigma_squared, threads,
+        [&](int64_t task, int32_t image, int32_t row, int32_t rows, const A* mask, const int32_t* extent, double sum) {
+          sums[task] = sum;
+          losses[task] = hot.gaussian_loss(job, image, row, rows, mask, extent);
+        });
     double mask_sum = 0, sum = 0;
     for (int64_t task = 0; task < tasks; ++task) mask_sum += sums[task], sum += losses[task];
     mask_sums[level] = mask_sum;
@@ -144,15 +146,16 @@ void gaussian_feature_loss_backward(const Pyramid& student, const Pyramid& teach
     job.grad = grad.level[level];
     job.slope = static_cast<A>(upstream / (std::max(1.0, mask_sums[level]) * student.levels));
     for_bands<A>(map, student.images, boxes, count, sigma_squared, threads,
-                 [&](int64_t, int32_t image, int32_t row, int32_t rows, const A* mask, const int32_t* extent,
-                     double) { hot.gaussian_gradient(job, image, row, rows, mask, extent); });
+                 [&](int64_t, int32_t image, int32_t row, int32_t rows, const A* mask, const int32_t* extent, double) {
+                   hot.gaussian_gradient(job, image, row, rows, mask, extent);
+                 });
   }
 }
 
-#define TARDKD_INSTANTIATE(A)                                                                                       \
-  template void gaussian_feature_loss<A>(const Pyramid&, const Pyramid&, const double*, int64_t, double, A*,        \
-                                         double*, int);                                                            \
-  template void gaussian_feature_loss_backward<A>(const Pyramid&, const Pyramid&, const Pyramid&, const double*,    \
+#define TARDKD_INSTANTIATE(A)                                                                                         \
+  template void gaussian_feature_loss<A>(const Pyramid&, const Pyramid&, const double*, int64_t, double, A*, double*, \
+                                         int);                                                                        \
+  template void gaussian_feature_loss_backward<A>(const Pyramid&, const Pyramid&, const Pyramid&, const double*,      \
                                                   int64_t, double, const double*, double, int)
 TARDKD_INSTANTIATE(float);
 TARDKD_INSTANTIATE(double);

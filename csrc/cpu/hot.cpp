@@ -27,9 +27,12 @@ auto with_type(DType dtype, const F& f) {
     return f(static_cast<const double*>(nullptr));
   } else {
     switch (dtype) {
-      case DType::float16: return f(static_cast<const float16*>(nullptr));
-      case DType::bfloat16: return f(static_cast<const bfloat16*>(nullptr));
-      default: return f(static_cast<const float*>(nullptr));
+      case DType::float16:
+        return f(static_cast<const float16*>(nullptr));
+      case DType::bfloat16:
+        return f(static_cast<const bfloat16*>(nullptr));
+      default:
+        return f(static_cast<const float*>(nullptr));
     }
   }
 }
@@ -174,17 +177,15 @@ void pool_region(const PoolJob<A>& job, const FeatureMap& map, const void* s, co
                  int64_t offset_t, const Window<A>& window, int channels, A* row, A* out) {
   for (int i = 0; i < job.pooled_h; ++i) {
     collapse_rows<T, A, L, kSubtract>(map, static_cast<const T*>(s) + offset_s,
-                                      static_cast<const T*>(t) + (kSubtract ? offset_t : 0), window, i, channels,
-                                      row);
+                                      static_cast<const T*>(t) + (kSubtract ? offset_t : 0), window, i, channels, row);
     collapse_columns<A, L>(window.x, job.pooled_w, row, out + i * job.pooled_w * L);
   }
 }
 
 template <class A, int L, bool kSubtract>
 PoolRegion<A, L> pool_region_for(DType dtype) {
-  return with_type<A>(dtype, [](auto* t) -> PoolRegion<A, L> {
-    return pool_region<std::decay_t<decltype(*t)>, A, L, kSubtract>;
-  });
+  return with_type<A>(
+      dtype, [](auto* t) -> PoolRegion<A, L> { return pool_region<std::decay_t<decltype(*t)>, A, L, kSubtract>; });
 }
 
 // Sum of b rho(d) over bins x lanes; d becomes slope * b * rho'(d).
@@ -206,9 +207,12 @@ A penalise(A* d, int bins, const A* bin_weights, A beta, A slope) {
 template <class A, int L>
 A penalise(FeatureLoss kind, A* d, int bins, const A* bin_weights, A beta, A slope) {
   switch (kind) {
-    case FeatureLoss::squared: return penalise<A, L, FeatureLoss::squared>(d, bins, bin_weights, beta, slope);
-    case FeatureLoss::absolute: return penalise<A, L, FeatureLoss::absolute>(d, bins, bin_weights, beta, slope);
-    default: return penalise<A, L, FeatureLoss::smooth_l1>(d, bins, bin_weights, beta, slope);
+    case FeatureLoss::squared:
+      return penalise<A, L, FeatureLoss::squared>(d, bins, bin_weights, beta, slope);
+    case FeatureLoss::absolute:
+      return penalise<A, L, FeatureLoss::absolute>(d, bins, bin_weights, beta, slope);
+    default:
+      return penalise<A, L, FeatureLoss::smooth_l1>(d, bins, bin_weights, beta, slope);
   }
 }
 
@@ -246,8 +250,8 @@ void pool_task(const PoolJob<A>& job, int32_t image, int32_t level, int32_t bloc
   A* out = scratch;
   A* other = out + bins * L;
   A* row = other + bins * L;
-  const auto pool_student = job.same_geometry ? pool_region_for<A, L, true>(student.dtype)
-                                              : pool_region_for<A, L, false>(student.dtype);
+  const auto pool_student =
+      job.same_geometry ? pool_region_for<A, L, true>(student.dtype) : pool_region_for<A, L, false>(student.dtype);
   const auto pool_teacher =
       job.teacher && !job.same_geometry ? pool_region_for<A, L, false>(job.teacher->dtype) : nullptr;
   const int64_t offset_s = image * map.stride_n + c0 * map.stride_c;
@@ -266,8 +270,8 @@ void pool_task(const PoolJob<A>& job, int32_t image, int32_t level, int32_t bloc
                    twin ? image * twin->stride_n + c0 * twin->stride_c : 0, region.student, channels, row, out);
       if (pool_teacher) {
         const FeatureMap& there = job.teacher->level[region.teacher.level];
-        pool_teacher(job, there, there.data, nullptr, image * there.stride_n + c0 * there.stride_c, 0,
-                     region.teacher, channels, row, other);
+        pool_teacher(job, there, there.data, nullptr, image * there.stride_n + c0 * there.stride_c, 0, region.teacher,
+                     channels, row, other);
         for (int k = 0; k < bins * L; ++k) out[k] -= other[k];
       }
       if (job.pooled) {
@@ -277,9 +281,8 @@ void pool_task(const PoolJob<A>& job, int32_t image, int32_t level, int32_t bloc
       }
       if (job.partial) {
         slope = job.slope[r];
-        job.partial[block * job.group_begin[int64_t(student.images) * student.levels] + r] =
-            penalise<A, L>(job.feature_loss, out, bins, job.bin_weights ? job.bin_weights + r * bins : nullptr,
-                           job.beta, slope);
+        job.partial[block * job.group_begin[int64_t(student.images) * student.levels] + r] = penalise<A, L>(
+            job.feature_loss, out, bins, job.bin_weights ? job.bin_weights + r * bins : nullptr, job.beta, slope);
       }
     }
     if (grad && (job.grad_pooled || slope != A(0)))
@@ -356,9 +359,12 @@ void pooled_region(const PooledLossJob<A>& job, int64_t r) {
 template <class S, class T, class A>
 void pooled_region_kind(const PooledLossJob<A>& job, int64_t r) {
   switch (job.feature_loss) {
-    case FeatureLoss::squared: return pooled_region<S, T, A, FeatureLoss::squared>(job, r);
-    case FeatureLoss::absolute: return pooled_region<S, T, A, FeatureLoss::absolute>(job, r);
-    case FeatureLoss::smooth_l1: return pooled_region<S, T, A, FeatureLoss::smooth_l1>(job, r);
+    case FeatureLoss::squared:
+      return pooled_region<S, T, A, FeatureLoss::squared>(job, r);
+    case FeatureLoss::absolute:
+      return pooled_region<S, T, A, FeatureLoss::absolute>(job, r);
+    case FeatureLoss::smooth_l1:
+      return pooled_region<S, T, A, FeatureLoss::smooth_l1>(job, r);
   }
 }
 
@@ -371,7 +377,8 @@ void pooled_loss_region(const PooledLossJob<A>& job, int64_t region) {
   });
 }
 
-// ---- Gaussian-mask loss ----------------------------------------------------------------------------------------------
+// ---- Gaussian-mask loss
+// ----------------------------------------------------------------------------------------------
 
 // A run is `count` consecutive pixels of a row; the mask's zeros keep a NaN between two boxes out.
 template <class S, class T, class A>

@@ -37,23 +37,23 @@ struct PooledRegion {
 template <class A>
 struct PoolJob {
   const Pyramid* student;
-  const Pyramid* teacher;        // null for plain RoIAlign
-  const Pyramid* grad;           // maps of A laid out like the student's, or null
-  bool same_geometry;            // windows and storage equal on both sides: subtract on load, pool once
+  const Pyramid* teacher;  // null for plain RoIAlign
+  const Pyramid* grad;     // maps of A laid out like the student's, or null
+  bool same_geometry;      // windows and storage equal on both sides: subtract on load, pool once
   int32_t pooled_h, pooled_w;
-  int32_t max_span;              // widest window, for scratch
-  const PooledRegion<A>* regions;    // sorted by (image, student level)
-  const int64_t* group_begin;    // images x student levels + 1
-  int32_t lanes;                 // channels handled together: 8, or 16 when the student is channels_last
+  int32_t max_span;                // widest window, for scratch
+  const PooledRegion<A>* regions;  // sorted by (image, student level)
+  const int64_t* group_begin;      // images x student levels + 1
+  int32_t lanes;                   // channels handled together: 8, or 16 when the student is channels_last
 
   FeatureLoss feature_loss;
   A beta;
-  const A* bin_weights;          // per region of `regions`, pooled_h * pooled_w, or null
-  const A* slope;                // per region of `regions`: factor of the gradient of the summed penalty
-  A* partial;                    // [channel block][region of `regions`] sums of the penalty, or null
+  const A* bin_weights;  // per region of `regions`, pooled_h * pooled_w, or null
+  const A* slope;        // per region of `regions`: factor of the gradient of the summed penalty
+  A* partial;            // [channel block][region of `regions`] sums of the penalty, or null
 
-  A* pooled;                     // RoIAlign output (R, C, pooled_h, pooled_w), or null
-  const A* grad_pooled;          // its upstream gradient, or null
+  A* pooled;             // RoIAlign output (R, C, pooled_h, pooled_w), or null
+  const A* grad_pooled;  // its upstream gradient, or null
 };
 
 // Losses on regions that are already pooled: (R, C, P) with strides in elements, P = bins.
@@ -79,12 +79,12 @@ struct GaussianJob {
   FeatureMap student, teacher, grad;
   DType student_dtype, teacher_dtype;
   int32_t channels;
-  A slope;              // gradient = slope * M * (F_S - F_T)
+  A slope;  // gradient = slope * M * (F_S - F_T)
 };
 
 template <class A>
 struct Kernels {
-  int64_t (*pool_scratch)(const PoolJob<A>&);                                     // elements of A per worker
+  int64_t (*pool_scratch)(const PoolJob<A>&);  // elements of A per worker
   void (*pool_task)(const PoolJob<A>&, int32_t image, int32_t level, int32_t block, A* scratch);
   void (*pooled_loss_region)(const PooledLossJob<A>&, int64_t region);
   // Rows [row, row + rows) of one image; mask is (rows, width) and zero outside columns [extent[2y], extent[2y + 1])

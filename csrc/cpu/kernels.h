@@ -7,8 +7,8 @@
 
 namespace tardkd::cpu {
 
-// Both pyramids to gates, three losses and their gradients, each to be multiplied by its term's factor. `grad`, maps of A
-// with the student's shapes, dense in NCHW or channels_last order, is written completely; null when not wanted.
+// Both pyramids to gates, three losses and their gradients, each to be multiplied by its term's factor. `grad`, maps of
+// A with the student's shapes, dense in NCHW or channels_last order, is written completely; null when not wanted.
 template <class A>
 void region_distill(const Pyramid& student, const Pyramid& teacher, const Pyramid* grad, const RegionInputs<A>& in,
                     const RegionOutputs<A>& out, const RoiAlignSpec& align, const LossSpec& spec, int threads);
@@ -28,8 +28,8 @@ void pooled_distill(const PooledTensor& student, const PooledTensor& teacher, co
 
 // (R, C, pooled_h, pooled_w) of A, contiguous; rows of invalid regions are zero.
 template <class A>
-void roi_align(const Pyramid& features, const double* proposals, int64_t regions, A* pooled,
-               const RoiAlignSpec& align, int threads);
+void roi_align(const Pyramid& features, const double* proposals, int64_t regions, A* pooled, const RoiAlignSpec& align,
+               int threads);
 
 // Gradient of roi_align; `grad` as in region_distill.
 template <class A>

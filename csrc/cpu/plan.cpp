@@ -144,8 +144,7 @@ PoolPlan<A>::PoolPlan(const Pyramid& student, const Pyramid* teacher, const doub
         int32_t* ints = integers_.data() + at.integers;
         A* values = weights_.data() + at.weights;
         const int64_t taps_y = taps_per_bin(at.y, spec) * spec.pooled_h;
-        window.y = build_axis<A>(at.y, spec.pooled_h, 1,
-                                 {ints, ints + spec.pooled_h + 1, values});
+        window.y = build_axis<A>(at.y, spec.pooled_h, 1, {ints, ints + spec.pooled_h + 1, values});
         ints += spec.pooled_h + 1 + taps_y;
         const bool planar = is_planar(pyramids[side]->level[at.level]);
         window.x = build_axis<A>(at.x, spec.pooled_w, planar ? kRowVector : 1,

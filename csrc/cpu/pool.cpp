@@ -34,8 +34,8 @@ void run_pool(const PoolJob<A>& job, int threads) {
   });
 }
 
-#define TARDKD_INSTANTIATE(A)                                                                       \
-  template PoolJob<A> pool_job<A>(const Pyramid&, const PoolPlan<A>&, const RoiAlignSpec&);         \
+#define TARDKD_INSTANTIATE(A)                                                               \
+  template PoolJob<A> pool_job<A>(const Pyramid&, const PoolPlan<A>&, const RoiAlignSpec&); \
   template void run_pool<A>(const PoolJob<A>&, int)
 TARDKD_INSTANTIATE(float);
 TARDKD_INSTANTIATE(double);

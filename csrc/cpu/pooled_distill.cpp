@@ -20,8 +20,7 @@ void pooled_distill(const PooledTensor& student, const PooledTensor& teacher, co
   for (int64_t r = 0; r < in.regions; ++r)
     if (out.gates[3 * r]) {
       slope[r] = terms.feature_factor(r) * per_region;
-      if (!bin_weights.empty())
-        write_bin_weights(in, r, spec, pooled_h, pooled_w, &bin_weights[r * bins]);
+      if (!bin_weights.empty()) write_bin_weights(in, r, spec, pooled_h, pooled_w, &bin_weights[r * bins]);
     }
 
   PooledLossJob<A> job{};

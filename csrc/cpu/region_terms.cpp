@@ -53,8 +53,7 @@ A classification_term(const A* teacher, const A* student, int32_t columns, Activ
 }  // namespace
 
 template <class A>
-RegionTerms<A>::RegionTerms(const RegionInputs<A>& in, const RegionOutputs<A>& out, const LossSpec& spec,
-                            int threads)
+RegionTerms<A>::RegionTerms(const RegionInputs<A>& in, const RegionOutputs<A>& out, const LossSpec& spec, int threads)
     : in_(in), out_(out), spec_(spec), classification_(in.regions), regression_(in.regions) {
   for_each_range(in.regions, kGrain, threads, [&](int64_t begin, int64_t end) { decide(begin, end); });
   for (int term = 0; term < 3; ++term) {

@@ -7,8 +7,8 @@
 namespace tardkd::cpu {
 
 template <class A>
-void roi_align(const Pyramid& features, const double* proposals, int64_t regions, A* pooled,
-               const RoiAlignSpec& align, int threads) {
+void roi_align(const Pyramid& features, const double* proposals, int64_t regions, A* pooled, const RoiAlignSpec& align,
+               int threads) {
   const PoolPlan<A> plan(features, nullptr, proposals, regions, nullptr, align, threads);
   if (static_cast<int64_t>(plan.regions.size()) < regions)
     std::memset(pooled, 0, sizeof(A) * regions * features.channels * align.pooled_h * align.pooled_w);
@@ -27,8 +27,8 @@ void roi_align_backward(const Pyramid& grad, const double* proposals, int64_t re
   run_pool(job, threads);
 }
 
-#define TARDKD_INSTANTIATE(A)                                                                                    \
-  template void roi_align<A>(const Pyramid&, const double*, int64_t, A*, const RoiAlignSpec&, int);              \
+#define TARDKD_INSTANTIATE(A)                                                                       \
+  template void roi_align<A>(const Pyramid&, const double*, int64_t, A*, const RoiAlignSpec&, int); \
   template void roi_align_backward<A>(const Pyramid&, const double*, int64_t, const A*, const RoiAlignSpec&, int)
 TARDKD_INSTANTIATE(float);
 TARDKD_INSTANTIATE(double);

@@ -21,27 +21,45 @@ namespace {
 
 constexpr int kLanes = 8;
 
-template <class A> struct Lanes;
-template <> struct Lanes<float> {
+template <class A>
+struct Lanes;
+template <>
+struct Lanes<float> {
   typedef float Vector __attribute__((vector_size(32)));
   typedef int32_t Mask __attribute__((vector_size(32)));
 };
-template <> struct Lanes<double> {
+template <>
+struct Lanes<double> {
   typedef double Vector __attribute__((vector_size(64)));
   typedef int64_t Mask __attribute__((vector_size(64)));
 };
-template <class A> using Vec = typename Lanes<A>::Vector;
+template <class A>
+using Vec = typename Lanes<A>::Vector;
 
-template <class A> TARDKD_INLINE Vec<A> broadcast(A value) { return value - Vec<A>{}; }
-template <class A> TARDKD_INLINE Vec<A> load(const A* from) { Vec<A> v; std::memcpy(&v, from, sizeof v); return v; }
-template <class A> TARDKD_INLINE void store(A* to, Vec<A> v) { std::memcpy(to, &v, sizeof v); }
+template <class A>
+TARDKD_INLINE Vec<A> broadcast(A value) {
+  return value - Vec<A>{};
+}
+template <class A>
+TARDKD_INLINE Vec<A> load(const A* from) {
+  Vec<A> v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+template <class A>
+TARDKD_INLINE void store(A* to, Vec<A> v) {
+  std::memcpy(to, &v, sizeof v);
+}
 
 // Eight stored values of type T as accumulation type A. Float accumulates every narrower type; double only itself.
-template <class A, class T> struct Loader;
-template <class A> struct Loader<A, A> {
+template <class A, class T>
+struct Loader;
+template <class A>
+struct Loader<A, A> {
   static TARDKD_INLINE Vec<A> load8(const A* from) { return load(from); }
 };
-template <> struct Loader<float, bfloat16> {
+template <>
+struct Loader<float, bfloat16> {
   static TARDKD_INLINE Vec<float> load8(const bfloat16* from) {
     typedef uint16_t Raw __attribute__((vector_size(16)));
     typedef uint32_t Wide __attribute__((vector_size(32)));
@@ -53,7 +71,8 @@ template <> struct Loader<float, bfloat16> {
     return v;
   }
 };
-template <> struct Loader<float, float16> {
+template <>
+struct Loader<float, float16> {
   static TARDKD_INLINE Vec<float> load8(const float16* from) {
 #if defined(__F16C__)
     const __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -67,9 +86,18 @@ template <> struct Loader<float, float16> {
 #endif
   }
 };
-template <class A, class T> TARDKD_INLINE A load_as(const T* from) { return static_cast<A>(*from); }
-template <> TARDKD_INLINE float load_as<float, float16>(const float16* from) { return to_float(*from); }
-template <> TARDKD_INLINE float load_as<float, bfloat16>(const bfloat16* from) { return to_float(*from); }
+template <class A, class T>
+TARDKD_INLINE A load_as(const T* from) {
+  return static_cast<A>(*from);
+}
+template <>
+TARDKD_INLINE float load_as<float, float16>(const float16* from) {
+  return to_float(*from);
+}
+template <>
+TARDKD_INLINE float load_as<float, bfloat16>(const bfloat16* from) {
+  return to_float(*from);
+}
 
 // In-register transpose of an 8 x 8 block, rows to columns.
 template <class A>

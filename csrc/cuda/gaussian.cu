@@ -5,8 +5,8 @@
 #include <cstring>
 #include <type_traits>
 
-#include "kernels.h"
 #include "../core/box.h"
+#include "kernels.h"
 #include "maps.cuh"
 
 namespace tardkd::cuda {
@@ -121,8 +121,8 @@ __device__ bool make_mask(const GaussianJob& job, const Tile& tile, TileShared<A
       for (int32_t task = threadIdx.x; task < boxes * axes; task += kThreads) {
         const int32_t b = task / axes, at = task % axes, box_at = 4 * (first + b);
         if (at < tile.width)
-          shared.along_x[b * tile.width + at] = static_cast<A>(axis_gaussian(
-              tile.x + at, shared.boxes[box_at], shared.boxes[box_at + 2], job.sigma_squared));
+          shared.along_x[b * tile.width + at] = static_cast<A>(
+              axis_gaussian(tile.x + at, shared.boxes[box_at], shared.boxes[box_at + 2], job.sigma_squared));
         else
           shared.along_y[b * tile.height + at - tile.width] = static_cast<A>(axis_gaussian(
               tile.y + at - tile.width, shared.boxes[box_at + 1], shared.boxes[box_at + 3], job.sigma_squared));
@@ -184,8 +184,8 @@ struct Way {
 
   __device__ __forceinline__ Way(const FeatureMap& map, int32_t bytes, const Tile& tile, const Walk& walk) {
     const int32_t y = tile.y + walk.pixel / tile.width, x = tile.x + walk.pixel % tile.width;
-    const int64_t first = tile.image * map.stride_n + (tile.channel + walk.channel) * map.stride_c + y * map.stride_h +
-                          x * map.stride_w;
+    const int64_t first =
+        tile.image * map.stride_n + (tile.channel + walk.channel) * map.stride_c + y * map.stride_h + x * map.stride_w;
     at = static_cast<char*>(map.data) + bytes * first;
     step = bytes * (walk.planar ? 4 * map.stride_c : map.stride_h);
     apart = bytes * (walk.channel_apart * map.stride_c + walk.pixel_apart / kPlanarWidth * map.stride_h);
@@ -256,7 +256,8 @@ __device__ __forceinline__ A walk_quads(const GaussianJob& job, const Tile& tile
 }
 
 // One element, as it is stored.
-template <class A> using Bits = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
+template <class A>
+using Bits = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
 
 template <class A>
 __device__ __forceinline__ Bits<A> load_bits(const char* from, DType dtype) {
@@ -435,8 +436,8 @@ Status gaussian_feature_loss(const Pyramid& student, const Pyramid& teacher, con
 
 template <class A>
 Status gaussian_feature_loss_backward(const Pyramid& student, const Pyramid& teacher, const Pyramid& grad,
-                                      const Table& boxes, int64_t count, double sigma_squared,
-                                      const double* mask_sums, const A* upstream, const Target& target) {
+                                      const Table& boxes, int64_t count, double sigma_squared, const double* mask_sums,
+                                      const A* upstream, const Target& target) {
   const DeviceGuard guard(target.device);
   if (guard.error() != cudaSuccess) return Status{guard.error(), "gaussian_feature_loss_backward"};
   const GaussianJob job = make_job(student, teacher, &grad, boxes, count, sigma_squared);
@@ -445,10 +446,10 @@ Status gaussian_feature_loss_backward(const Pyramid& student, const Pyramid& tea
                 "gaussian_feature_loss_backward"};
 }
 
-#define TARDKD_INSTANTIATE(A)                                                                                       \
-  template Status gaussian_feature_loss<A>(const Pyramid&, const Pyramid&, const Table&, int64_t, double, double*,  \
-                                           int32_t*, double*, A*, const Target&);                                   \
-  template Status gaussian_feature_loss_backward<A>(const Pyramid&, const Pyramid&, const Pyramid&, const Table&,   \
+#define TARDKD_INSTANTIATE(A)                                                                                      \
+  template Status gaussian_feature_loss<A>(const Pyramid&, const Pyramid&, const Table&, int64_t, double, double*, \
+                                           int32_t*, double*, A*, const Target&);                                  \
+  template Status gaussian_feature_loss_backward<A>(const Pyramid&, const Pyramid&, const Pyramid&, const Table&,  \
                                                     int64_t, double, const double*, const A*, const Target&)
 TARDKD_INSTANTIATE(float);
 TARDKD_INSTANTIATE(double);

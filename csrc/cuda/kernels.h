@@ -35,11 +35,11 @@ struct RegionTables {
   int32_t images;  // < 0: the image index is not checked (pooled features)
   int32_t logit_columns;
   int32_t student_delta_columns, teacher_delta_columns;  // each 4, 4 K or 4 (K + 1)
-  Table proposals;  // (R, 5) image index, x1, y1, x2, y2; float32 or float64
+  Table proposals;                                       // (R, 5) image index, x1, y1, x2, y2; float32 or float64
   Table student_logits, teacher_logits, student_deltas, teacher_deltas;  // of any floating type
-  Table gt_boxes;   // (R, 4) float32 or float64
-  Table region_weights;  // (R,) or absent
-  Table upstream;   // (3, R) gradients of the unreduced terms, or absent for ones
+  Table gt_boxes;                                                        // (R, 4) float32 or float64
+  Table region_weights;                                                  // (R,) or absent
+  Table upstream;  // (3, R) gradients of the unreduced terms, or absent for ones
   const int64_t* labels;
   int64_t label_stride;
 };
@@ -110,8 +110,8 @@ Status gaussian_feature_loss(const Pyramid& student, const Pyramid& teacher, con
 // Its gradient: `grad`, maps of any dtype with the student's shapes, written completely; `upstream` one element of A.
 template <class A>
 Status gaussian_feature_loss_backward(const Pyramid& student, const Pyramid& teacher, const Pyramid& grad,
-                                      const Table& boxes, int64_t count, double sigma_squared,
-                                      const double* mask_sums, const A* upstream, const Target& target);
+                                      const Table& boxes, int64_t count, double sigma_squared, const double* mask_sums,
+                                      const A* upstream, const Target& target);
 
 int64_t gaussian_partials(const Pyramid& student);
 

@@ -13,9 +13,15 @@ __device__ __forceinline__ void with_stored(DType dtype, const F& f) {
     f(double());
   } else {
     switch (dtype) {
-      case DType::float16: f(__half()); break;
-      case DType::bfloat16: f(__nv_bfloat16()); break;
-      default: f(float()); break;
+      case DType::float16:
+        f(__half());
+        break;
+      case DType::bfloat16:
+        f(__nv_bfloat16());
+        break;
+      default:
+        f(float());
+        break;
     }
   }
 }
@@ -67,8 +73,7 @@ inline PyramidView view_of(const Pyramid& pyramid) {
   view.dtype = pyramid.dtype;
   for (int32_t level = 0; level < pyramid.levels; ++level)
     view.level[level] = view_of(pyramid.level[level], pyramid.dtype);
-  view.reachable =
-      reachable_levels(pyramid.level[0].scale, pyramid.level[pyramid.levels - 1].scale, pyramid.levels);
+  view.reachable = reachable_levels(pyramid.level[0].scale, pyramid.level[pyramid.levels - 1].scale, pyramid.levels);
   return view;
 }
 

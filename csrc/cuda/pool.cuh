@@ -15,12 +15,15 @@
 
 namespace tardkd::cuda {
 
-template <class A> constexpr int kChunk = 128 / int(sizeof(A));  // channels at a time: a pixel is 128 bytes of the tile
-template <class A> constexpr int kQuads = kChunk<A> / 4;         // a thread works on four of them
-template <class A> constexpr int kTilePixels = sizeof(A) == 4 ? 256 : 128;
-constexpr int kSamples = kWarp;         // of an axis at a time, one a lane
-constexpr int kPixels = 2 * kSamples;   // rows or columns they can touch
-constexpr int kGroupBins = 7;           // bins of an axis at a time
+template <class A>
+constexpr int kChunk = 128 / int(sizeof(A));  // channels at a time: a pixel is 128 bytes of the tile
+template <class A>
+constexpr int kQuads = kChunk<A> / 4;  // a thread works on four of them
+template <class A>
+constexpr int kTilePixels = sizeof(A) == 4 ? 256 : 128;
+constexpr int kSamples = kWarp;        // of an axis at a time, one a lane
+constexpr int kPixels = 2 * kSamples;  // rows or columns they can touch
+constexpr int kGroupBins = 7;          // bins of an axis at a time
 constexpr int kGroupCells = kGroupBins * kGroupBins;
 
 // x / divisor for 0 <= x < 4096 and divisors up to 64, without the instruction that a GPU lacks.
@@ -75,11 +78,11 @@ __device__ inline RegionPlace place_region(const PyramidView& pyramid, const dou
 // One axis of a batch of samples. `staged` pixels are counted along the rows or columns that are copied.
 template <class A>
 struct AxisTable {
-  int32_t count;                                 // staged pixels
-  SharedArray<int32_t, kPixels> pixel;           // map coordinate of a staged pixel
-  SharedArray<A, kGroupBins * kPixels> weight;   // [bin][staged]
-  SharedArray<int32_t, 2 * kGroupBins> bin_range;  // staged pixels that a bin reads
-  SharedArray<int32_t, 2 * kPixels> pixel_range;   // bins that read a staged pixel
+  int32_t count;                                    // staged pixels
+  SharedArray<int32_t, kPixels> pixel;              // map coordinate of a staged pixel
+  SharedArray<A, kGroupBins * kPixels> weight;      // [bin][staged]
+  SharedArray<int32_t, 2 * kGroupBins> bin_range;   // staged pixels that a bin reads
+  SharedArray<int32_t, 2 * kPixels> pixel_range;    // bins that read a staged pixel
   SharedArray<int32_t, 2 * kSamples> sample_pixel;  // staged pixels of a sample, -1: none
   SharedArray<A, 2 * kSamples> sample_weight;
 };
@@ -266,10 +269,12 @@ template <class A>
 __device__ __forceinline__ int32_t quad_at(int32_t row, int32_t quad, int32_t stagger) {
   return row * kChunk<A> + ((quad ^ (stagger & (kQuads<A> - 1))) * 4);
 }
-template <class A> __device__ __forceinline__ int32_t tile_at(int32_t pixel, int32_t quad) {
+template <class A>
+__device__ __forceinline__ int32_t tile_at(int32_t pixel, int32_t quad) {
   return quad_at<A>(pixel, quad, pixel >> 2);
 }
-template <class A> __device__ __forceinline__ int32_t bin_at(int32_t bin, int32_t quad) {
+template <class A>
+__device__ __forceinline__ int32_t bin_at(int32_t bin, int32_t quad) {
   return quad_at<A>(bin, quad, bin);
 }
 
@@ -299,8 +304,11 @@ struct Source {
 
   __device__ Source(const MapView& view, int32_t image, int32_t all_channels, int32_t channel)
       : data(static_cast<const T*>(view.map.data) + image * view.map.stride_n + channel * view.map.stride_c),
-        stride_c(int32_t(view.map.stride_c)), stride_h(int32_t(view.map.stride_h)),
-        stride_w(int32_t(view.map.stride_w)), channels(all_channels - channel), vector(view.vector) {}
+        stride_c(int32_t(view.map.stride_c)),
+        stride_h(int32_t(view.map.stride_h)),
+        stride_w(int32_t(view.map.stride_w)),
+        channels(all_channels - channel),
+        vector(view.vector) {}
 
   // Four staged pixels in a row, of one channel.
   __device__ __forceinline__ Four<A> pixels(const AxisTable<A>& columns, int32_t channel, int32_t y,
@@ -481,8 +489,7 @@ __device__ __forceinline__ void pool(const PoolSource& source, const RegionPlace
 // grad += RoIAlign^T(bins): one atomic for every touched pixel and channel, four at once where channels are neighbours.
 template <class A>
 __device__ void scatter(const MapView& view, int32_t image, int32_t all_channels, int32_t channel,
-                        const RegionPlace& place, const BinGroup& group, PoolShared<A>& shared,
-                        Tables<A>& tables) {
+                        const RegionPlace& place, const BinGroup& group, PoolShared<A>& shared, Tables<A>& tables) {
   A* data = static_cast<A*>(view.map.data) + image * view.map.stride_n + channel * view.map.stride_c;
   const int32_t stride_c = int32_t(view.map.stride_c), stride_h = int32_t(view.map.stride_h),
                 stride_w = int32_t(view.map.stride_w);
@@ -507,8 +514,8 @@ __device__ void scatter(const MapView& view, int32_t image, int32_t all_channels
 #pragma unroll
           for (int k = 0; k < 4; ++k) sum.at[k] += weight * bin.at[k];
         }
-      A* at = data + steps(4 * quad, stride_c) + steps(tables.y.pixel[y], stride_h) +
-              steps(tables.x.pixel[x], stride_w);
+      A* at =
+          data + steps(4 * quad, stride_c) + steps(tables.y.pixel[y], stride_h) + steps(tables.x.pixel[x], stride_w);
       if (!view.planar && view.vector && 4 * quad + 4 <= channels) {
         add_four(at, sum);
       } else {
@@ -526,8 +533,8 @@ __device__ void scatter(const MapView& view, int32_t image, int32_t all_channels
 // the channels that exist, in the order of memory.
 template <class A, class Body>
 __device__ __forceinline__ void for_pooled(int64_t region, int32_t all_channels, int32_t channel,
-                                           const RoiAlignSpec& spec, const BinGroup& group,
-                                           PoolShared<A>& shared, const Body& body) {
+                                           const RoiAlignSpec& spec, const BinGroup& group, PoolShared<A>& shared,
+                                           const Body& body) {
   const int32_t left = all_channels - channel, channels = left < kChunk<A> ? left : kChunk<A>;
   const int64_t first = region * all_channels + channel;
   for (int32_t task = threadIdx.x; task < channels * group.bins(); task += kThreads) {

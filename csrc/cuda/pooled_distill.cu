@@ -2,8 +2,8 @@
 //
 // The gates are decided first; a region whose feature gate is closed reads no feature. The last block to finish adds
 // the terms up in a fixed order.
-#include "kernels.h"
 #include "../core/penalty.h"
+#include "kernels.h"
 #include "maps.cuh"
 #include "region.cuh"
 
@@ -84,9 +84,12 @@ __device__ __forceinline__ A penalty_sum(const LossSpec& spec, A slope, const F&
     return element.sum;
   };
   switch (spec.feature_loss) {
-    case FeatureLoss::squared: return run(Penalty<A, FeatureLoss::squared>{beta, slope, A(0)});
-    case FeatureLoss::absolute: return run(Penalty<A, FeatureLoss::absolute>{beta, slope, A(0)});
-    default: return run(Penalty<A, FeatureLoss::smooth_l1>{beta, slope, A(0)});
+    case FeatureLoss::squared:
+      return run(Penalty<A, FeatureLoss::squared>{beta, slope, A(0)});
+    case FeatureLoss::absolute:
+      return run(Penalty<A, FeatureLoss::absolute>{beta, slope, A(0)});
+    default:
+      return run(Penalty<A, FeatureLoss::smooth_l1>{beta, slope, A(0)});
   }
 }
 
@@ -236,8 +239,7 @@ Status pooled_distill(const PooledTensor& student, const PooledTensor& teacher, 
   // Without regions one block still writes the losses.
   const unsigned blocks = in.regions > 0 ? unsigned(in.regions) : 1u;
   const size_t shared = RegionScratch<A>::bytes() + shared_bytes<A>(bins);
-  return Status{launch(pooled_distill_kernel<A>, dim3(blocks), kThreads, shared, target.stream, job),
-                "pooled_distill"};
+  return Status{launch(pooled_distill_kernel<A>, dim3(blocks), kThreads, shared, target.stream, job), "pooled_distill"};
 }
 
 template Status pooled_distill<float>(const PooledTensor&, const PooledTensor&, const PooledTensor&, int32_t, int32_t,

@@ -69,9 +69,7 @@ struct SharedArray {
 #endif
     return data[i];
   }
-  __device__ __forceinline__ const T& operator[](int i) const {
-    return const_cast<SharedArray&>(*this)[i];
-  }
+  __device__ __forceinline__ const T& operator[](int i) const { return const_cast<SharedArray&>(*this)[i]; }
   __device__ __forceinline__ T* four(int i) {
 #ifdef TARDKD_CUDA_ON_CPU
     cuda_on_cpu::check_shared_index(i, 4, N);
@@ -126,28 +124,56 @@ constexpr size_t shared_bytes(int64_t count) {
 template <class F>
 __device__ __forceinline__ void with_dtype(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::float32: f(float()); break;
-    case DType::float64: f(double()); break;
-    case DType::float16: f(__half()); break;
-    case DType::bfloat16: f(__nv_bfloat16()); break;
+    case DType::float32:
+      f(float());
+      break;
+    case DType::float64:
+      f(double());
+      break;
+    case DType::float16:
+      f(__half());
+      break;
+    case DType::bfloat16:
+      f(__nv_bfloat16());
+      break;
   }
 }
 
-template <class A> __device__ __forceinline__ A as(float value) { return static_cast<A>(value); }
-template <class A> __device__ __forceinline__ A as(double value) { return static_cast<A>(value); }
-template <class A> __device__ __forceinline__ A as(__half value) { return static_cast<A>(__half2float(value)); }
-template <class A> __device__ __forceinline__ A as(__nv_bfloat16 value) {
+template <class A>
+__device__ __forceinline__ A as(float value) {
+  return static_cast<A>(value);
+}
+template <class A>
+__device__ __forceinline__ A as(double value) {
+  return static_cast<A>(value);
+}
+template <class A>
+__device__ __forceinline__ A as(__half value) {
+  return static_cast<A>(__half2float(value));
+}
+template <class A>
+__device__ __forceinline__ A as(__nv_bfloat16 value) {
   return static_cast<A>(__bfloat162float(value));
 }
 
-template <class T> struct Stored {
-  template <class A> static __device__ __forceinline__ T from(A value) { return static_cast<T>(value); }
+template <class T>
+struct Stored {
+  template <class A>
+  static __device__ __forceinline__ T from(A value) {
+    return static_cast<T>(value);
+  }
 };
-template <> struct Stored<__half> {
-  template <class A> static __device__ __forceinline__ __half from(A value) { return __float2half_rn(float(value)); }
+template <>
+struct Stored<__half> {
+  template <class A>
+  static __device__ __forceinline__ __half from(A value) {
+    return __float2half_rn(float(value));
+  }
 };
-template <> struct Stored<__nv_bfloat16> {
-  template <class A> static __device__ __forceinline__ __nv_bfloat16 from(A value) {
+template <>
+struct Stored<__nv_bfloat16> {
+  template <class A>
+  static __device__ __forceinline__ __nv_bfloat16 from(A value) {
     return __float2bfloat16_rn(float(value));
   }
 };
@@ -156,10 +182,14 @@ template <> struct Stored<__nv_bfloat16> {
 template <class A>
 __device__ __forceinline__ A load_any(const void* data, DType dtype, int64_t i) {
   switch (dtype) {
-    case DType::float32: return as<A>(static_cast<const float*>(data)[i]);
-    case DType::float64: return as<A>(static_cast<const double*>(data)[i]);
-    case DType::float16: return as<A>(static_cast<const __half*>(data)[i]);
-    default: return as<A>(static_cast<const __nv_bfloat16*>(data)[i]);
+    case DType::float32:
+      return as<A>(static_cast<const float*>(data)[i]);
+    case DType::float64:
+      return as<A>(static_cast<const double*>(data)[i]);
+    case DType::float16:
+      return as<A>(static_cast<const __half*>(data)[i]);
+    default:
+      return as<A>(static_cast<const __nv_bfloat16*>(data)[i]);
   }
 }
 
@@ -314,7 +344,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t
       return error;
     }
   }
-  kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)> > >(arguments...);
   return cudaGetLastError();
 #endif
 }

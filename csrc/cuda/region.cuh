@@ -15,7 +15,7 @@ namespace tardkd::cuda {
 struct Decision {
   Gates gates;
   RegionState state;
-  int32_t image;  // 0 where it is not checked or the region is invalid
+  int32_t image;         // 0 where it is not checked or the region is invalid
   double box[4], gt[4];  // xyxy; `gt` means something for foreground regions only
   int64_t label;
 };
@@ -62,8 +62,7 @@ __device__ __forceinline__ A region_weight(const RegionTables& in, int64_t r) {
 template <class A>
 __device__ __forceinline__ A term_factor(const RegionTables& in, int term, int64_t r) {
   const Table& up = in.upstream;
-  const A upstream =
-      up.data ? load_any<A>(up.data, up.dtype, term * up.stride_row + r * up.stride_column) : A(1);
+  const A upstream = up.data ? load_any<A>(up.data, up.dtype, term * up.stride_row + r * up.stride_column) : A(1);
   return upstream * region_weight<A>(in, r);
 }
 
@@ -81,7 +80,10 @@ struct Logits {
   int32_t columns;
 
   __device__ __forceinline__ Logits(const Table& table, int64_t row, int32_t columns)
-      : data(table.data), dtype(table.dtype), first(row * table.stride_row), stride(table.stride_column),
+      : data(table.data),
+        dtype(table.dtype),
+        first(row * table.stride_row),
+        stride(table.stride_column),
         columns(columns) {}
 
   __device__ __forceinline__ A operator[](int64_t column) const {
@@ -131,8 +133,8 @@ __device__ A own_probability(const Logits<A>& z, const Decision& region, const L
 
 // The four deltas of the region's own class; `first`, their column.
 template <class A>
-__device__ int64_t own_deltas(const Table& deltas, int32_t columns, int64_t r, const Decision& region,
-                              int32_t classes, Background background, A (&own)[4]) {
+__device__ int64_t own_deltas(const Table& deltas, int32_t columns, int64_t r, const Decision& region, int32_t classes,
+                              Background background, A (&own)[4]) {
   const int64_t first = delta_column(region.label, columns, classes, background);
   load_row(deltas, r, first, own);
   return first;

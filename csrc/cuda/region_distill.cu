@@ -2,8 +2,8 @@
 //
 // A block is one region and a group of channels. It decides the region's gates first; a region whose feature gate is
 // closed reads no feature. What the blocks find is added up by the last of them to finish, in a fixed order.
-#include "kernels.h"
 #include "../core/penalty.h"
+#include "kernels.h"
 #include "pool.cuh"
 #include "region.cuh"
 
@@ -15,12 +15,12 @@ struct RegionJob {
   PyramidView student, teacher, grad;
   bool want_grad;
   A* grad_pooled;
-  int32_t tables;      // 1 if one set serves both sides: same geometry and layout
+  int32_t tables;  // 1 if one set serves both sides: same geometry and layout
   RegionTables in;
   RegionResults<A> out;
   RoiAlignSpec align;
   LossSpec spec;
-  int32_t groups;      // blocks a region
+  int32_t groups;  // blocks a region
 };
 
 // bins = RoIAlign(student) - RoIAlign(teacher) of one chunk: one pass where the difference can be taken on load, else
@@ -35,8 +35,12 @@ __device__ __forceinline__ void pool_difference(const RegionJob<A>& job, int32_t
 #pragma unroll 1
   for (int pass = 0; pass < (on_load ? 1 : 2); ++pass) {
     const int table = pass < job.tables ? pass : 0;
-    const PoolSource source{pass == 0 ? student : teacher, on_load ? teacher : nullptr,
-                            pass == 0 ? job.student.dtype : job.teacher.dtype, image, job.student.channels, channel};
+    const PoolSource source{pass == 0 ? student : teacher,
+                            on_load ? teacher : nullptr,
+                            pass == 0 ? job.student.dtype : job.teacher.dtype,
+                            image,
+                            job.student.channels,
+                            channel};
     pool(source, shared.place[table], group, shared, shared.tables[table], pass == 0 ? A(1) : A(-1));
   }
 }
@@ -122,8 +126,7 @@ __global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
     if (decide(job, region, channel_group == 0, scratch, shared.decision)) {
       __syncthreads();
       sum = feature_term(job, region, channel_group, shared, scratch);
-      sum *= region_weight<A>(job.in, region) /
-             (A(job.student.channels) * A(job.align.pooled_h * job.align.pooled_w));
+      sum *= region_weight<A>(job.in, region) / (A(job.student.channels) * A(job.align.pooled_h * job.align.pooled_w));
     }
     if (threadIdx.x == 0) job.out.partial[(2 + channel_group) * job.in.regions + region] = sum;
   }

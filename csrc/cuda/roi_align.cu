@@ -1,7 +1,7 @@
 // RoIAlign over a whole pyramid in one launch, and its gradient two ways: by atomics from the regions' side (scatter),
 // or tile by tile from the map's side in a fixed order (gather), which is repeatable and needs no zeros beforehand.
-#include "kernels.h"
 #include "../core/box.h"
+#include "kernels.h"
 #include "pool.cuh"
 
 namespace tardkd::cuda {
@@ -12,8 +12,8 @@ __device__ inline bool read_region(const Table& proposals, int64_t region, int32
   double row[5];
 #pragma unroll
   for (int k = 0; k < 5; ++k)
-    row[k] = load_any<double>(proposals.data, proposals.dtype,
-                              region * proposals.stride_row + k * proposals.stride_column);
+    row[k] =
+        load_any<double>(proposals.data, proposals.dtype, region * proposals.stride_row + k * proposals.stride_column);
 #pragma unroll
   for (int k = 0; k < 4; ++k) box[k] = row[k + 1];
   const bool valid = is_finite(box) && row[0] >= 0.0 && row[0] < images;
@@ -25,13 +25,13 @@ __device__ inline bool read_region(const Table& proposals, int64_t region, int32
 
 template <class A>
 struct AlignJob {
-  PyramidView maps;    // features, or gradients of A
+  PyramidView maps;  // features, or gradients of A
   Table proposals;
   int64_t regions;
-  void* pooled;        // written, or read for the gradient
+  void* pooled;  // written, or read for the gradient
   DType pooled_dtype;
   RoiAlignSpec align;
-  int32_t groups;      // blocks a region
+  int32_t groups;  // blocks a region
 };
 
 template <class A>
@@ -64,19 +64,19 @@ template <class A>
 __global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
     roi_align_kernel(const __grid_constant__ AlignJob<A> job) {
   const int32_t channels = job.maps.channels;
-  const bool valid = for_region(job, [&](int64_t region, int32_t image, int32_t channel, const BinGroup& group,
-                                         PoolShared<A>& shared) {
-    const RegionPlace& place = shared.place[0];
-    clear_bins(shared, group);
-    pool(PoolSource{&job.maps.level[place.level], nullptr, job.maps.dtype, image, channels, channel}, place, group,
-         shared, shared.tables[0], A(1));
-    with_stored<A>(job.maps.dtype, [&](auto stored) {
-      using T = decltype(stored);
-      for_pooled(region, channels, channel, job.align, group, shared,
-                 [&](int64_t at, A value) { static_cast<T*>(job.pooled)[at] = Stored<T>::from(value); });
-    });
-    __syncthreads();
-  });
+  const bool valid = for_region(
+      job, [&](int64_t region, int32_t image, int32_t channel, const BinGroup& group, PoolShared<A>& shared) {
+        const RegionPlace& place = shared.place[0];
+        clear_bins(shared, group);
+        pool(PoolSource{&job.maps.level[place.level], nullptr, job.maps.dtype, image, channels, channel}, place, group,
+             shared, shared.tables[0], A(1));
+        with_stored<A>(job.maps.dtype, [&](auto stored) {
+          using T = decltype(stored);
+          for_pooled(region, channels, channel, job.align, group, shared,
+                     [&](int64_t at, A value) { static_cast<T*>(job.pooled)[at] = Stored<T>::from(value); });
+        });
+        __syncthreads();
+      });
   if (valid) return;
   with_stored<A>(job.maps.dtype, [&](auto stored) {
     using T = decltype(stored);
@@ -110,18 +110,19 @@ Status launch_by_region(const char* name, Kernel kernel, const Pyramid& maps, co
   const DeviceGuard guard(target.device);
   if (guard.error() != cudaSuccess) return Status{guard.error(), name};
   if (!strides_fit(maps)) return Status{cudaErrorInvalidValue, name};
-  const AlignJob<A> job{view_of(maps), proposals, regions, pooled, pooled_dtype, align,
-                        channel_groups<A>(maps.channels)};
+  const AlignJob<A> job{
+      view_of(maps), proposals, regions, pooled, pooled_dtype, align, channel_groups<A>(maps.channels)};
   return Status{launch(kernel, dim3(unsigned(regions * job.groups)), kThreads, align_shared<A>(), target.stream, job),
                 name};
 }
 
 // ---- by tile of the map: gather ------------------------------------------------------------------------------------
 
-constexpr int kTile = 8;  // pixels a side
+constexpr int kTile = 8;    // pixels a side
 constexpr int kWindow = 6;  // integers a region: image, level (-1: none), first and last row, first and last column
 
-template <class A> constexpr int kOwnPixels = kTile * kTile * kQuads<A> / kThreads;
+template <class A>
+constexpr int kOwnPixels = kTile * kTile * kQuads<A> / kThreads;
 
 struct GatherJob {
   PyramidView maps;
@@ -142,8 +143,7 @@ __global__ void __launch_bounds__(kThreads) roi_windows_kernel(const __grid_cons
   if (region >= job.regions) return;
   int32_t window[kWindow] = {0, -1, 0, -1, 0, -1};
   double box[4];
-  if ((!job.open || job.open[3 * region]) &&
-      read_region(job.proposals, region, job.maps.images, box, window[0])) {
+  if ((!job.open || job.open[3 * region]) && read_region(job.proposals, region, job.maps.images, box, window[0])) {
     const RegionPlace place = place_region(job.maps, box, job.align);
     window[1] = place.level;
     const auto pixels = [](const AxisPlace& axis, int32_t pooled, int32_t& first, int32_t& last) {
@@ -180,10 +180,10 @@ __device__ inline double pixel_weight(const AxisPlace& axis, int32_t bin, int32_
 
 template <class A>
 struct alignas(16) GatherShared {
-  SharedArray<A, kGroupCells * kChunk<A>> bins;     // [bin][channel]
-  SharedArray<A, 2 * kGroupBins * kTile> weight;    // [axis][bin][pixel of the tile]
-  SharedArray<int32_t, kThreads> found;             // regions that touch the tile, ascending
-  SharedArray<int32_t, kThreads / kWarp> counts;    // of them, by warp
+  SharedArray<A, kGroupCells * kChunk<A>> bins;   // [bin][channel]
+  SharedArray<A, 2 * kGroupBins * kTile> weight;  // [axis][bin][pixel of the tile]
+  SharedArray<int32_t, kThreads> found;           // regions that touch the tile, ascending
+  SharedArray<int32_t, kThreads / kWarp> counts;  // of them, by warp
   RegionPlace place;
 };
 
@@ -193,8 +193,8 @@ struct Tile {
 
 // Adds one region's part to the pixels this thread owns: a quad of channels of kOwnPixels pixels.
 template <class A>
-__device__ void gather_region(const GatherJob& job, const Tile& tile, int64_t region,
-                              GatherShared<A>& shared, Four<A>* own) {
+__device__ void gather_region(const GatherJob& job, const Tile& tile, int64_t region, GatherShared<A>& shared,
+                              Four<A>* own) {
   if (threadIdx.x == 0) {
     double box[4];
     int32_t image;
@@ -294,8 +294,8 @@ __global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
     const int32_t pixel = threadIdx.x / kQuads<A> + n * (kThreads / kQuads<A>);
     const int32_t y = tile.y + pixel / kTile, x = tile.x + pixel % kTile;
     if (y >= view.map.height || x >= view.map.width) continue;
-    const int64_t at = tile.image * view.map.stride_n + channel * view.map.stride_c + y * view.map.stride_h +
-                       x * view.map.stride_w;
+    const int64_t at =
+        tile.image * view.map.stride_n + channel * view.map.stride_c + y * view.map.stride_h + x * view.map.stride_w;
     with_stored<A>(job.maps.dtype, [&](auto stored) {
       using T = decltype(stored);
       T* data = static_cast<T*>(view.map.data) + at;
@@ -323,9 +323,9 @@ Status launch_gather(GatherJob job, const Target& target) {
   const int64_t windows = (job.regions + kThreads - 1) / kThreads, blocks = job.first_block[job.maps.levels];
   const cudaError_t error = launch(roi_windows_kernel, dim3(unsigned(windows)), kThreads, 0, target.stream, job);
   if (error != cudaSuccess) return Status{error, "roi_windows"};
-  return Status{launch(roi_align_gather_kernel<A>, dim3(unsigned(blocks)), kThreads, sizeof(GatherShared<A>),
-                       target.stream, job),
-                "roi_align_gather"};
+  return Status{
+      launch(roi_align_gather_kernel<A>, dim3(unsigned(blocks)), kThreads, sizeof(GatherShared<A>), target.stream, job),
+      "roi_align_gather"};
 }
 
 }  // namespace

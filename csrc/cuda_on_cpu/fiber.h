@@ -9,10 +9,10 @@ namespace cuda_on_cpu {
 
 // Default-constructed, it stands for the stack an OS thread came with; with start() for one of its own.
 struct Fiber {
-  void* at[5];              // where it goes on: a buffer of __builtin_setjmp
-  ucontext_t entry;         // only for the first switch to it
-  bool fresh = false;       // not yet switched to
-  void* stack = nullptr;    // lowest address and size, for AddressSanitizer
+  void* at[5];            // where it goes on: a buffer of __builtin_setjmp
+  ucontext_t entry;       // only for the first switch to it
+  bool fresh = false;     // not yet switched to
+  void* stack = nullptr;  // lowest address and size, for AddressSanitizer
   size_t size = 0;
   void* sanitizer = nullptr;
   Fiber* came_from = nullptr;

@@ -39,8 +39,7 @@ class Random {
   }
   template <class T>
   void shuffle(std::vector<T>& items) {
-    for (size_t left = items.size(); left > 1; --left)
-      std::swap(items[left - 1], items[(next() >> 32) * left >> 32]);
+    for (size_t left = items.size(); left > 1; --left) std::swap(items[left - 1], items[(next() >> 32) * left >> 32]);
   }
 
  private:
@@ -82,7 +81,7 @@ struct Job {
   std::vector<uint64_t> order{};  // of the blocks
   std::atomic<size_t> next{0};    // in order
   std::mutex mutex{};
-  std::string error{};            // of the first thread that broke a rule
+  std::string error{};  // of the first thread that broke a rule
 };
 
 // Runs blocks, one at a time, on whichever OS thread calls work().
@@ -111,12 +110,12 @@ class Worker {
   struct Thread {
     Fiber fiber;
     Worker* worker;
-    int number;      // in the block
+    int number;  // in the block
     uint3 index;
     State state;
-    Site site;       // where it waits, or waited last
-    unsigned mask;   // of the warp operation
-    int source;      // lane whose value it wants; < 0: all votes
+    Site site;      // where it waits, or waited last
+    unsigned mask;  // of the warp operation
+    int source;     // lane whose value it wants; < 0: all votes
     uint64_t value, result;
   };
 
@@ -142,16 +141,16 @@ class Worker {
   Fiber home_;                                    // work() itself
 
   Job* job_ = nullptr;
-  int count_ = 0;                                 // threads of a block
-  uint3* thread_index_ = nullptr;                 // threadIdx of this OS thread
+  int count_ = 0;                  // threads of a block
+  uint3* thread_index_ = nullptr;  // threadIdx of this OS thread
   uint3 block_{};
   std::unique_ptr<unsigned char, Free> shared_;
   Random random_{0};
-  std::vector<Thread*> ready_, released_;         // to run in this round, in the next
-  size_t position_ = 0;                           // in ready_
+  std::vector<Thread*> ready_, released_;  // to run in this round, in the next
+  size_t position_ = 0;                    // in ready_
   Thread* running_ = nullptr;
-  int favoured_ = 0;                              // warp that runs ahead of the others
-  int waiting_ = 0, returned_ = 0;                // threads at the barrier, threads that are done
+  int favoured_ = 0;                // warp that runs ahead of the others
+  int waiting_ = 0, returned_ = 0;  // threads at the barrier, threads that are done
   const Thread *first_waiting_ = nullptr, *last_returned_ = nullptr;
   std::string error_;
 };
@@ -159,8 +158,8 @@ class Worker {
 thread_local Worker* this_worker = nullptr;
 
 Worker::Worker() {
-  void* memory = mmap(nullptr, kMaxThreads * (kStack + kPage), PROT_NONE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory =
+      mmap(nullptr, kMaxThreads * (kStack + kPage), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   stacks_ = static_cast<char*>(memory);
 }

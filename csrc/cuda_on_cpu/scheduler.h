@@ -62,7 +62,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
 // Everything below concerns the launches of the whole process.
 std::vector<std::string> launches();  // the kernels launched since the start or reset(), which goes back to seed 0
 void reset();
-void set_seed(uint64_t seed);         // of the order in which blocks and threads run, from the next launch on
-void set_workers(int count);          // OS threads among which the blocks are shared out; 1 at first
+void set_seed(uint64_t seed);  // of the order in which blocks and threads run, from the next launch on
+void set_workers(int count);   // OS threads among which the blocks are shared out; 1 at first
 
 }  // namespace cuda_on_cpu

@@ -53,8 +53,14 @@ class CocoDetection(Dataset):
 
     on_bad_image: OnBadImage = "error"
 
-    def __init__(self, image_folder: str | Path, annotations: str | Path | dict[str, Any], *,
-                 transform: Transform | None = None, on_bad_image: OnBadImage = "error") -> None:
+    def __init__(
+        self,
+        image_folder: str | Path,
+        annotations: str | Path | dict[str, Any],
+        *,
+        transform: Transform | None = None,
+        on_bad_image: OnBadImage = "error",
+    ) -> None:
         self.image_folder = Path(image_folder)
         self.transform = transform
         self.on_bad_image = on_bad_image
@@ -65,8 +71,10 @@ class CocoDetection(Dataset):
         self._index(coco_index(check_annotations(data, source)))
         missing = missing_files(self.image_folder, self._file_names, source)
         if missing and (on_bad_image == "error" or len(missing) == len(self)):
-            raise FileNotFoundError(f"{len(missing)} of {len(self)} images of {source} are "
-                                    f"missing, the first: {self.image_folder / missing[0]}")
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(self)} images of {source} are "
+                f"missing, the first: {self.image_folder / missing[0]}"
+            )
 
     def _index(self, coco: COCO) -> None:
         self.coco = coco
@@ -111,8 +119,11 @@ class CocoDetection(Dataset):
     def _warn(self, index: int, error: Exception) -> None:
         if not self._bad[index]:
             self._bad[index] = True
-            instead = ("the next good one takes its place" if self.on_bad_image == "replace"
-                       else "it counts as an image without detections")
+            instead = (
+                "the next good one takes its place"
+                if self.on_bad_image == "replace"
+                else "it counts as an image without detections"
+            )
             warnings.warn(f"{error}; {instead}", stacklevel=2)
 
     def _image(self, index: int) -> Tensor:
@@ -158,8 +169,9 @@ def missing_files(folder: Path, names: list[str], source: str) -> list[str]:
             missing.append(name)
             continue
         if not real.is_relative_to(root):
-            raise ValueError(f"{source}: images.file_name {name!r} is a link that leads out of the image folder, "
-                             f"to {real}")
+            raise ValueError(
+                f"{source}: images.file_name {name!r} is a link that leads out of the image folder, to {real}"
+            )
         if not found:
             missing.append(name)
     return missing
@@ -240,8 +252,12 @@ def _check(data: Any) -> dict[str, Any]:
         _expect(isinstance(category.get("name"), str), f"categories[{i}].name", "a string", category.get("name"))
     for i, image in enumerate(data["images"]):
         _expect(_is_int(image.get("id")), f"images[{i}].id", "an integer", image.get("id"))
-        _expect(_inside(image.get("file_name")), f"images[{i}].file_name", "a path inside the image folder",
-                image.get("file_name"))
+        _expect(
+            _inside(image.get("file_name")),
+            f"images[{i}].file_name",
+            "a path inside the image folder",
+            image.get("file_name"),
+        )
         for side in ("width", "height"):
             value = image.get(side)
             _expect(_is_int(value) and 0 < value < 2**31, f"images[{i}].{side}", "a positive integer", value)
@@ -250,19 +266,28 @@ def _check(data: Any) -> dict[str, Any]:
     images = _unique(data["images"], "images", "id")
     _expect(len(categories) > 0, "categories", "at least one category", [])
 
-    annotations = [_check_annotation(f"annotations[{i}]", annotation, images, categories)
-                   for i, annotation in enumerate(data["annotations"])]
+    annotations = [
+        _check_annotation(f"annotations[{i}]", annotation, images, categories)
+        for i, annotation in enumerate(data["annotations"])
+    ]
     return {"images": data["images"], "annotations": annotations, "categories": data["categories"]}
 
 
-def _check_annotation(where: str, annotation: dict[str, Any], images: set[int],
-                      categories: set[int]) -> dict[str, Any]:
+def _check_annotation(where: str, annotation: dict[str, Any], images: set[int], categories: set[int]) -> dict[str, Any]:
     image_id, category_id, box = annotation.get("image_id"), annotation.get("category_id"), annotation.get("bbox")
     _expect(_is_int(image_id) and image_id in images, f"{where}.image_id", "the id of one of images", image_id)
-    _expect(_is_int(category_id) and category_id in categories, f"{where}.category_id",
-            "the id of one of categories", category_id)
-    _expect(isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)), f"{where}.bbox",
-            "4 finite numbers [x, y, width, height]", box)
+    _expect(
+        _is_int(category_id) and category_id in categories,
+        f"{where}.category_id",
+        "the id of one of categories",
+        category_id,
+    )
+    _expect(
+        isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)),
+        f"{where}.bbox",
+        "4 finite numbers [x, y, width, height]",
+        box,
+    )
     area, crowd = annotation.get("area", box[2] * box[3]), annotation.get("iscrowd", 0)
     _expect(_is_number(area), f"{where}.area", "a finite number", area)
     _expect(crowd in (0, 1), f"{where}.iscrowd", "0 or 1", crowd)

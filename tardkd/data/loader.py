@@ -14,11 +14,25 @@ from .coco import Target
 from .seeds import mix
 
 
-def build_loader(dataset: Dataset, *, batch_size: int, shuffle: bool, seed: int, epoch: int, workers: int = 0,
-                 first_batch: int = 0, processes: int = 1, rank: int = 0, parts: int = 1, pin_memory: bool = False,
-                 groups: Sequence[int] | None = None) -> DataLoader:
-    """Batches ``(images, targets)``: N images (3, H, W), uint8 in 0..255 or float in [0, 1] as the data set gives them
-    (see :func:`to_float`), and N target dicts.
+def build_loader(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    shuffle: bool,
+    seed: int,
+    epoch: int,
+    workers: int = 0,
+    first_batch: int = 0,
+    processes: int = 1,
+    rank: int = 0,
+    parts: int = 1,
+    pin_memory: bool = False,
+    groups: Sequence[int] | None = None,
+) -> DataLoader:
+    """Batches ``(images, targets)`` of a data set.
+
+    A batch has N images (3, H, W), uint8 in 0..255 or float in [0, 1] as the data set gives them (see
+    :func:`to_float`), and N target dicts.
 
     The order depends on (seed, epoch) alone and the random view of image ``index`` on (seed, epoch, index) alone, so
     neither the number of workers nor what was drawn before matters, and torch's global generator is left as it was.
@@ -39,13 +53,22 @@ def build_loader(dataset: Dataset, *, batch_size: int, shuffle: bool, seed: int,
     if count == 0:
         raise ValueError("the data set has no images")
     if shuffle:
-        batches = [part for batch in epoch_batches(count, batch_size, seed, epoch, groups)
-                   for part in _share(batch, processes, rank, parts)]
+        batches = [
+            part
+            for batch in epoch_batches(count, batch_size, seed, epoch, groups)
+            for part in _share(batch, processes, rank, parts)
+        ]
     else:
         batches = _chunks(list(range(rank, count, processes)), max(1, batch_size // (processes * parts)))
-    return DataLoader(_SeededItems(dataset, seed, epoch), batch_sampler=batches[first_batch:], collate_fn=collate,
-                      num_workers=workers, pin_memory=pin_memory, generator=_generator(seed, epoch),
-                      worker_init_fn=_ignore_termination)
+    return DataLoader(
+        _SeededItems(dataset, seed, epoch),
+        batch_sampler=batches[first_batch:],
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=_generator(seed, epoch),
+        worker_init_fn=_ignore_termination,
+    )
 
 
 def _share(batch: list[int], processes: int, rank: int, parts: int) -> list[list[int]]:
@@ -57,8 +80,9 @@ def _share(batch: list[int], processes: int, rank: int, parts: int) -> list[list
     return [batch[first + part * size : first + (part + 1) * size] for part in range(parts)]
 
 
-def epoch_batches(count: int, batch_size: int, seed: int, epoch: int,
-                  groups: Sequence[int] | None = None) -> list[list[int]]:
+def epoch_batches(
+    count: int, batch_size: int, seed: int, epoch: int, groups: Sequence[int] | None = None
+) -> list[list[int]]:
     """The batches of an epoch, as lists of the indices 0..count - 1: a pure function of its arguments.
 
     With ``groups``, a number for every index, a batch holds images of one group, filled in the epoch's random order.
@@ -84,7 +108,7 @@ def aspect_groups(sizes: Iterable[tuple[int, int]]) -> list[int]:
 
 
 def _chunks(indices: list[int], size: int) -> list[list[int]]:
-    return [indices[start:start + size] for start in range(0, len(indices), size)]
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
 def _ignore_termination(worker: int) -> None:

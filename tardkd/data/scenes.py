@@ -49,8 +49,23 @@ OUTLINES = {
     "square": [(-180, -180), (180, -180), (180, 180), (-180, 180)],
     "triangle": _polar([(192, 256), (21, 256), (107, 256)]),
     "star": _polar([((192 + k * 256 // 10) % 256, 112 if k % 2 else 256) for k in range(10)]),
-    "cross": [(x * 80, y * 80) for x, y in ((-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1),
-                                            (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1))],
+    "cross": [
+        (x * 80, y * 80)
+        for x, y in (
+            (-1, -3),
+            (1, -3),
+            (1, -1),
+            (3, -1),
+            (3, 1),
+            (1, 1),
+            (1, 3),
+            (-1, 3),
+            (-1, 1),
+            (-3, 1),
+            (-3, -1),
+            (-1, -1),
+        )
+    ],
     "hexagon": _polar([(k * 256 // 6, 250) for k in range(6)]),
 }
 
@@ -75,14 +90,24 @@ CLASSES = {  # name: (outline, pattern)
     "sign": ("triangle", "rim"),
     "star": ("star", "core"),
 }
-DISTRACTORS = [("disc", "plain"), ("square", "plain"), ("triangle", "plain"), ("cross", "plain"), ("cross", "core"),
-               ("hexagon", "checker"), ("hexagon", "band"), ("hexagon", "plain")]
+DISTRACTORS = [
+    ("disc", "plain"),
+    ("square", "plain"),
+    ("triangle", "plain"),
+    ("cross", "plain"),
+    ("cross", "core"),
+    ("hexagon", "checker"),
+    ("hexagon", "band"),
+    ("hexagon", "plain"),
+]
 
 
 @dataclass
 class Scene:
-    """One image, uint8 (H, W, 3), with the visible boxes [x, y, w, h] (whole pixels), 1-based labels and visible
-    areas (pixels) of its objects."""
+    """One image, uint8 (H, W, 3), with its objects.
+
+    Of every object: the visible box [x, y, w, h] in whole pixels, the label counted from 1, the visible area in pixels.
+    """
 
     image: np.ndarray
     boxes: list[list[int]] = field(default_factory=list)
@@ -126,8 +151,10 @@ class _Stage:
         area, visible = int((cover >= 128).sum()), int(shown.sum())
         hidden = np.bincount(self.owner[inside][shown] + 1, minlength=len(self.labels) + 1)[1:].tolist()
         left_over = [before - lost for before, lost in zip(self.visible, hidden, strict=True)]
-        if not _enough(visible, area) or any(label and not _enough(rest, whole) for label, rest, whole
-                                             in zip(self.labels, left_over, self.areas, strict=True)):
+        if not _enough(visible, area) or any(
+            label and not _enough(rest, whole)
+            for label, rest, whole in zip(self.labels, left_over, self.areas, strict=True)
+        ):
             return False
         self._shade(rng, cover, left, top)
         u, v = _object_coordinates(side, angle, stretch)
@@ -165,16 +192,22 @@ def _enough(visible: int, area: int) -> bool:
 def _overlap(left: int, top: int, side: int, size: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
     """Where a square at (left, top) meets the image, as slices of the image and of the square."""
     x1, y1, x2, y2 = max(left, 0), max(top, 0), max(min(left + side, size), 0), max(min(top + side, size), 0)
-    return np.s_[y1:y2, x1:x2], np.s_[y1 - top:y2 - top, x1 - left:x2 - left]
+    return np.s_[y1:y2, x1:x2], np.s_[y1 - top : y2 - top, x1 - left : x2 - left]
 
 
 # ---- objects -------------------------------------------------------------------------------------------------------
 
+
 def _cover(outline: str, side: int, angle: int, stretch: int) -> np.ndarray:
     """(side, side) uint8: how much of each pixel the turned outline covers."""
     sine, cosine, half = SINE[angle], SINE[angle + 64], side * SAMPLES // 2
-    corners = [((x * cosine - y * sine * stretch // 256) * half // (4096 * UNIT) + half,
-                (x * sine + y * cosine * stretch // 256) * half // (4096 * UNIT) + half) for x, y in OUTLINES[outline]]
+    corners = [
+        (
+            (x * cosine - y * sine * stretch // 256) * half // (4096 * UNIT) + half,
+            (x * sine + y * cosine * stretch // 256) * half // (4096 * UNIT) + half,
+        )
+        for x, y in OUTLINES[outline]
+    ]
     mask = Image.new("L", (side * SAMPLES, side * SAMPLES))
     ImageDraw.Draw(mask).polygon(corners, fill=255)
     return np.asarray(mask.reduce(SAMPLES))
@@ -207,6 +240,7 @@ def _two_tones(rng: Generator) -> tuple[np.ndarray, np.ndarray]:
 
 # ---- ground and light ----------------------------------------------------------------------------------------------
 
+
 def _background(rng: Generator, size: int) -> np.ndarray:
     """(size, size, 3) int32: two colours blended by noise and sometimes a weave, with strokes and patches on it."""
     low, high = rng.integers(30, 226, (2, 3), dtype=np.int32)
@@ -223,11 +257,15 @@ def _background(rng: Generator, size: int) -> np.ndarray:
             case 0:
                 pen.line([x, y, x + dx, y + dy], fill=tint, width=int(rng.integers(1, 5)))
             case 1:
-                corners = rng.integers(-size // 6, size // 6, (4, 2)) + [x, y]
+                corners = [*rng.integers(-size // 6, size // 6, (4, 2)), x, y]
                 pen.polygon(corners.ravel().tolist(), fill=tint)
             case 2:
-                pen.arc([x, y, x + abs(dx) + 4, y + abs(dy) + 4], *rng.integers(0, 360, 2).tolist(), fill=tint,
-                        width=int(rng.integers(1, 5)))
+                pen.arc(
+                    [x, y, x + abs(dx) + 4, y + abs(dy) + 4],
+                    *rng.integers(0, 360, 2).tolist(),
+                    fill=tint,
+                    width=int(rng.integers(1, 5)),
+                )
     return np.asarray(image).astype(np.int32)
 
 
@@ -269,12 +307,17 @@ def _log_uniform(rng: Generator, low: int, high: int) -> int:
 
 # ---- data sets -----------------------------------------------------------------------------------------------------
 
-class Scenes(CocoDetection):
-    """``num_images`` scenes of ``image_size`` x ``image_size`` pixels, held in memory, with :class:`CocoDetection`'s
-    items and attributes. Another ``split`` or ``seed`` gives other images of the same kind."""
 
-    def __init__(self, num_images: int, image_size: int, seed: int, transform: Transform | None = None, *,
-                 split: str = "train") -> None:
+class Scenes(CocoDetection):
+    """``num_images`` scenes of ``image_size`` x ``image_size`` pixels, held in memory.
+
+    Items and attributes are those of :class:`CocoDetection`. Another ``split`` or ``seed`` gives other images of the
+    same kind.
+    """
+
+    def __init__(
+        self, num_images: int, image_size: int, seed: int, transform: Transform | None = None, *, split: str = "train"
+    ) -> None:
         self._scenes = _draw_all(num_images, image_size, seed, split)
         self.transform = transform
         self._index(coco_index(_annotations(self._scenes, split)))
@@ -284,8 +327,11 @@ class Scenes(CocoDetection):
 
 
 def write_scenes(folder: str | Path, *, splits: Mapping[str, int], image_size: int, seed: int) -> None:
-    """Writes ``images/<split>_<index>.png`` and ``annotations/<split>.json`` under ``folder`` for every split name and
-    its number of images: the images of ``Scenes(count, image_size, seed, split=name)``."""
+    """Writes scenes as files: ``images/<split>_<index>.png`` and ``annotations/<split>.json`` under ``folder``.
+
+    ``splits`` has every split's name and its number of images, which are those of
+    ``Scenes(count, image_size, seed, split=name)``.
+    """
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "annotations").mkdir(exist_ok=True)
@@ -309,11 +355,17 @@ def _draw_all(count: int, image_size: int, seed: int, split: str) -> list[Scene]
 def _annotations(scenes: list[Scene], split: str) -> dict[str, Any]:
     """The COCO annotations of ``scenes``; image ids count from 1."""
     size = len(scenes[0].image)
-    images = [{"id": i, "file_name": f"{split}_{i:05}.png", "width": size, "height": size}
-              for i in range(1, len(scenes) + 1)]
-    boxes = [(i, *annotation) for i, scene in enumerate(scenes, start=1)
-             for annotation in zip(scene.labels, scene.boxes, scene.areas, strict=True)]
-    annotations = [{"id": i, "image_id": image_id, "category_id": label, "bbox": box, "area": area, "iscrowd": 0}
-                   for i, (image_id, label, box, area) in enumerate(boxes, start=1)]
+    images = [
+        {"id": i, "file_name": f"{split}_{i:05}.png", "width": size, "height": size} for i in range(1, len(scenes) + 1)
+    ]
+    boxes = [
+        (i, *annotation)
+        for i, scene in enumerate(scenes, start=1)
+        for annotation in zip(scene.labels, scene.boxes, scene.areas, strict=True)
+    ]
+    annotations = [
+        {"id": i, "image_id": image_id, "category_id": label, "bbox": box, "area": area, "iscrowd": 0}
+        for i, (image_id, label, box, area) in enumerate(boxes, start=1)
+    ]
     categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)]
     return {"images": images, "annotations": annotations, "categories": categories}

@@ -17,8 +17,10 @@ Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of an image and its 
 
 
 class DetectionTransform:
-    """Applies v2 transforms to ``(image, target)``: boxes move with the pixels, are clipped to the view, and those
-    left without extent go, with their labels. ``area`` shrinks and grows with its box.
+    """Applies v2 transforms to ``(image, target)``.
+
+    Boxes move with the pixels and are clipped to the view; those left without extent go, with their labels. ``area``
+    shrinks and grows with its box.
 
     All randomness comes from torch's global CPU generator, which the loader seeds per (seed, epoch, index).
     """
@@ -39,9 +41,16 @@ class DetectionTransform:
         return view, {key: value[keep] if key in per_box else value for key, value in target.items()}
 
 
-def build_transform(*, flip: float = 0.5, scale: Sequence[float] = (1.0, 1.0), shift: float = 0.0,
-                    photometric: bool = False, zoom_out: float = 1.0, iou_crop: bool = False,
-                    large_scale_jitter: Sequence[float] | None = None) -> DetectionTransform:
+def build_transform(
+    *,
+    flip: float = 0.5,
+    scale: Sequence[float] = (1.0, 1.0),
+    shift: float = 0.0,
+    photometric: bool = False,
+    zoom_out: float = 1.0,
+    iou_crop: bool = False,
+    large_scale_jitter: Sequence[float] | None = None,
+) -> DetectionTransform:
     """The usual training augmentation, in the order of the arguments.
 
     Args:
@@ -63,17 +72,25 @@ def build_transform(*, flip: float = 0.5, scale: Sequence[float] = (1.0, 1.0), s
         raise ValueError(f"shift must be in [0, 1), found {shift}")
     if not zoom_out >= 1:
         raise ValueError(f"zoom_out must be at least 1, found {zoom_out}")
-    if large_scale_jitter is not None and not (len(large_scale_jitter) == 2
-                                               and 0 < large_scale_jitter[0] <= large_scale_jitter[1]):
-        raise ValueError("large_scale_jitter must be (smallest, largest) with 0 < smallest <= largest, "
-                         f"found {large_scale_jitter}")
+    if large_scale_jitter is not None and not (
+        len(large_scale_jitter) == 2 and 0 < large_scale_jitter[0] <= large_scale_jitter[1]
+    ):
+        raise ValueError(
+            f"large_scale_jitter must be (smallest, largest) with 0 < smallest <= largest, found {large_scale_jitter}"
+        )
     steps: list[Step] = []
     if flip:
         steps.append(v2.RandomHorizontalFlip(flip))
     if tuple(scale) != (1, 1) or shift:
-        steps.append(v2.RandomAffine(degrees=0, translate=(shift, shift) if shift else None,
-                                     scale=tuple(scale), fill=GREY,
-                                     interpolation=v2.InterpolationMode.BILINEAR))
+        steps.append(
+            v2.RandomAffine(
+                degrees=0,
+                translate=(shift, shift) if shift else None,
+                scale=tuple(scale),
+                fill=GREY,
+                interpolation=v2.InterpolationMode.BILINEAR,
+            )
+        )
     if photometric:
         steps.append(v2.RandomPhotometricDistort())
     if zoom_out > 1:

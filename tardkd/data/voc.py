@@ -58,11 +58,19 @@ def read_voc(root: str | Path, split: str, classes: Sequence[str] | None = None)
             if label not in ids:
                 raise ValueError(f"{path}: object/name is {label!r}, which is none of the classes {', '.join(classes)}")
             x1, y1, x2, y2 = (_number(item, f"bndbox/{side}", path) for side in ("xmin", "ymin", "xmax", "ymax"))
-            annotations.append({"image_id": image_id, "category_id": ids[label],
-                                "bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1],
-                                "iscrowd": int(item.findtext("difficult", "0").strip() == "1")})
-    return {"images": images, "annotations": annotations,
-            "categories": [{"id": index, "name": name} for name, index in ids.items()]}
+            annotations.append(
+                {
+                    "image_id": image_id,
+                    "category_id": ids[label],
+                    "bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1],
+                    "iscrowd": int(item.findtext("difficult", "0").strip() == "1"),
+                }
+            )
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": index, "name": name} for name, index in ids.items()],
+    }
 
 
 def read_split(path: Path) -> list[str]:

@@ -6,8 +6,9 @@ sees it, after its own resizing. N images, R regions of all images together, K c
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Protocol, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -154,9 +155,7 @@ class GeneralizedRCNNAdapter:
         dtype = dtype_of(self.model.rpn)
         batch = ImageList(batch.tensors.to(dtype), batch.image_sizes)  # the dtype is that of the anchors
         proposals, _ = self.model.rpn(batch, {name: level.to(dtype) for name, level in maps.items()})
-        return [
-            clip_boxes_to_image(_exact(boxes) / ratio, size) for boxes, size in zip(proposals, student_sizes)
-        ]
+        return [clip_boxes_to_image(_exact(boxes) / ratio, size) for boxes, size in zip(proposals, student_sizes)]
 
     def teacher_head(self, teacher: TeacherPass, proposals: list[Tensor]) -> HeadOutputs:
         batch, _, _, ratio = teacher.state
@@ -179,9 +178,7 @@ class GeneralizedRCNNAdapter:
         batch = transform.batch_images(resized, size_divisible=transform.size_divisible)
         return ImageList(batch.to(dtype), sizes)
 
-    def _pyramid(
-        self, maps: dict[str, Tensor], sizes: list[tuple[int, int]]
-    ) -> tuple[list[Tensor], list[float]]:
+    def _pyramid(self, maps: dict[str, Tensor], sizes: list[tuple[int, int]]) -> tuple[list[Tensor], list[float]]:
         """The levels that the box head pools from, and their scales.
 
         A torchvision pool keeps the scales of its first call; before that they follow from the maps. Its

@@ -5,4 +5,4 @@ from .distiller import Distiller
 from .schedule import Schedule
 from .settings import DistillSettings, ScheduleSettings
 
-__all__ = ["Distiller", "DistillSettings", "Schedule", "ScheduleSettings", "load_teacher_weights"]
+__all__ = ["DistillSettings", "Distiller", "Schedule", "ScheduleSettings", "load_teacher_weights"]

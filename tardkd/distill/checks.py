@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,9 +117,7 @@ def check_gradients(terms: Mapping[str, Tensor], student_features: Sequence[Tens
         dead += [name for name in ("feature", "gaussian") if name in terms and name not in dead]
     if dead:
         names = ", ".join(f"distill_{name}" for name in dead)
-        raise RuntimeError(
-            f"{names}: weight > 0, but no gradient reaches the student (is the part it trains frozen?)"
-        )
+        raise RuntimeError(f"{names}: weight > 0, but no gradient reaches the student (is the part it trains frozen?)")
 
 
 class FiniteCheck:

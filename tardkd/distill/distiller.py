@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -181,8 +182,9 @@ class Distiller(nn.Module):
     def look(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
     ) -> tuple[StudentPass, list[tuple[FrozenTeacher, Regions, RegionLosses]]]:
-        """What the region terms make of a batch, without gradients: the student's pass, and for each teacher the
-        regions that it teaches, with the gates and scores of each.
+        """What the region terms make of a batch, without gradients.
+
+        Returns the student's pass, and for each teacher the regions that it teaches, with the gates and scores of each.
 
         The student's pass is one of training, so that it has to be in training mode. Labels are those of the classes
         that teacher and student share: see :class:`tardkd.distill.classes.ClassMap`.
@@ -244,10 +246,12 @@ class Distiller(nn.Module):
         shared = share_regions(self._student, student, list(zip(adapters, passes)), self.settings)
         looks = [teacher.look(shared, seen) for teacher, seen in zip(self._teachers, passes)]
         reduction = "mean" if len(looks) == 1 else "sum"
-        losses = joint_region_losses([
-            teacher.region_losses(student, seen, *look, self.adapters, reduction)
-            for teacher, seen, look in zip(self._teachers, passes, looks)
-        ])
+        losses = joint_region_losses(
+            [
+                teacher.region_losses(student, seen, *look, self.adapters, reduction)
+                for teacher, seen, look in zip(self._teachers, passes, looks)
+            ]
+        )
         objects = [foreground(regions.labels, regions.head.logits, self._student.head) for regions, _ in looks]
         self.stats.update(region_stats(losses, objects[0] if len(objects) == 1 else torch.cat(objects)))
         suspects: dict[str, Tensor] = {}

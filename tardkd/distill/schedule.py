@@ -53,7 +53,7 @@ class Schedule:
 
     @property
     def value(self) -> float:
-        """lambda at the current position."""
+        """Lambda at the current position."""
         if self.total_epochs is None:
             return 1.0
         settings = self.settings

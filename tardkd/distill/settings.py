@@ -106,8 +106,7 @@ class DistillSettings:
             raise TypeError(f"DistillSettings.schedule must be a ScheduleSettings, got {self.schedule!r}")
         if not any(self.weights.values()):
             raise ValueError(
-                f"DistillSettings: {', '.join(self.weights)} are all 0; "
-                "for plain training use Distiller(enabled=False)"
+                f"DistillSettings: {', '.join(self.weights)} are all 0; for plain training use Distiller(enabled=False)"
             )
 
     @property
@@ -119,6 +118,5 @@ class DistillSettings:
     def foreground_only(self) -> bool:
         """No term with weight looks at a background region."""
         return not (
-            (self.feature and self.feature_gate == "all")
-            or (self.classification and self.classification_gate == "all")
+            (self.feature and self.feature_gate == "all") or (self.classification and self.classification_gate == "all")
         )

@@ -31,8 +31,15 @@ CHECKS: tuple[tuple[str, Callable[[Subject], Iterator[Finding]], tuple[str, ...]
 )
 
 
-def examine(path: str, overrides: list[str] | tuple[str, ...] = (), *, role: Role | None = None, images: int = 50,
-            thorough: bool = False, console: Console | None = None) -> Report:
+def examine(
+    path: str,
+    overrides: list[str] | tuple[str, ...] = (),
+    *,
+    role: Role | None = None,
+    images: int = 50,
+    thorough: bool = False,
+    console: Console | None = None,
+) -> Report:
     """Every check of the run that ``tardkd train`` would start from the same arguments. Nothing is written.
 
     Args:

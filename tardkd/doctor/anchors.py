@@ -28,13 +28,16 @@ def check_anchors(subject: Subject) -> Iterator[Finding]:
     sides = boxes[:, 2:].prod(dim=1).sqrt()
     low, middle, high = _quantiles(sides, [0.1, 0.5, 0.9])
     unmatched = _unmatched(boxes, limits, generator, strides)
-    text = (f"objects of {low:.0f}, {middle:.0f}, {high:.0f} pixels (10, 50, 90 %) in the student's input, anchors of "
-            f"{', '.join(map(_sizes, generator.sizes))}; {unmatched:.0%} meet no anchor with IoU >= {IOU:g}")
+    text = (
+        f"objects of {low:.0f}, {middle:.0f}, {high:.0f} pixels (10, 50, 90 %) in the student's input, anchors of "
+        f"{', '.join(map(_sizes, generator.sizes))}; {unmatched:.0%} meet no anchor with IoU >= {IOU:g}"
+    )
     if unmatched <= MANY:
         yield ok(text, unmatched=unmatched, sides=[low, middle, high])
     else:
-        yield warning(text, _advice(subject, boxes, limits, sides, unmatched), unmatched=unmatched,
-                      sides=[low, middle, high])
+        yield warning(
+            text, _advice(subject, boxes, limits, sides, unmatched), unmatched=unmatched, sides=[low, middle, high]
+        )
 
 
 def _advice(subject: Subject, boxes: Tensor, limits: Tensor, sides: Tensor, unmatched: float) -> str:
@@ -59,8 +62,11 @@ def _advice(subject: Subject, boxes: Tensor, limits: Tensor, sides: Tensor, unma
 def _boxes(dataset: Any, transform: nn.Module) -> tuple[Tensor, Tensor]:
     """Centre and size (G, 4) of all objects and (width, height) (G, 2) of their images, in the model's input pixels."""
     coco = dataset.coco
-    objects = [annotation for annotation in coco.dataset["annotations"]
-               if not annotation["iscrowd"] and min(annotation["bbox"][2:]) > 0]
+    objects = [
+        annotation
+        for annotation in coco.dataset["annotations"]
+        if not annotation["iscrowd"] and min(annotation["bbox"][2:]) > 0
+    ]
     images = [coco.imgs[annotation["image_id"]] for annotation in objects]
     corners = torch.tensor([annotation["bbox"] for annotation in objects], dtype=torch.float32).reshape(-1, 4)
     limits = torch.tensor([[image["width"], image["height"]] for image in images], dtype=torch.float32).reshape(-1, 2)

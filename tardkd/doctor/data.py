@@ -54,12 +54,19 @@ def _images(dataset: Any, chosen: range | list[int]) -> Finding:
     if policy != "error":
         missing = missing_files(dataset.image_folder, [image["file_name"] for image in dataset.coco.imgs.values()], "")
         if errors or missing:
-            return warning(f"{len(missing)} of the {len(dataset)} images are missing, {len(errors)} of the "
-                           f"{len(chosen)} opened cannot be used: {first(errors or missing, 3)}",
-                           "data.on_bad_image=skip does without them", **numbers, missing=len(missing))
+            return warning(
+                f"{len(missing)} of the {len(dataset)} images are missing, {len(errors)} of the "
+                f"{len(chosen)} opened cannot be used: {first(errors or missing, 3)}",
+                "data.on_bad_image=skip does without them",
+                **numbers,
+                missing=len(missing),
+            )
     if errors:
-        return problem(f"{len(errors)} of the {len(chosen)} images opened cannot be used: {first(errors, 3)}",
-                       "mend these files or their entries; --thorough opens all of them", **numbers)
+        return problem(
+            f"{len(errors)} of the {len(chosen)} images opened cannot be used: {first(errors, 3)}",
+            "mend these files or their entries; --thorough opens all of them",
+            **numbers,
+        )
     return ok(f"{len(dataset)} images, all there; {len(chosen)} opened, sizes as annotated", **numbers)
 
 
@@ -69,8 +76,10 @@ def _objects(dataset: Any) -> Iterator[Finding]:
     crowds = len(annotations) - len(objects)
     empty = len(dataset) - len({annotation["image_id"] for annotation in objects})
     numbers = {"objects": len(objects), "crowds": crowds, "empty_images": empty}
-    text = (f"{len(objects)} objects, {crowds} crowds (left out of the training); {empty} images "
-            f"({empty / len(dataset):.0%}) without an object")
+    text = (
+        f"{len(objects)} objects, {crowds} crowds (left out of the training); {empty} images "
+        f"({empty / len(dataset):.0%}) without an object"
+    )
     if not objects:
         yield problem(text, "nothing can be learned or measured here: is it the right annotation file?", **numbers)
     elif empty > EMPTY * len(dataset):
@@ -98,13 +107,16 @@ def _boxes(dataset: Any) -> Iterator[Finding]:
         return f"{len(found)} of {len(boxes)} boxes ({len(found) / len(boxes):.1%})", first(found, 3)
 
     hint = "boxes must be [x, y, width, height] in pixels of the stored image; is it [x1, y1, x2, y2], or another size?"
-    for chosen, what, slip in ((lost, "have no extent within their image and are left out", "mend or remove them"),
-                               (outside, "stand over their image's border and are clipped", "look at these images")):
+    for chosen, what, slip in (
+        (lost, "have no extent within their image and are left out", "mend or remove them"),
+        (outside, "stand over their image's border and are clipped", "look at these images"),
+    ):
         if chosen.any():
             count, examples = describe(chosen)
             many = chosen.double().mean() > SYSTEMATIC
-            yield (problem if many else warning)(f"{count} {what}: {examples}", hint if many else slip,
-                                                 boxes=int(chosen.sum()))
+            yield (problem if many else warning)(
+                f"{count} {what}: {examples}", hint if many else slip, boxes=int(chosen.sum())
+            )
     if not (lost | outside).any():
         yield ok("all boxes lie within their images")
 
@@ -112,27 +124,38 @@ def _boxes(dataset: Any) -> Iterator[Finding]:
 def check_classes(subject: Subject) -> Iterator[Finding]:
     train, val = subject.train_set, subject.val_set
     if train.class_names != val.class_names:
-        only = [f"only {name} has {first(sorted(own - other))}" for name, own, other in (
-            ("training", set(train.class_names), set(val.class_names)),
-            ("validation", set(val.class_names), set(train.class_names))) if own - other]
-        yield problem(f"training and validation have different classes: {'; '.join(only) or 'their order differs'}",
-                      "give both annotation files the same categories, with the same ids")
+        only = [
+            f"only {name} has {first(sorted(own - other))}"
+            for name, own, other in (
+                ("training", set(train.class_names), set(val.class_names)),
+                ("validation", set(val.class_names), set(train.class_names)),
+            )
+            if own - other
+        ]
+        yield problem(
+            f"training and validation have different classes: {'; '.join(only) or 'their order differs'}",
+            "give both annotation files the same categories, with the same ids",
+        )
     else:
         ids = train.category_ids
         plain = ids == list(range(1, len(ids) + 1))
         kind = "" if plain else f"; category ids {first(ids, 3)} do not count from 1 without gaps, which is fine"
         yield ok(f"{len(ids)} classes, the same in both: {first(train.class_names)}{kind}", category_ids=ids)
-    for split, dataset, consequence in (("training", train, "it cannot be learned: more images, or drop the class"),
-                                        ("validation", val, "its AP will be missing from every table")):
-        absent = [dataset.class_names[dataset.category_ids.index(i)] for i, count in _per_class(dataset).items()
-                  if not count]
+    for split, dataset, consequence in (
+        ("training", train, "it cannot be learned: more images, or drop the class"),
+        ("validation", val, "its AP will be missing from every table"),
+    ):
+        absent = [
+            dataset.class_names[dataset.category_ids.index(i)] for i, count in _per_class(dataset).items() if not count
+        ]
         if absent:
             yield warning(f"no {split} object of {first(absent)}", consequence, classes=absent)
 
 
 def _per_class(dataset: Any) -> dict[int, int]:
-    counts = Counter(annotation["category_id"] for annotation in dataset.coco.dataset["annotations"]
-                     if not annotation["iscrowd"])
+    counts = Counter(
+        annotation["category_id"] for annotation in dataset.coco.dataset["annotations"] if not annotation["iscrowd"]
+    )
     return {category: counts[category] for category in dataset.category_ids}
 
 
@@ -140,9 +163,11 @@ def check_overlap(subject: Subject) -> Iterator[Finding]:
     train, val = _files(subject.train_set), _files(subject.val_set)
     shared = sorted(name for name in train.keys() & val.keys() if _same(train[name], val[name]))
     if shared:
-        yield warning(f"{len(shared)} of {len(val)} validation images are also trained on: {first(shared)}",
-                      "take them out of one of the two, else AP says how well they were learned by heart",
-                      shared=len(shared))
+        yield warning(
+            f"{len(shared)} of {len(val)} validation images are also trained on: {first(shared)}",
+            "take them out of one of the two, else AP says how well they were learned by heart",
+            shared=len(shared),
+        )
     else:
         yield ok("no image is in both training and validation")
 

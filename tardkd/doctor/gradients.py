@@ -38,9 +38,11 @@ def check_gradients(subject: Subject) -> Iterator[Finding]:
         distiller.settle()
         broken = [f"{name} is {value.item()}" for name, value in losses.items() if not torch.isfinite(value)]
         if broken:
-            yield problem(f"{'; '.join(broken)} in step {step + 1}, images "
-                          f"{', '.join(str(target['image_id']) for target in batch[1])}",
-                          "look at these images; a lower optimizer.lr or a longer optimizer.warmup may help")
+            yield problem(
+                f"{'; '.join(broken)} in step {step + 1}, images "
+                f"{', '.join(str(target['image_id']) for target in batch[1])}",
+                "look at these images; a lower optimizer.lr or a longer optimizer.warmup may help",
+            )
             return
         for name, value in _parts(losses).items():
             norms[name].append(_gradient_norm(value, backbone))
@@ -56,8 +58,10 @@ def check_gradients(subject: Subject) -> Iterator[Finding]:
         torch.nn.utils.clip_grad_norm_(trained.values(), config.optimizer.clip_norm or math.inf)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    yield ok(f"{len(totals)} training steps, all terms finite; loss {', '.join(f'{value:.3g}' for value in totals)}",
-             loss=totals)
+    yield ok(
+        f"{len(totals)} training steps, all terms finite; loss {', '.join(f'{value:.3g}' for value in totals)}",
+        loss=totals,
+    )
     yield from _reach(distiller, trained, unreached, unmoved)
     if distiller.teachers:
         yield from _gates(stats, distiller.settings.weights)
@@ -77,25 +81,36 @@ def _gradient_norm(value: Tensor, parameters: Sequence[Tensor]) -> float:
     return float(torch.stack(norms).norm()) if norms else 0.0
 
 
-def _reach(distiller: nn.Module, trained: dict[str, Tensor], unreached: set[str],
-           unmoved: set[str]) -> Iterator[Finding]:
+def _reach(
+    distiller: nn.Module, trained: dict[str, Tensor], unreached: set[str], unmoved: set[str]
+) -> Iterator[Finding]:
     unmoved = unmoved - unreached
     frozen = sum(not parameter.requires_grad for parameter in distiller.parameters())
     if unreached:
         names = sorted(unreached)
-        yield problem(f"no gradient reaches {len(names)} of {len(trained)} trained tensors: {first(names)}",
-                      "they will stay as they are; freeze them, or see why no loss uses them", tensors=names)
+        yield problem(
+            f"no gradient reaches {len(names)} of {len(trained)} trained tensors: {first(names)}",
+            "they will stay as they are; freeze them, or see why no loss uses them",
+            tensors=names,
+        )
     if unmoved:
         names = sorted(unmoved)
-        yield warning(f"the gradient of {len(names)} of {len(trained)} trained tensors was 0 each time: {first(names)}",
-                      "dead units, or steps without an object? Watch these", tensors=names)
+        yield warning(
+            f"the gradient of {len(names)} of {len(trained)} trained tensors was 0 each time: {first(names)}",
+            "dead units, or steps without an object? Watch these",
+            tensors=names,
+        )
     if not unreached and not unmoved:
         rest = f"; {frozen} are frozen by the recipe" if frozen else ""
         yield ok(f"gradients reach all {len(trained)} trained tensors{rest}", trained=len(trained), frozen=frozen)
     if not distiller.teachers:
         return
-    touched = [name for teacher in distiller.teachers for name, parameter in teacher.named_parameters()
-               if parameter.requires_grad or parameter.grad is not None]
+    touched = [
+        name
+        for teacher in distiller.teachers
+        for name, parameter in teacher.named_parameters()
+        if parameter.requires_grad or parameter.grad is not None
+    ]
     if touched:
         yield problem(f"{len(touched)} tensors of the teacher get gradients: {first(touched)}", tensors=touched)
     else:
@@ -108,8 +123,10 @@ def _gates(stats: dict[str, list[float]], weights: dict[str, float]) -> Iterator
         return
     gates = {name: means[f"gate_{name}"] for name in ("feature", "classification", "regression") if weights[name]}
     opened = ", ".join(f"{share:.0%} for {name}" for name, share in gates.items())
-    text = (f"{means['foreground']:.0f} foreground regions a step, of which the gates open {opened}; mean probability "
-            f"of their class {means['teacher_score']:.2f} by the teacher, {means['student_score']:.2f} by the student")
+    text = (
+        f"{means['foreground']:.0f} foreground regions a step, of which the gates open {opened}; mean probability "
+        f"of their class {means['teacher_score']:.2f} by the teacher, {means['student_score']:.2f} by the student"
+    )
     closed = [name for name, share in gates.items() if share == 0]
     if closed:
         yield warning(text, f"nothing is transferred by {first(closed)} yet: is the teacher good enough?", **means)
@@ -123,13 +140,18 @@ def _balance(norms: dict[str, list[float]], weights: dict[str, float]) -> Iterat
     shares = {name: mean(values) / detector for name, values in norms.items() if name != "detector"} if detector else {}
     suggested = {name: float(f"{weights[name] * SHARE / share:.2g}") for name, share in shares.items() if share}
     text = "gradient norm in the student's backbone, against the detector's own: " + ", ".join(
-        f"{name} {share:.2f}" for name, share in shares.items())
-    advice = (f"to start each at {SHARE:g}, a starting point of our choice: "
-              + " ".join(f"distill.{name}={weight:g}" for name, weight in suggested.items()))
+        f"{name} {share:.2f}" for name, share in shares.items()
+    )
+    advice = f"to start each at {SHARE:g}, a starting point of our choice: " + " ".join(
+        f"distill.{name}={weight:g}" for name, weight in suggested.items()
+    )
     far = [name for name, share in shares.items() if not WEAK <= share <= STRONG]
     numbers = {"shares": shares, "suggested": suggested}
     if far:
-        yield warning(f"{text}; {first(far)} {'is' if len(far) == 1 else 'are'} out of {WEAK:g} to {STRONG:g}",
-                      advice if suggested else "no term pulls at all: see the gates", **numbers)
+        yield warning(
+            f"{text}; {first(far)} {'is' if len(far) == 1 else 'are'} out of {WEAK:g} to {STRONG:g}",
+            advice if suggested else "no term pulls at all: see the gates",
+            **numbers,
+        )
     else:
         yield ok(text, advice, **numbers)

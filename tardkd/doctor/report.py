@@ -66,12 +66,18 @@ class Report:
 
     def plain(self) -> dict[str, Any]:
         """As dicts, lists and plain values."""
-        return {"problems": self.count("problem"), "warnings": self.count("warning"),
-                "findings": [{"check": check, **asdict(finding)} for check, finding in self.findings]}
+        return {
+            "problems": self.count("problem"),
+            "warnings": self.count("warning"),
+            "findings": [{"check": check, **asdict(finding)} for check, finding in self.findings],
+        }
 
     def close(self) -> None:
-        counts = [f"{number} {name}{'' if number == 1 else 's'}" for name in ("problem", "warning")
-                  if (number := self.count(name))]
+        counts = [
+            f"{number} {name}{'' if number == 1 else 's'}"
+            for name in ("problem", "warning")
+            if (number := self.count(name))
+        ]
         end = "mend the problems before the run" if self.status else "the run can start"
         self._console.print(Text(f"{', '.join(counts) or 'nothing to mend'}; {end}", style="bold"))
 

@@ -24,8 +24,10 @@ def check_configuration(subject: Subject, path: str, overrides: list[str], role:
     config = load_config(path, overrides)
     subject.config = config = config.for_role(role) if role else config
     what = "a student with a teacher" if config.distill.enabled else "a detector alone"
-    yield ok(f"{path}{f' as {role}' if role else ''}: {what}, {config.train.epochs} epochs in batches of "
-             f"{config.train.batch_size}")
+    yield ok(
+        f"{path}{f' as {role}' if role else ''}: {what}, {config.train.epochs} epochs in batches of "
+        f"{config.train.batch_size}"
+    )
 
 
 def check_output(subject: Subject) -> Iterator[Finding]:
@@ -44,11 +46,15 @@ def check_output(subject: Subject) -> Iterator[Finding]:
     try:
         state = resumed_state(folder, subject.config)
     except (ConfigError, CheckpointError) as error:
-        yield problem(f"{folder} is in use (it holds {', '.join(used)}) and cannot be resumed: {error}",
-                      "choose another output=, or --overwrite to remove that run")
+        yield problem(
+            f"{folder} is in use (it holds {', '.join(used)}) and cannot be resumed: {error}",
+            "choose another output=, or --overwrite to remove that run",
+        )
         return
-    yield warning(f"{folder} holds this run, {state['epoch']} of {subject.config.train.epochs} epochs done",
-                  "train with --resume to go on from there, with --overwrite to start again")
+    yield warning(
+        f"{folder} holds this run, {state['epoch']} of {subject.config.train.epochs} epochs done",
+        "train with --resume to go on from there, with --overwrite to start again",
+    )
 
 
 def check_device(subject: Subject) -> Iterator[Finding]:
@@ -60,8 +66,10 @@ def check_device(subject: Subject) -> Iterator[Finding]:
     except ConfigError as error:
         on_cpu = train.model_copy(update={"device": "cpu"})
         subject.config = subject.config.model_copy(update={"train": on_cpu})
-        yield problem(f"{error}; all that follows is measured on the CPU",
-                      "train.device=auto takes what there is; does torch.cuda.is_available() say why?")
+        yield problem(
+            f"{error}; all that follows is measured on the CPU",
+            "train.device=auto takes what there is; does torch.cuda.is_available() say why?",
+        )
         return
     if subject.device.type == "cuda":
         memory = torch.cuda.get_device_properties(subject.device).total_memory
@@ -77,20 +85,27 @@ def check_optimizer(subject: Subject) -> Iterator[Finding]:
     ratio = settings.lr / expected
     text = f"{settings.kind}, learning rate {settings.lr:g} for batches of {train.batch_size}"
     if settings.kind == "sgd" and not 1 / FAR <= ratio <= FAR:
-        yield warning(f"{text}: {_times(ratio)} what linear scaling from {rate:g} for {batch} gives",
-                      f"a hint, not a rule: if the loss {'grows' if ratio > 1 else 'hardly falls'}, try "
-                      f"optimizer.lr={expected:.2g}", ratio=ratio)
+        yield warning(
+            f"{text}: {_times(ratio)} what linear scaling from {rate:g} for {batch} gives",
+            f"a hint, not a rule: if the loss {'grows' if ratio > 1 else 'hardly falls'}, try "
+            f"optimizer.lr={expected:.2g}",
+            ratio=ratio,
+        )
     else:
         yield ok(text)
     late = [epoch for epoch in settings.milestones if epoch >= train.epochs]
     if late:
-        yield warning(f"milestones {', '.join(map(str, late))} are not reached in {train.epochs} epochs",
-                      "set optimizer.milestones within train.epochs")
+        yield warning(
+            f"milestones {', '.join(map(str, late))} are not reached in {train.epochs} epochs",
+            "set optimizer.milestones within train.epochs",
+        )
     if subject.train_set is not None:
         steps = train.epochs * len(build_batches(subject.config, subject.train_set, epoch=0)) // train.accumulate
         if settings.warmup > steps / 4:
-            yield warning(f"{settings.warmup} steps of warm-up in a run of {steps}",
-                          f"a twentieth of the run would be optimizer.warmup={max(1, steps // 20)}")
+            yield warning(
+                f"{settings.warmup} steps of warm-up in a run of {steps}",
+                f"a twentieth of the run would be optimizer.warmup={max(1, steps // 20)}",
+            )
 
 
 def _times(ratio: float) -> str:

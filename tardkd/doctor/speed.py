@@ -53,8 +53,10 @@ def check_speed(subject: Subject) -> Iterator[Finding]:
         text += ","
     workers = config.train.workers
     what = "a step" if config.train.accumulate == 1 else "a part of a step"
-    found = (f"{what} takes {_duration(step)}: {text} the rest {_duration(rest)}; loading its images "
-             f"{_duration(loading)} with {workers} workers")
+    found = (
+        f"{what} takes {_duration(step)}: {text} the rest {_duration(rest)}; loading its images "
+        f"{_duration(loading)} with {workers} workers"
+    )
     numbers = {"step": step, "loading": loading, "student": student, "teacher": teacher, "rest": rest}
     if loading > step:
         yield warning(found, _faster_loading(loading / step, workers), **numbers)
@@ -100,8 +102,11 @@ def _seconds(subject: Subject, batches: list[Any], work: Callable[[Any], None]) 
 
 def _teacher_seconds(subject: Subject, batches: list[Any]) -> float:
     """In what the distillation asks of it: its trunk, and its box head on the shared regions."""
-    modules = [module for teacher in subject.distiller.teachers for module in
-               (teacher.backbone, teacher.roi_heads.box_head, teacher.roi_heads.box_predictor)]
+    modules = [
+        module
+        for teacher in subject.distiller.teachers
+        for module in (teacher.backbone, teacher.roi_heads.box_head, teacher.roi_heads.box_predictor)
+    ]
     with _stopwatch(subject, *modules) as laps:
         found = []
         for batch in batches:
@@ -147,8 +152,11 @@ def _memory(subject: Subject) -> Finding:
     total = torch.cuda.get_device_properties(subject.device).total_memory
     text = f"{peak / 2**30:.1f} of the GPU's {total / 2**30:.0f} GiB in a step"
     if peak > FULL * total:
-        return warning(text, "larger images or more regions may not fit: lower train.batch_size, or train.amp=bf16",
-                       peak_bytes=peak)
+        return warning(
+            text,
+            "larger images or more regions may not fit: lower train.batch_size, or train.amp=bf16",
+            peak_bytes=peak,
+        )
     return ok(text, peak_bytes=peak)
 
 

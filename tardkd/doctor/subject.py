@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,8 +13,12 @@ from tardkd.distill import Distiller
 from tardkd.train.config import Config
 from tardkd.train.update import DTYPES
 
-PARTS = {"config": "a configuration", "train_set": "training data", "val_set": "validation data",
-         "distiller": "a model"}
+PARTS = {
+    "config": "a configuration",
+    "train_set": "training data",
+    "val_set": "validation data",
+    "distiller": "a model",
+}
 
 
 @dataclass
@@ -24,7 +28,7 @@ class Subject:
     images: int  # how many of a split a check may look into
     thorough: bool  # open all images
     config: Config | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     train_set: Any = None
     val_set: Any = None
     distiller: Distiller | None = None
@@ -41,9 +45,13 @@ class Subject:
 
     def to_device(self, batch: tuple[list[Tensor], list[dict[str, Any]]]) -> tuple[list[Tensor], list[dict[str, Any]]]:
         images, targets = batch
-        return (to_float(images, self.device),
-                [{key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in target.items()}
-                 for target in targets])
+        return (
+            to_float(images, self.device),
+            [
+                {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in target.items()}
+                for target in targets
+            ],
+        )
 
     def autocast(self) -> torch.autocast:
         amp = self.config.train.amp

@@ -85,8 +85,10 @@ def _filled(key: str, teacher: Teacher, class_names: list[str]) -> Finding:
     if weights is None:
         raise ConfigError(f"{key}.weights: required, a distilled run needs a trained teacher")
     if weights == "DEFAULT":
-        return ok(f"{key}.weights DEFAULT: torchvision's own, whole but for the head, of which the outputs of your "
-                  f"{len(class_names)} classes are taken")
+        return ok(
+            f"{key}.weights DEFAULT: torchvision's own, whole but for the head, of which the outputs of your "
+            f"{len(class_names)} classes are taken"
+        )
     state = checkpoint.load_any(weights)
     spec, classes = teacher.model, checkpoint.classes_of(state) or class_names
     if state.get("format") == checkpoint.FORMAT:
@@ -105,17 +107,28 @@ def _compare(wanted: dict[str, Any], given: dict[str, Any], weights: str) -> Fin
     given = {name: value for name, value in given.items() if not name.endswith("num_batches_tracked")}
     missing = [name for name in wanted if name not in given]
     unexpected = [name for name in given if name not in wanted]
-    shapes = [f"{name} ({tuple(given[name].shape)} in the file, {tuple(value.shape)} in the model)"
-              for name, value in wanted.items() if name in given and given[name].shape != value.shape]
+    shapes = [
+        f"{name} ({tuple(given[name].shape)} in the file, {tuple(value.shape)} in the model)"
+        for name, value in wanted.items()
+        if name in given and given[name].shape != value.shape
+    ]
     matched = [value for name, value in wanted.items() if name in given and given[name].shape == value.shape]
     tensors = len(matched) / len(wanted)
     parameters = sum(value.numel() for value in matched) / sum(value.numel() for value in wanted.values())
     count = f"{len(matched)} of the teacher's {len(wanted)} tensors ({tensors:.0%})"
     text = f"{weights} fills {count}, {parameters:.1%} of its parameters"
-    numbers = {"tensors": tensors, "parameters": parameters, "missing": missing, "unexpected": unexpected,
-               "of_another_shape": shapes}
-    wrong = [f"{len(names)} {what}: {first(names, 3)}" for names, what in
-             ((missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape")) if names]
+    numbers = {
+        "tensors": tensors,
+        "parameters": parameters,
+        "missing": missing,
+        "unexpected": unexpected,
+        "of_another_shape": shapes,
+    }
+    wrong = [
+        f"{len(names)} {what}: {first(names, 3)}"
+        for names, what in ((missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape"))
+        if names
+    ]
     if not wrong:
         return ok(text, **numbers)
     head = shapes and not missing and not unexpected and all("box_predictor" in name for name in shapes)
@@ -136,8 +149,10 @@ def check_precision(subject: Subject) -> Iterator[Finding]:
     student = evaluate(distiller.student, batches, dataset)
     subject.evaluation = (time.perf_counter() - began) / len(chosen)
     if student["AP"] is None:
-        yield problem(f"the {len(chosen)} validation images that were looked at hold no object",
-                      "raise --images, or see data.val: nothing can be evaluated without objects")
+        yield problem(
+            f"the {len(chosen)} validation images that were looked at hold no object",
+            "raise --images, or see data.val: nothing can be evaluated without objects",
+        )
         return
     yield ok(f"the student starts at AP {student['AP']:.1f} on {len(chosen)} validation images", AP=student["AP"])
     for paired in distiller.frozen_teachers:
@@ -155,8 +170,9 @@ class InTheStudentsLabels(nn.Module):
         return [self.classes.detections(found) for found in self.teacher(images)]
 
 
-def _teacher_precision(paired: FrozenTeacher, student: dict[str, float | None], batches: Any,
-                       dataset: Any) -> Iterator[Finding]:
+def _teacher_precision(
+    paired: FrozenTeacher, student: dict[str, float | None], batches: Any, dataset: Any
+) -> Iterator[Finding]:
     """``student``: its AP by class."""
     name, model, classes = paired.name, paired.adapter.model, paired.classes
     found = evaluate(model if classes is None else InTheStudentsLabels(model, classes), batches, dataset)
@@ -164,8 +180,10 @@ def _teacher_precision(paired: FrozenTeacher, student: dict[str, float | None], 
     partial = len(taught) < len(dataset.class_names)
     scores = {one: found["per_class"][one] for one in taught if found["per_class"][one] is not None}
     if not scores:
-        yield warning(f"these images hold no object of what {name} teaches: {first(taught)}",
-                      "raise --images: it could not be looked at")
+        yield warning(
+            f"these images hold no object of what {name} teaches: {first(taught)}",
+            "raise --images: it could not be looked at",
+        )
         return
     ours, theirs = fmean(student[one] for one in scores), fmean(scores.values())
     of_these = f" over the {len(taught)} classes that it teaches" if partial else ""
@@ -173,13 +191,23 @@ def _teacher_precision(paired: FrozenTeacher, student: dict[str, float | None], 
     numbers = {"AP": theirs, "per_class": scores}
     zeros = [one for one, value in scores.items() if value == 0]
     if theirs < LEAST_AP:
-        yield problem(text, "a teacher that knows nothing opens few gates, and those by chance: train it first "
-                      "(--role teacher); do its weights, classes and input size belong together?", **numbers)
+        yield problem(
+            text,
+            "a teacher that knows nothing opens few gates, and those by chance: train it first "
+            "(--role teacher); do its weights, classes and input size belong together?",
+            **numbers,
+        )
     elif theirs < ours:
-        yield problem(f"{text}, less than the student" + (f"'s {ours:.1f}" if partial else ""),
-                      "the student has nothing to learn from it: take a better teacher", **numbers)
+        yield problem(
+            f"{text}, less than the student" + (f"'s {ours:.1f}" if partial else ""),
+            "the student has nothing to learn from it: take a better teacher",
+            **numbers,
+        )
     else:
         yield ok(text, **numbers)
         if zeros:
-            yield warning(f"{name} finds no object of {first(zeros)}",
-                          "it will not help with these; raise --images to be sure", classes=zeros)
+            yield warning(
+                f"{name} finds no object of {first(zeros)}",
+                "it will not help with these; raise --images to be sure",
+                classes=zeros,
+            )

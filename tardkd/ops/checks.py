@@ -57,9 +57,7 @@ def check_loss_numbers(temperature: float, beta: float, box_weights: Sequence[fl
     if not beta >= 0:
         raise ValueError(f"beta must not be negative, got {beta}")
     if len(box_weights) != 4 or not min(box_weights) > 0:
-        raise ValueError(
-            f"box_weights must be four positive numbers (wx, wy, ww, wh), got {tuple(box_weights)}"
-        )
+        raise ValueError(f"box_weights must be four positive numbers (wx, wy, ww, wh), got {tuple(box_weights)}")
 
 
 def check_level_rule(canonical_scale: float, canonical_level: int) -> None:
@@ -94,17 +92,13 @@ def check_same_precision(**named: Tensor) -> None:
     (first_name, first), *others = named.items()
     for name, tensor in others:
         if (tensor.dtype == torch.float64) != (first.dtype == torch.float64):
-            raise TypeError(
-                f"{name} is {tensor.dtype} but {first_name} is {first.dtype}: float64 mixes with no other"
-            )
+            raise TypeError(f"{name} is {tensor.dtype} but {first_name} is {first.dtype}: float64 mixes with no other")
 
 
 def check_detached(**named: Tensor) -> None:
     for name, tensor in named.items():
         if tensor.requires_grad:
-            raise ValueError(
-                f"{name} requires grad, but no gradient flows into it; pass a detached tensor (.detach())"
-            )
+            raise ValueError(f"{name} requires grad, but no gradient flows into it; pass a detached tensor (.detach())")
 
 
 # --- pyramids -------------------------------------------------------------------------------------
@@ -151,9 +145,7 @@ def check_pyramids(
     check_pyramid("teacher_features", teacher_features)
     check_scales("student_scales", student_scales, "student_features", student_features)
     if teacher_scales is None:
-        check_scales(
-            "student_scales (teacher_scales is None)", student_scales, "teacher_features", teacher_features
-        )
+        check_scales("student_scales (teacher_scales is None)", student_scales, "teacher_features", teacher_features)
         teacher_scales = student_scales
     else:
         check_scales("teacher_scales", teacher_scales, "teacher_features", teacher_features)
@@ -211,9 +203,7 @@ def check_sides(student: Tensor, teacher: Tensor, student_name: str, teacher_nam
             "adapt the student's with a 1x1 convolution"
         )
     if student.shape[0] != teacher.shape[0]:
-        raise ValueError(
-            f"{student_name} have {student.shape[0]} {rows} but {teacher_name} have {teacher.shape[0]}"
-        )
+        raise ValueError(f"{student_name} have {student.shape[0]} {rows} but {teacher_name} have {teacher.shape[0]}")
     check_same_device(**{student_name: student, teacher_name: teacher})
     check_same_precision(**{student_name: student, teacher_name: teacher})
 
@@ -230,9 +220,7 @@ def as_regions(proposals: Tensor | Sequence[Tensor], num_images: int | None, dev
     if isinstance(proposals, Tensor):
         check_tensor("proposals", proposals, "R, 5", BOX_DTYPES)
         if proposals.shape[1] != 5:
-            raise ValueError(
-                f"proposals must have shape (R, 5) [image, x1, y1, x2, y2], got {tuple(proposals.shape)}"
-            )
+            raise ValueError(f"proposals must have shape (R, 5) [image, x1, y1, x2, y2], got {tuple(proposals.shape)}")
         regions = proposals
     else:
         check_box_list("proposals", proposals, num_images)
@@ -314,9 +302,7 @@ def check_region_inputs(
         )
     num_classes = class_count(student_logits.shape[1], activation)
     if num_classes < 1:
-        raise ValueError(
-            f"{activation} logits of shape {tuple(student_logits.shape)} hold no foreground class"
-        )
+        raise ValueError(f"{activation} logits of shape {tuple(student_logits.shape)} hold no foreground class")
     for name in ("student_deltas", "teacher_deltas"):
         width = heads[name].shape[1]
         if width not in (4, 4 * num_classes, 4 * (num_classes + 1)):
@@ -382,9 +368,7 @@ def check_region_values(
         faults.append((f"the image index is not in [0, {num_images})", ~in_range, regions))
     if labels is not None and gt_boxes is not None:
         foreground = labels != (0 if background == "first" else num_classes)
-        faults.append(
-            (f"the label is not in [0, {num_classes}]", (labels < 0) | (labels > num_classes), labels)
-        )
+        faults.append((f"the label is not in [0, {num_classes}]", (labels < 0) | (labels > num_classes), labels))
         faults.append(("its gt box is not finite", foreground & ~gt_boxes.isfinite().all(1), gt_boxes))
 
     found = [(int(bad.nonzero()[0]), what, values) for what, bad, values in faults if bool(bad.any())]

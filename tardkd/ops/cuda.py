@@ -1,10 +1,9 @@
-"""CUDA implementations of the registered ops: allocate results and scratch memory, hand pointers and the stream to the
-native module.
+"""CUDA implementations of the registered ops.
 
-Nothing here waits for the device: sizes follow from shapes, and what depends on data is decided by the kernels. They
-read every tensor where it lies, in any floating dtype and of any strides. With
-``torch.use_deterministic_algorithms(True)`` feature gradients are gathered in a fixed order; otherwise atomics scatter
-them.
+They allocate results and scratch memory, and hand pointers and the stream to the native module. Nothing here waits for
+the device: sizes follow from shapes, and what depends on data is decided by the kernels. They read every tensor where
+it lies, in any floating dtype and of any strides. With ``torch.use_deterministic_algorithms(True)`` feature gradients
+are gathered in a fixed order; otherwise atomics scatter them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The compiled module, or an error that says what to do."""
 
 try:
-    from .. import _native as native_module  # noqa: F401
+    from tardkd import _native as native_module  # noqa: F401 (ours to give)
 except ImportError as error:
     raise ImportError(
         f"tardkd's compiled module cannot be loaded ({error}). Imported from {__file__}: if that is a source tree, "

@@ -33,16 +33,12 @@ def valid_regions(regions: Tensor, num_images: int | None) -> Tensor:
     return valid
 
 
-def region_levels(
-    boxes: Tensor, scales: Sequence[float], canonical_scale: float, canonical_level: int
-) -> Tensor:
+def region_levels(boxes: Tensor, scales: Sequence[float], canonical_scale: float, canonical_level: int) -> Tensor:
     """Level index of each (R, 4) box: eq. 1 of FPN (Lin et al. 2017), clamped to their octaves."""
     boxes = boxes.double()
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     size = area.clamp(min=0).sqrt()  # a box without area goes to the finest level: log2(0) = -inf
-    level = torch.floor(
-        canonical_level + torch.log2(size / canonical_scale) + LEVEL_EPSILON + math.log2(scales[0])
-    )
+    level = torch.floor(canonical_level + torch.log2(size / canonical_scale) + LEVEL_EPSILON + math.log2(scales[0]))
     # Of several maps of one stride torchvision reaches only the first.
     octaves = max(0, math.floor(math.log2(scales[0] / scales[-1]) + 0.5))
     return level.clamp(0, min(octaves, len(scales) - 1)).long()
@@ -74,7 +70,7 @@ def roi_align_level(
     sampling_ratio: int,
     aligned: bool,
 ) -> Tensor:  # (r, C, h, w)
-    """torchvision's ``roi_align`` on one map."""
+    """Torchvision's ``roi_align`` on one map."""
     bins_y, bins_x = output_size
     image = regions[:, 0].floor().long()
     corners = regions[:, 1:] * scale - (0.5 if aligned else 0.0)
@@ -92,12 +88,8 @@ def roi_align_level(
     pixels = feature.permute(0, 2, 3, 1)
     for grid_y, grid_x in grids.unique(dim=0).tolist() if len(regions) else [(1, 1)]:
         rows = (grids == grids.new_tensor([grid_y, grid_x])).all(1).nonzero()[:, 0]
-        low_y, high_y, part_y, in_y = sample_axis(
-            start_y[rows], extent_y[rows], bins_y, grid_y, feature.shape[2]
-        )
-        low_x, high_x, part_x, in_x = sample_axis(
-            start_x[rows], extent_x[rows], bins_x, grid_x, feature.shape[3]
-        )
+        low_y, high_y, part_y, in_y = sample_axis(start_y[rows], extent_y[rows], bins_y, grid_y, feature.shape[2])
+        low_x, high_x, part_x, in_x = sample_axis(start_x[rows], extent_x[rows], bins_x, grid_x, feature.shape[3])
 
         def tap(y: Tensor, x: Tensor, weight_y: Tensor, weight_x: Tensor) -> Tensor:
             weight = (weight_y[:, :, None] * weight_x[:, None, :]).to(feature.dtype)
@@ -222,9 +214,7 @@ def decode(deltas: Tensor, boxes: Tensor, weights: Sequence[float]) -> Tensor:
 def pairwise_iou(first: Tensor, second: Tensor) -> Tensor:
     """IoU of each row of (R, 4) with the same row of (R, 4); 0 without a union; NaN stays NaN."""
     first, second = first.double(), second.double()
-    overlap = (torch.minimum(first[:, 2:], second[:, 2:]) - torch.maximum(first[:, :2], second[:, :2])).clamp(
-        min=0
-    )
+    overlap = (torch.minimum(first[:, 2:], second[:, 2:]) - torch.maximum(first[:, :2], second[:, :2])).clamp(min=0)
     intersection = overlap.prod(1)
     union = (first[:, 2:] - first[:, :2]).prod(1) + (second[:, 2:] - second[:, :2]).prod(1) - intersection
     return torch.where(union <= 0, torch.zeros_like(union), intersection / union)
@@ -236,14 +226,10 @@ def select_deltas(deltas: Tensor, labels: Tensor, num_classes: int, background: 
         return deltas
     has_background = deltas.shape[1] == 4 * (num_classes + 1)
     column = labels - 1 if background == "first" and not has_background else labels
-    return deltas.reshape(len(deltas), deltas.shape[1] // 4, 4)[
-        torch.arange(len(deltas), device=deltas.device), column
-    ]
+    return deltas.reshape(len(deltas), deltas.shape[1] // 4, 4)[torch.arange(len(deltas), device=deltas.device), column]
 
 
-def class_scores(
-    logits: Tensor, labels: Tensor, foreground: Tensor, activation: str, background: str
-) -> Tensor:
+def class_scores(logits: Tensor, labels: Tensor, foreground: Tensor, activation: str, background: str) -> Tensor:
     """(r,) p(y) at temperature 1. A sigmoid head has no column for the background: 0 there."""
     rows = torch.arange(len(logits), device=logits.device)
     if activation == "softmax":
@@ -275,7 +261,7 @@ def gates_and_scores(
     background: str,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """gates (R, 3) bool, scores (R, 4) and foreground (R,) bool; invalid regions are closed and score 0."""
+    """Gates (R, 3) bool, scores (R, 4) and foreground (R,) bool; invalid regions are closed and score 0."""
     not_background = labels != (0 if background == "first" else num_classes)
     valid = valid_regions(regions, num_images) & (labels >= 0) & (labels <= num_classes)
     valid = valid & (~not_background | gt_boxes.isfinite().all(1))
@@ -284,9 +270,7 @@ def gates_and_scores(
     scores = student_logits.new_zeros(len(regions), 4)
     rows = valid.nonzero()[:, 0]
     for column, logits in enumerate((teacher_logits, student_logits)):
-        scores[rows, column] = class_scores(
-            logits[rows], labels[rows], foreground[rows], activation, background
-        )
+        scores[rows, column] = class_scores(logits[rows], labels[rows], foreground[rows], activation, background)
 
     # IoUs are compared in float64, before the scores round them.
     rows = foreground.nonzero()[:, 0]
@@ -297,9 +281,7 @@ def gates_and_scores(
         return pairwise_iou(decode(own, boxes, box_weights), truth)
 
     teacher_iou = iou_of_decoded(teacher_deltas)
-    other_iou = (
-        iou_of_decoded(student_deltas) if regression_gate == "vs_student" else pairwise_iou(boxes, truth)
-    )
+    other_iou = iou_of_decoded(student_deltas) if regression_gate == "vs_student" else pairwise_iou(boxes, truth)
     scores[rows, 2] = teacher_iou.to(scores.dtype)
     scores[rows, 3] = other_iou.to(scores.dtype)
 
@@ -624,9 +606,7 @@ def gaussian_feature_loss(
     level_losses = []
     for student, teacher, scale in zip(student_features, teacher_features, scales):
         height, width = student.shape[2:]
-        masks = [
-            gaussian_mask(boxes.detach().double() * scale, height, width, sigma_squared) for boxes in gt_boxes
-        ]
+        masks = [gaussian_mask(boxes.detach().double() * scale, height, width, sigma_squared) for boxes in gt_boxes]
         mask = torch.stack(masks) if masks else student.new_zeros((0, height, width), dtype=torch.float64)
         # Selecting before the subtraction keeps a NaN outside every box out of the gradient.
         mask = mask[:, None]

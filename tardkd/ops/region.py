@@ -270,10 +270,7 @@ def _input_gradients(
     deltas: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """What a backward pass returns: in the order of the arguments of ``apply``, of which ``tensors`` are tensors."""
-    if features is None or layout is None:
-        maps = [features] * levels
-    else:
-        maps = maps_of(features, *layout)
+    maps = [features] * levels if features is None or layout is None else maps_of(features, *layout)
     teacher = [None] * (tensors - levels - 8)
     return None, None, None, None, *maps, *teacher, None, logits, None, deltas, None, None, None, None
 

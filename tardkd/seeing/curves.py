@@ -94,13 +94,17 @@ def plot_curves(runs: Mapping[str, str | Path], out: str | Path) -> None:
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8, labelbottom=True)
         ax.set_xlim(0, None)
-    for ax in axes[len(panels) + 1:]:
+    for ax in axes[len(panels) + 1 :]:
         ax.remove()
-    for ax in axes[:len(panels) + 1][-COLUMNS:]:
+    for ax in axes[: len(panels) + 1][-COLUMNS:]:
         ax.set_xlabel("epoch" if lengths else "step of the first epoch", fontsize=9)
     figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 3), frameon=False, fontsize=10)
-    figure.supxlabel(f"Losses, gates and scores of steps: moving mean over {WINDOW:.0%} of the steps that a run has "
-                     "made. Gates and scores: means over the foreground regions.", fontsize=8, color="0.35")
+    figure.supxlabel(
+        f"Losses, gates and scores of steps: moving mean over {WINDOW:.0%} of the steps that a run has "
+        "made. Gates and scores: means over the foreground regions.",
+        fontsize=8,
+        color="0.35",
+    )
     save(figure, out)
 
 
@@ -122,11 +126,13 @@ def unique_names(paths: Sequence[str | Path]) -> dict[str, Path]:
 
 # ---- logs ----------------------------------------------------------------------------------------------------------
 
+
 def _read_run(path: Path) -> tuple[Table, Table]:
     folder = path.parent if path.is_file() else path
     if not (folder / "train.csv").is_file():
-        inside = sorted(found.parent.relative_to(folder) for depth in ("*", "*/*")
-                        for found in folder.glob(f"{depth}/train.csv"))
+        inside = sorted(
+            found.parent.relative_to(folder) for depth in ("*", "*/*") for found in folder.glob(f"{depth}/train.csv")
+        )
         hint = f"; there are runs in it: {', '.join(map(str, inside))}" if inside else ""
         raise ValueError(f"{folder} is no run's folder: it has no train.csv{hint}")
     steps, evaluations = _read_table(folder / "train.csv"), _read_table(folder / "eval.csv")
@@ -141,7 +147,7 @@ def _read_table(path: Path) -> Table:
     if not path.is_file():
         return {}
     text = path.read_text(encoding="utf-8")
-    header, *rows = list(csv.reader(io.StringIO(text[:text.rfind("\n") + 1], newline=""))) or [[]]
+    header, *rows = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))) or [[]]
     try:
         return {key: np.array([float(row[i] or "nan") for row in rows]) for i, key in enumerate(header) if rows}
     except (ValueError, IndexError):
@@ -162,11 +168,19 @@ def _known(table: Table, wanted: Any) -> bool:
 
 # ---- drawing -------------------------------------------------------------------------------------------------------
 
+
 def _draw_precision(ax: Axes, evaluations: Table, length: float, colour: str) -> None:
     for key, line, marker in (("AP", LINES[0], "o"), ("AP50", LINES[1], None)):
         if _known(evaluations, [key]):
-            ax.plot(evaluations["step"] / length, evaluations[key], color=colour, linestyle=line, linewidth=1.4,
-                    marker=marker, markersize=3.5)
+            ax.plot(
+                evaluations["step"] / length,
+                evaluations[key],
+                color=colour,
+                linestyle=line,
+                linewidth=1.4,
+                marker=marker,
+                markersize=3.5,
+            )
 
 
 def _curve(ax: Axes, epochs: np.ndarray, values: np.ndarray, smooth: bool, **style: Any) -> None:
@@ -174,7 +188,7 @@ def _curve(ax: Axes, epochs: np.ndarray, values: np.ndarray, smooth: bool, **sty
     values, epochs = values[known], epochs[known]
     window = max(1, int(len(values) * WINDOW)) if smooth else 1
     sums = np.cumsum(np.concatenate([[0.0], values]))
-    ax.plot(epochs[window - 1:], (sums[window:] - sums[:-window]) / window, linewidth=1.3, **style)
+    ax.plot(epochs[window - 1 :], (sums[window:] - sums[:-window]) / window, linewidth=1.3, **style)
 
 
 def _finish(ax: Axes, panel: Panel) -> None:

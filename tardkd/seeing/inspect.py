@@ -19,8 +19,15 @@ from tardkd.train.distributed import pick_device
 from tardkd.train.loop import check_classes
 
 
-def inspect_run(path: Path, out: Path, *, split: str = "val", count: int = 8, ids: Sequence[int] | None = None,
-                overrides: Sequence[str] = ()) -> str:
+def inspect_run(
+    path: Path,
+    out: Path,
+    *,
+    split: str = "val",
+    count: int = 8,
+    ids: Sequence[int] | None = None,
+    overrides: Sequence[str] = (),
+) -> str:
     """Writes ``image_<id>.png`` for every image, ``overview.png`` over all, and ``regions.csv`` into ``out``.
 
     Args:
@@ -50,10 +57,20 @@ def inspect_run(path: Path, out: Path, *, split: str = "val", count: int = 8, id
             continue
         pixels = image.float() / 255
         looks.append(look_at(distiller, pixels, target, seed=config.train.seed))
-        columns = {"objects": target, "student": detect(distiller.student, pixels),
-                   "teacher": teachers_detections(distiller, pixels)}
-        draw_page(image, columns, looks[-1], dataset.class_names, out / f"image_{target['image_id']}.png",
-                  title=f"image {target['image_id']} of {split}, {path.parent.name}/{path.name}", compared=compared)
+        columns = {
+            "objects": target,
+            "student": detect(distiller.student, pixels),
+            "teacher": teachers_detections(distiller, pixels),
+        }
+        draw_page(
+            image,
+            columns,
+            looks[-1],
+            dataset.class_names,
+            out / f"image_{target['image_id']}.png",
+            title=f"image {target['image_id']} of {split}, {path.parent.name}/{path.name}",
+            compared=compared,
+        )
     if not looks:
         raise ConfigError(f"none of the {len(indices)} images of data.{split} can be read")
     with open(out / "regions.csv", "w", newline="", encoding="utf-8") as file:
@@ -71,15 +88,19 @@ def inspect_run(path: Path, out: Path, *, split: str = "val", count: int = 8, id
 
 def _check_distilled(config: Config, path: Path) -> None:
     if not config.distill.enabled:
-        raise ConfigError(f"{path} was trained without a teacher (distill.enabled is false); inspect needs a "
-                          "distilled run")
+        raise ConfigError(
+            f"{path} was trained without a teacher (distill.enabled is false); inspect needs a distilled run"
+        )
     if not any(config.distill.weights[name] for name in REGION_TERMS):
-        raise ConfigError(f"{path} was distilled without a term of regions (distill.{', distill.'.join(REGION_TERMS)} "
-                          "are 0), so there are no gates to show")
+        raise ConfigError(
+            f"{path} was distilled without a term of regions (distill.{', distill.'.join(REGION_TERMS)} "
+            "are 0), so there are no gates to show"
+        )
     for key, teacher in config.teachers.items():
         if teacher.weights not in (None, "DEFAULT") and not Path(teacher.weights).exists():
-            raise ConfigError(f"{path} had the teacher {teacher.weights}, which is not there; {key}.weights=FILE says "
-                              "where it is now")
+            raise ConfigError(
+                f"{path} had the teacher {teacher.weights}, which is not there; {key}.weights=FILE says where it is now"
+            )
 
 
 def _choose(dataset: Any, where: str, count: int, ids: Sequence[int] | None) -> list[int]:
@@ -90,6 +111,8 @@ def _choose(dataset: Any, where: str, count: int, ids: Sequence[int] | None) -> 
     positions = {image_id: i for i, image_id in enumerate(sorted(dataset.coco.imgs))}
     unknown = [str(image_id) for image_id in ids if image_id not in positions]
     if unknown:
-        raise ConfigError(f"{where} has no image {', '.join(unknown)}; its {len(positions)} ids go from "
-                          f"{min(positions)} to {max(positions)}")
+        raise ConfigError(
+            f"{where} has no image {', '.join(unknown)}; its {len(positions)} ids go from "
+            f"{min(positions)} to {max(positions)}"
+        )
     return [positions[image_id] for image_id in dict.fromkeys(ids)]

@@ -19,8 +19,14 @@ from torchvision.ops import box_iou
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#A5AA99", "#8C564B", "#F0E442")
 
 
-def draw_detections(images: Tensor | Sequence[Tensor], columns: Mapping[str, Any], class_names: Sequence[str],
-                    out: str | Path, *, min_score: float = 0.5) -> None:
+def draw_detections(
+    images: Tensor | Sequence[Tensor],
+    columns: Mapping[str, Any],
+    class_names: Sequence[str],
+    out: str | Path,
+    *,
+    min_score: float = 0.5,
+) -> None:
     """Draws one row per image and one column per model into the picture file ``out``.
 
     Args:
@@ -36,8 +42,9 @@ def draw_detections(images: Tensor | Sequence[Tensor], columns: Mapping[str, Any
     for name, per_image in columns.items():
         if len(per_image) != len(images):
             raise ValueError(f"column {name!r} has {len(per_image)} entries for {len(images)} images")
-    truth = next((per_image for per_image in columns.values() if all("scores" not in entry for entry in per_image)),
-                 None)
+    truth = next(
+        (per_image for per_image in columns.values() if all("scores" not in entry for entry in per_image)), None
+    )
     height, width = images[0].shape[-2:]
     cell = 3.2
     figure = Figure(figsize=(cell * len(columns), cell * height / width * len(images) + 0.7), layout="constrained")
@@ -50,15 +57,18 @@ def draw_detections(images: Tensor | Sequence[Tensor], columns: Mapping[str, Any
     used = sorted({int(label) for per_image in columns.values() for entry in per_image for label in entry["labels"]})
     handles = class_handles(used, class_names, found=truth is not None)
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 3 * len(columns)),
-                      frameon=False)
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=min(len(handles), 3 * len(columns)), frameon=False
+        )
     save(figure, out)
 
 
 # ---- parts ---------------------------------------------------------------------------------------------------------
 
-def draw_panel(panel: Axes, image: Tensor, entry: Mapping[str, Any], truth: Mapping[str, Any] | None,
-               min_score: float) -> None:
+
+def draw_panel(
+    panel: Axes, image: Tensor, entry: Mapping[str, Any], truth: Mapping[str, Any] | None, min_score: float
+) -> None:
     """One image with one model's boxes, or with its objects where ``entry`` has no scores."""
     draw_image(panel, image)
     entry = {key: value.detach().cpu() for key, value in entry.items() if isinstance(value, Tensor)}
@@ -76,17 +86,26 @@ def draw_panel(panel: Axes, image: Tensor, entry: Mapping[str, Any], truth: Mapp
             rectangle(panel, box, "white", ":", 1.4)
     for box, label, solid in zip(boxes.tolist(), labels.tolist(), right.tolist(), strict=True):
         rectangle(panel, box, class_colour(label), "-" if solid else (0, (3, 2)), 1.8)
-    draw_tags(panel, boxes.tolist(), [f"{100 * score:.0f}" for score in scores.tolist()],
-              [class_colour(label) for label in labels.tolist()], size=6)
+    draw_tags(
+        panel,
+        boxes.tolist(),
+        [f"{100 * score:.0f}" for score in scores.tolist()],
+        [class_colour(label) for label in labels.tolist()],
+        size=6,
+    )
 
 
 def class_handles(labels: Sequence[int], class_names: Sequence[str], *, found: bool) -> list[Line2D]:
     """A legend's lines for classes and, with ``found``, for what :func:`draw_panel` makes of detections."""
-    handles = [Line2D([], [], color=class_colour(label), linewidth=3, label=literal(class_names[label - 1]))
-               for label in labels]
+    handles = [
+        Line2D([], [], color=class_colour(label), linewidth=3, label=literal(class_names[label - 1]))
+        for label in labels
+    ]
     if found:
-        handles += [Line2D([], [], color="grey", linestyle="--", label="wrong"),
-                    Line2D([], [], color="grey", linestyle=":", label="missed (white)")]
+        handles += [
+            Line2D([], [], color="grey", linestyle="--", label="wrong"),
+            Line2D([], [], color="grey", linestyle=":", label="missed (white)"),
+        ]
     return handles
 
 
@@ -101,8 +120,15 @@ def draw_image(panel: Axes, image: Tensor) -> None:
     panel.autoscale(False)
 
 
-def draw_tags(panel: Axes, boxes: Sequence[Sequence[float]], texts: Sequence[str], colours: Sequence[str], *,
-              size: float, always: bool = False) -> None:
+def draw_tags(
+    panel: Axes,
+    boxes: Sequence[Sequence[float]],
+    texts: Sequence[str],
+    colours: Sequence[str],
+    *,
+    size: float,
+    always: bool = False,
+) -> None:
     """A text at a corner of each box, where it hides no earlier one; without room it is left out unless ``always``."""
     (left, right), (bottom, top) = panel.get_xlim(), panel.get_ylim()
     extent = panel.get_window_extent()
@@ -113,21 +139,37 @@ def draw_tags(panel: Axes, boxes: Sequence[Sequence[float]], texts: Sequence[str
     spans: list[float] = []
     for (x1, y1, x2, y2), text, colour in zip(boxes, texts, colours, strict=True):
         width = (0.66 * len(text) + 0.4) * size * unit
-        corners = [(x1, y1 - height), (x2 - width, y1 - height), (x1, y2), (x2 - width, y2), (x1, y1),
-                   (x2 - width, y2 - height)]
+        corners = [
+            (x1, y1 - height),
+            (x2 - width, y1 - height),
+            (x1, y2),
+            (x2 - width, y2),
+            (x1, y1),
+            (x2 - width, y2 - height),
+        ]
         corners = [(min(max(x, left), right - width), min(max(y, top), bottom - height)) for x, y in corners]
 
         def hidden(corner: tuple[float, float]) -> float:
-            return sum(max(0.0, min(corner[0] + width, x + span) - max(corner[0], x))
-                       * max(0.0, height - abs(corner[1] - y)) for (x, y), span in zip(taken, spans))
+            return sum(
+                max(0.0, min(corner[0] + width, x + span) - max(corner[0], x)) * max(0.0, height - abs(corner[1] - y))
+                for (x, y), span in zip(taken, spans)
+            )
 
         best = min(corners, key=hidden)
         if hidden(best) > 0 and not always:
             continue
         taken.append(best)
         spans.append(width)
-        panel.text(best[0] + width / 2, best[1] + height / 2, text, fontsize=size, color="white", ha="center",
-                   va="center_baseline", bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8})
+        panel.text(
+            best[0] + width / 2,
+            best[1] + height / 2,
+            text,
+            fontsize=size,
+            color="white",
+            ha="center",
+            va="center_baseline",
+            bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8},
+        )
 
 
 def rectangle(panel: Axes, box: Sequence[float], colour: str, line: Any, width: float) -> None:
@@ -135,8 +177,18 @@ def rectangle(panel: Axes, box: Sequence[float], colour: str, line: Any, width: 
     # Pixel i spans [i, i + 1] in box coordinates, but [i - 0.5, i + 0.5] in the picture's.
     # The dark rim keeps every colour apart from every ground.
     rim = patheffects.withStroke(linewidth=width + 0.8, foreground="black", alpha=0.7)
-    panel.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linestyle=line,
-                              linewidth=width, path_effects=[rim]))
+    panel.add_patch(
+        Rectangle(
+            (x1 - 0.5, y1 - 0.5),
+            x2 - x1,
+            y2 - y1,
+            fill=False,
+            edgecolor=colour,
+            linestyle=line,
+            linewidth=width,
+            path_effects=[rim],
+        )
+    )
 
 
 def class_colour(label: int) -> str:

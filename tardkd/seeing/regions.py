@@ -17,9 +17,25 @@ from tardkd.distill import Distiller
 # What a region's open gates come to; the head's terms first, then the features alone.
 LESSONS = ("nothing", "features alone", "class", "box", "class and box")
 PER_OBJECT = 2  # regions of one object that are picked, for they lie on top of each other
-COLUMNS = ("image_id", "class", "x1", "y1", "x2", "y2", "object_x1", "object_y1", "object_x2", "object_y2",
-           "teacher_score", "student_score", "teacher_iou", "other_iou",
-           "gate_feature", "gate_classification", "gate_regression")
+COLUMNS = (
+    "image_id",
+    "class",
+    "x1",
+    "y1",
+    "x2",
+    "y2",
+    "object_x1",
+    "object_y1",
+    "object_x2",
+    "object_y2",
+    "teacher_score",
+    "student_score",
+    "teacher_iou",
+    "other_iou",
+    "gate_feature",
+    "gate_classification",
+    "gate_regression",
+)
 
 
 @dataclass
@@ -45,12 +61,16 @@ class TaughtRegions:
 
     def lessons(self) -> list[str]:
         """One of ``LESSONS`` for every region."""
-        return [LESSONS[2 * box + klass + 1] if klass or box else LESSONS[feature]
-                for feature, klass, box in self.gates.int().tolist()]
+        return [
+            LESSONS[2 * box + klass + 1] if klass or box else LESSONS[feature]
+            for feature, klass, box in self.gates.int().tolist()
+        ]
 
     def pick(self, count: int) -> TaughtRegions:
-        """The regions where teacher and student differ most, in score or in IoU: one of each object before the second
-        of any."""
+        """The regions where teacher and student differ most, in score or in IoU.
+
+        One of each object comes before the second of any.
+        """
         differences = (self.scores[:, 0] - self.scores[:, 1]).abs() + (self.scores[:, 2] - self.scores[:, 3]).abs()
         seen: Counter[tuple[float, ...]] = Counter()
         turns = []
@@ -64,8 +84,13 @@ class TaughtRegions:
 
     def rows(self, class_names: Sequence[str]) -> Iterator[list[Any]]:
         """For a table with ``COLUMNS``; a background region has no object."""
-        for box, label, thing, gates, scores in zip(self.boxes.tolist(), self.labels.tolist(), self.objects.tolist(),
-                                                    self.gates.int().tolist(), self.scores.tolist()):
+        for box, label, thing, gates, scores in zip(
+            self.boxes.tolist(),
+            self.labels.tolist(),
+            self.objects.tolist(),
+            self.gates.int().tolist(),
+            self.scores.tolist(),
+        ):
             name = class_names[label - 1] if label else "background"
             corners = [f"{value:.2f}" for value in box] + [f"{value:.2f}" if label else "" for value in thing]
             yield [self.image_id, name, *corners, *(f"{value:.4f}" for value in scores), *gates]
@@ -90,8 +115,15 @@ def look_at(distiller: Distiller, image: Tensor, target: dict[str, Any], *, seed
     parts = []  # for each teacher: boxes, labels, objects, gates, scores
     for teacher, regions, losses in found:
         labels = regions.labels if teacher.classes is None else teacher.classes.to_student(regions.labels)
-        parts.append((regions.proposals[0].float().cpu() * scale, labels.cpu(), regions.gt_boxes.float().cpu() * scale,
-                      losses.gates.bool().cpu() & weighted, losses.scores.float().cpu()))
+        parts.append(
+            (
+                regions.proposals[0].float().cpu() * scale,
+                labels.cpu(),
+                regions.gt_boxes.float().cpu() * scale,
+                losses.gates.bool().cpu() & weighted,
+                losses.scores.float().cpu(),
+            )
+        )
     return TaughtRegions(int(target["image_id"]), *map(torch.cat, zip(*parts)))
 
 

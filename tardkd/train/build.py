@@ -61,9 +61,15 @@ def pair(config: Config, student: nn.Module, class_names: list[str]) -> Distille
     settings = config.distill
     if config.train.on_non_finite == "skip":  # which looks at the losses of all processes, when they have all got there
         settings = replace(settings, check_finite=False)
-    return Distiller(student, [teacher for teacher, _ in loaded], settings, enabled=settings.enabled,
-                     student_classes=class_names, teacher_classes=[classes for _, classes in loaded],
-                     class_map=[section.classes for section in sections.values()])
+    return Distiller(
+        student,
+        [teacher for teacher, _ in loaded],
+        settings,
+        enabled=settings.enabled,
+        student_classes=class_names,
+        teacher_classes=[classes for _, classes in loaded],
+        class_map=[section.classes for section in sections.values()],
+    )
 
 
 def start_from(config: Config, weights: str | None) -> Config:
@@ -80,8 +86,10 @@ def _first_weights(spec: ModelSpec, class_names: list[str]) -> ModelSpec:
     if classes == class_names:
         return spec.model_copy(update={"new_head": False})
     if classes is not None and not spec.new_head:
-        raise ConfigError(f"student.weights {spec.weights} has the classes {classes}, the data set has {class_names}; "
-                          "student.new_head=true takes all but the class and box predictor")
+        raise ConfigError(
+            f"student.weights {spec.weights} has the classes {classes}, the data set has {class_names}; "
+            "student.new_head=true takes all but the class and box predictor"
+        )
     return spec
 
 
@@ -106,7 +114,7 @@ def load_teacher(teacher: Teacher, class_names: list[str], key: str = "teacher")
 
 
 def _torchvision_teacher(spec: ModelSpec, wanted: list[str]) -> tuple[nn.Module, list[str]]:
-    """torchvision's trained detector, its head cut down to those of the `wanted` classes that it knows, and these.
+    """Torchvision's trained detector, its head cut down to those of the `wanted` classes that it knows, and these.
 
     The published heads have 91 outputs, COCO's category ids with their gaps, where a data set's labels have none.
     """

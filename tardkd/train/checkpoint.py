@@ -35,6 +35,7 @@ class CheckpointError(RuntimeError):
 
 # ---- writing -------------------------------------------------------------------------------------------------------
 
+
 def save(path: str | Path, state: dict[str, Any], *, previous: str | Path | None = None) -> None:
     """Write `state` (tensors and plain Python values) so that `path` always holds a complete checkpoint.
 
@@ -66,8 +67,9 @@ def replacing(path: str | Path, *, previous: str | Path | None = None) -> Iterat
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
         kept = "; what it held before is untouched" if path.exists() and not replaced else ""
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}; {free / 2**20:.0f} MiB are free in "
-                              f"{path.parent}{kept}") from None
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror or error}; {free / 2**20:.0f} MiB are free in {path.parent}{kept}"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -114,12 +116,15 @@ def _sync_folder(path: Path) -> None:
 
 # ---- reading -------------------------------------------------------------------------------------------------------
 
+
 def load(path: str | Path) -> dict[str, Any]:
     """Read one of our checkpoints onto the CPU; raises CheckpointError for anything else."""
     state = load_any(path)
     if state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a checkpoint of this version of tardkd: its format is "
-                              f"{state.get('format')!r}, expected {FORMAT!r}")
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this version of tardkd: its format is "
+            f"{state.get('format')!r}, expected {FORMAT!r}"
+        )
     return state
 
 
@@ -134,8 +139,10 @@ def load_last(folder: str | Path) -> dict[str, Any]:
                 step = load(folder / name).get("step")
             except CheckpointError:
                 continue
-            raise CheckpointError(f"{error}; {folder / name} of step {step} is whole, to go on from there: "
-                                  f"cp {folder / name} {folder / LAST}") from None
+            raise CheckpointError(
+                f"{error}; {folder / name} of step {step} is whole, to go on from there: "
+                f"cp {folder / name} {folder / LAST}"
+            ) from None
         raise
 
 
@@ -206,7 +213,7 @@ def _check_records(path: str | Path) -> None:
 
 def _load_safetensors(path: str | Path) -> dict[str, Any]:
     with safetensors().safe_open(path, framework="pt", device="cpu") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file}
         metadata = file.metadata() or {}
     return {"model": tensors, "classes": json.loads(metadata.get("classes", "null"))}
 

@@ -153,8 +153,10 @@ class Optimizer(Section):
     @model_validator(mode="after")
     def _milestones_match(self) -> Optimizer:
         if (self.schedule == "multistep") != bool(self.milestones):
-            raise ValueError(f"milestones go with schedule multistep: got schedule {self.schedule} "
-                             f"and milestones {list(self.milestones)}")
+            raise ValueError(
+                f"milestones go with schedule multistep: got schedule {self.schedule} "
+                f"and milestones {list(self.milestones)}"
+            )
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(f"milestones must increase, got {list(self.milestones)}")
         return self
@@ -196,8 +198,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _teacher_present(self) -> Config:
         if self.distill.enabled and self.teacher is None:
-            raise ValueError("distill.enabled is true but there is no teacher section; "
-                             "add one, or set distill.enabled: false")
+            raise ValueError(
+                "distill.enabled is true but there is no teacher section; add one, or set distill.enabled: false"
+            )
         return self
 
     @property
@@ -226,8 +229,9 @@ class Config(Section):
         if role == "teacher":
             key = self._own_teacher()
             if key is None or self.teachers[key].model is None:
-                raise ConfigError(f"role teacher needs {key or 'teacher'}.model in the recipe, and no weights if it is "
-                                  "one of several")
+                raise ConfigError(
+                    f"role teacher needs {key or 'teacher'}.model in the recipe, and no weights if it is one of several"
+                )
             parts["student"] = self.teachers[key].model.model_dump(mode="json")
         if role == "distilled":
             if not self.teachers:

@@ -30,13 +30,20 @@ ROLES = ("teacher", "baseline", "distilled")
 QUICK = ("data.train=24", "data.val=12", "train.epochs=2", "train.log_every=6")
 PICTURES = 4  # images drawn
 SHARES = {  # columns of train.csv shown per epoch
-    "lambda": "weight", "gate_feature": "feature", "gate_classification": "class", "gate_regression": "box",
-    "teacher_score": "p(T)", "student_score": "p(S)", "teacher_iou": "IoU(T)", "other_iou": "IoU(P)",
+    "lambda": "weight",
+    "gate_feature": "feature",
+    "gate_classification": "class",
+    "gate_regression": "box",
+    "teacher_score": "p(T)",
+    "student_score": "p(S)",
+    "teacher_iou": "IoU(T)",
+    "other_iou": "IoU(P)",
 }
 
 
-def run_demo(out: Path, *, seeds: int = 1, quick: bool = False, overwrite: bool = False,
-             console: Console | None = None) -> dict[str, Any]:
+def run_demo(
+    out: Path, *, seeds: int = 1, quick: bool = False, overwrite: bool = False, console: Console | None = None
+) -> dict[str, Any]:
     """Train a teacher, then both students for every seed, print what came out and write it to `out`/results.json.
 
     The seeds share the one teacher, as one would in practice: they tell how far a student's score is luck. All runs
@@ -62,17 +69,26 @@ def run_demo(out: Path, *, seeds: int = 1, quick: bool = False, overwrite: bool 
 
     results = {
         **{role: {name: _mean([run[role][name] for run in runs]) for name in METRICS} for role in ROLES},
-        "std": {role: {name: _std([run[role][name] for run in runs]) if role != "teacher" else None
-                       for name in METRICS} for role in ROLES},
-        "seeds": runs, "seconds": round(time.perf_counter() - began, 1), "quick": quick,
-        "threads": torch.get_num_threads(), "settings": configs[0].plain(),
+        "std": {
+            role: {name: _std([run[role][name] for run in runs]) if role != "teacher" else None for name in METRICS}
+            for role in ROLES
+        },
+        "seeds": runs,
+        "seconds": round(time.perf_counter() - began, 1),
+        "quick": quick,
+        "threads": torch.get_num_threads(),
+        "settings": configs[0].plain(),
     }
     _write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     plot_curves({role: out / "seed0" / role for role in ROLES}, out / "curves.png")
     draw_comparison(configs[0], out / "detections.png")
     console.print(results_table(results, seeds), gates_table(runs[0]["gates"]))
-    console.print(f"{results['seconds']:.0f} s in all; {out}: results.json, curves.png, detections.png, and a folder "
-                  "for every run", highlight=False, soft_wrap=True)
+    console.print(
+        f"{results['seconds']:.0f} s in all; {out}: results.json, curves.png, detections.png, and a folder "
+        "for every run",
+        highlight=False,
+        soft_wrap=True,
+    )
     return results
 
 
@@ -90,9 +106,16 @@ def gates_by_epoch(folder: Path) -> list[dict[str, float]]:
     with open(folder / "train.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     epochs = sorted({int(row["epoch"]) for row in rows})
-    return [{"epoch": epoch, **{name: statistics.fmean(float(row[name]) for row in rows
-                                                       if int(row["epoch"]) == epoch and row[name])
-                                for name in SHARES}} for epoch in epochs]
+    return [
+        {
+            "epoch": epoch,
+            **{
+                name: statistics.fmean(float(row[name]) for row in rows if int(row["epoch"]) == epoch and row[name])
+                for name in SHARES
+            },
+        }
+        for epoch in epochs
+    ]
 
 
 def draw_comparison(config: Config, out: Path) -> None:
@@ -111,17 +134,28 @@ def draw_comparison(config: Config, out: Path) -> None:
 
 def results_table(results: dict[str, Any], seeds: int) -> Table:
     """Fits 80 columns, spreads included."""
-    seconds = ", ".join(f"{role} {statistics.fmean(run[role]['seconds'] for run in results['seeds']):.0f}"
-                        for role in ROLES)
-    table = Table(title=f"AP in percent, {seeds} seed{'s' if seeds > 1 else ''}", caption=f"seconds: {seconds}",
-                  box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    seconds = ", ".join(
+        f"{role} {statistics.fmean(run[role]['seconds'] for run in results['seeds']):.0f}" for role in ROLES
+    )
+    table = Table(
+        title=f"AP in percent, {seeds} seed{'s' if seeds > 1 else ''}",
+        caption=f"seconds: {seconds}",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("")
     for name in METRICS:
         table.add_column({"APs": "small", "APm": "medium", "APl": "large"}.get(name, name), justify="right")
     for role in ROLES:
         table.add_row(role, *(_cell(results[role][name], results["std"][role][name]) for name in METRICS))
-    gains = {name: [run["distilled"][name] - run["baseline"][name] for run in results["seeds"]
-                    if run["distilled"][name] is not None] for name in METRICS}
+    gains = {
+        name: [
+            run["distilled"][name] - run["baseline"][name]
+            for run in results["seeds"]
+            if run["distilled"][name] is not None
+        ]
+        for name in METRICS
+    }
     table.add_section()
     table.add_row("gain", *(_cell(_mean(gain), _std(gain), signed=True) for gain in gains.values()))
     return table
@@ -129,9 +163,13 @@ def results_table(results: dict[str, Any], seeds: int) -> Table:
 
 def gates_table(epochs: list[dict[str, float]]) -> Table:
     """What the gates opened over time, of the first seed."""
-    table = Table(title="What the gates opened, by epoch of the first seed", caption=(
-        "weight: of the schedule; feature, class, box: share of foreground regions with an open gate; p: mean "
-        "probability of the true class, IoU: mean overlap with the object, of teacher, student and proposal"))
+    table = Table(
+        title="What the gates opened, by epoch of the first seed",
+        caption=(
+            "weight: of the schedule; feature, class, box: share of foreground regions with an open gate; p: mean "
+            "probability of the true class, IoU: mean overlap with the object, of teacher, student and proposal"
+        ),
+    )
     table.add_column("epoch", justify="right")
     for title in SHARES.values():
         table.add_column(title, justify="right")
@@ -160,11 +198,15 @@ def _claim(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file, not a folder")
     out.mkdir(parents=True, exist_ok=True)
-    used = [path for pattern in ("results.json", "curves.png", "detections.png", "seed[0-9]*")
-            for path in sorted(out.glob(pattern))]
+    used = [
+        path
+        for pattern in ("results.json", "curves.png", "detections.png", "seed[0-9]*")
+        for path in sorted(out.glob(pattern))
+    ]
     if used and not overwrite:
-        raise ConfigError(f"{out} holds an earlier demo ({used[0].name}); --overwrite removes it, "
-                          "or choose another --out")
+        raise ConfigError(
+            f"{out} holds an earlier demo ({used[0].name}); --overwrite removes it, or choose another --out"
+        )
     for path in used:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 

@@ -45,8 +45,16 @@ class Display:
         if self._live:
             self._live.stop()
 
-    def update(self, epoch: int, step: int, values: Mapping[str, float], *, images: int, seconds: float,
-               teachers_seconds: float = 0.0) -> None:
+    def update(
+        self,
+        epoch: int,
+        step: int,
+        values: Mapping[str, float],
+        *,
+        images: int,
+        seconds: float,
+        teachers_seconds: float = 0.0,
+    ) -> None:
         self._epoch, self._step, self._values = epoch, step, dict(values)
         self._steps = MEMORY * self._steps + 1
         self._images = MEMORY * self._images + images
@@ -75,8 +83,10 @@ class Display:
             return memory_peak()
         left = timedelta(seconds=round((self._total - self._step) * self._seconds / self._steps))
         teacher = f"teacher {self._teachers / self._seconds:.0%} of the time  " if self._teachers else ""
-        return (f"{self._steps / self._seconds:.1f} steps/s  {self._images / self._seconds:.1f} images/s  "
-                f"{left} left  {teacher}{memory_peak()}".rstrip())
+        return (
+            f"{self._steps / self._seconds:.1f} steps/s  {self._images / self._seconds:.1f} images/s  "
+            f"{left} left  {teacher}{memory_peak()}".rstrip()
+        )
 
     def _groups(self) -> dict[str, list[str]]:
         groups: dict[str, list[str]] = {}

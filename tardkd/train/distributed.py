@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -26,7 +26,7 @@ class Processes:
 
     rank: int = 0
     count: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def is_first(self) -> bool:
@@ -56,7 +56,6 @@ class Processes:
         dist.broadcast_object_list(box, device=self.device)
         return box[0]
 
-
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Overwrites them with the first process's."""
         if self.count > 1:
@@ -82,7 +81,7 @@ def join_processes(device: str) -> Iterator[Processes]:
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
-    """"auto", "cpu" or "cuda" as a device; the GPU is that of this process's number on its machine."""
+    """The device called "auto", "cpu" or "cuda"; the GPU is that of this process's number on its machine."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":

@@ -29,8 +29,9 @@ class DetectionDataset(Protocol):
     category_ids: list[int]
 
 
-def evaluate(model: nn.Module, loader: Iterable, dataset: DetectionDataset,
-             processes: Processes | None = None) -> dict[str, Any]:
+def evaluate(
+    model: nn.Module, loader: Iterable, dataset: DetectionDataset, processes: Processes | None = None
+) -> dict[str, Any]:
     """Runs ``model`` over ``loader`` and compares its detections with the ground truth of ``dataset``.
 
     Returns ``AP`` (mean over IoU 0.50:0.05:0.95), ``AP50``, ``AP75``, and ``APs``, ``APm``, ``APl`` (objects under
@@ -53,8 +54,9 @@ def evaluate(model: nn.Module, loader: Iterable, dataset: DetectionDataset,
                 outputs = model(to_float(images, device))
                 image_ids = [int(target["image_id"]) for target in targets]
                 readable = [not target.get("unreadable") for target in targets]  # the others are without detections
-                results += detections_to_coco(list(compress(outputs, readable)), list(compress(image_ids, readable)),
-                                              dataset.category_ids)
+                results += detections_to_coco(
+                    list(compress(outputs, readable)), list(compress(image_ids, readable)), dataset.category_ids
+                )
                 seen += image_ids
     finally:
         model.train(training)
@@ -70,20 +72,23 @@ def evaluate(model: nn.Module, loader: Iterable, dataset: DetectionDataset,
     return processes.from_first(metrics)
 
 
-def detections_to_coco(outputs: Sequence[dict[str, Tensor]], image_ids: Sequence[int],
-                       category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """A detector's outputs, one dict of boxes (D, 4) xyxy, labels (D,) 1..K and scores (D,) per image, as COCO results
-    ``{image_id, category_id, bbox [x, y, w, h], score}``."""
+def detections_to_coco(
+    outputs: Sequence[dict[str, Tensor]], image_ids: Sequence[int], category_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    """A detector's outputs as COCO results ``{image_id, category_id, bbox [x, y, w, h], score}``.
+
+    The outputs are one dict an image: boxes (D, 4) xyxy, labels (D,) 1..K and scores (D,).
+    """
     results = []
     for output, image_id in zip(outputs, image_ids, strict=True):
         boxes, scores = output["boxes"].double().cpu(), output["scores"].double().cpu()
         if not (boxes.isfinite().all() and scores.isfinite().all()):
             raise RuntimeError(f"the model's detections on image {image_id} are not finite")
         corners_to_sizes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
-        for box, label, score in zip(corners_to_sizes.tolist(), output["labels"].tolist(), scores.tolist(),
-                                     strict=True):
-            results.append({"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box,
-                            "score": score})
+        for box, label, score in zip(
+            corners_to_sizes.tolist(), output["labels"].tolist(), scores.tolist(), strict=True
+        ):
+            results.append({"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score})
     return results
 
 
@@ -92,9 +97,13 @@ def coco_metrics(results: list[dict[str, Any]], image_ids: Sequence[int], datase
     # COCO.loadRes refuses an empty list, so the detections are indexed here.
     found = COCO()
     found.dataset = {
-        "images": dataset.coco.dataset["images"], "categories": dataset.coco.dataset["categories"],
-        "annotations": [{**result, "id": i, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
-                        for i, result in enumerate(results, start=1)]}
+        "images": dataset.coco.dataset["images"],
+        "categories": dataset.coco.dataset["categories"],
+        "annotations": [
+            {**result, "id": i, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
+            for i, result in enumerate(results, start=1)
+        ],
+    }
     with contextlib.redirect_stdout(io.StringIO()):
         found.createIndex()
         evaluation = COCOeval(dataset.coco, found, "bbox")

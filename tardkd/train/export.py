@@ -33,8 +33,13 @@ from tardkd.train import checkpoint
 from tardkd.train.build import load_student, stored_config
 from tardkd.train.models import COMMON, LIGHT, ModelSpec
 
-SUFFIXES = {".pt": "state_dict", ".pth": "state_dict", ".safetensors": "safetensors", ".ts": "torchscript",
-            ".onnx": "onnx"}
+SUFFIXES = {
+    ".pt": "state_dict",
+    ".pth": "state_dict",
+    ".safetensors": "safetensors",
+    ".ts": "torchscript",
+    ".onnx": "onnx",
+}
 OPSET = 17
 OUTPUTS = ("boxes", "labels", "scores")
 
@@ -46,8 +51,14 @@ class ExportError(RuntimeError):
     """A student that could not be exported as asked; the message says why."""
 
 
-def export(source: str | Path, out: str | Path, kind: str | None = None, *, size: tuple[int, int] | None = None,
-           overwrite: bool = False) -> str:
+def export(
+    source: str | Path,
+    out: str | Path,
+    kind: str | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    overwrite: bool = False,
+) -> str:
     """Write the student of the checkpoint `source` to `out` and return what to tell the user about it.
 
     `kind` is a format of the table above, by default that of the suffix; `size` the (height, width) of ONNX's input, by
@@ -92,8 +103,12 @@ def deployable(student: nn.Module) -> nn.Module:
     model = copy.deepcopy(student)
     pool = model.roi_heads.box_roi_pool
     model.roi_heads.box_roi_pool = MultiScaleRoIAlign(
-        pool.featmap_names, pool.output_size, pool.sampling_ratio,
-        canonical_scale=pool.canonical_scale, canonical_level=pool.canonical_level)
+        pool.featmap_names,
+        pool.output_size,
+        pool.sampling_ratio,
+        canonical_scale=pool.canonical_scale,
+        canonical_level=pool.canonical_level,
+    )
     before = model.transform
     model.transform = _Transform(before.min_size, before.max_size, before.image_mean, before.image_std)
     return model.eval()
@@ -105,8 +120,11 @@ class _Transform(GeneralizedRCNNTransform):
     There torchvision's own computes the scale in single precision, and half of all sizes come out one pixel off.
     """
 
-    def resize(self, image: Tensor, target: Optional[dict[str, Tensor]] = None,  # noqa: UP045, what TorchScript reads
-               ) -> tuple[Tensor, Optional[dict[str, Tensor]]]:  # noqa: UP045
+    def resize(
+        self,
+        image: Tensor,
+        target: Optional[dict[str, Tensor]] = None,  # noqa: UP045, what TorchScript reads
+    ) -> tuple[Tensor, Optional[dict[str, Tensor]]]:  # noqa: UP045
         height, width = int(image.shape[-2]), int(image.shape[-1])  # in a trace they are tensors in single precision
         scale = min(self.min_size[-1] / min(height, width), self.max_size / max(height, width))
         size = [int(height * scale), int(width * scale)]
@@ -115,8 +133,12 @@ class _Transform(GeneralizedRCNNTransform):
 
 def metadata(spec: ModelSpec, classes: list[str]) -> dict[str, str]:
     """What travels with the weights where a format has room for it; `student` is the recipe's section, as JSON."""
-    return {"classes": json.dumps(classes), "model": spec.name, "tardkd": __version__,
-            "student": json.dumps(_settings(spec))}
+    return {
+        "classes": json.dumps(classes),
+        "model": spec.name,
+        "tardkd": __version__,
+        "student": json.dumps(_settings(spec)),
+    }
 
 
 def _settings(spec: ModelSpec) -> dict[str, Any]:
@@ -136,6 +158,7 @@ def constructor(spec: ModelSpec, num_classes: int) -> str:
 
 
 # ---- formats -------------------------------------------------------------------------------------------------------
+
 
 def _write_state_dict(tensors: dict[str, Tensor], file: Path) -> None:
     checkpoint.write(tensors, file)
@@ -176,9 +199,16 @@ def _write_onnx(model: nn.Module, notes: dict[str, str], file: Path, size: tuple
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer, about what has one size here
         # The newer exporter, dynamo=True, cannot follow shapes that depend on what is detected.
-        torch.onnx.export(_OneImage(model).eval(), (picture(model, size),), str(file), dynamo=False,
-                          opset_version=OPSET, input_names=["image"], output_names=list(OUTPUTS),
-                          dynamic_axes={name: {0: "detections"} for name in OUTPUTS})
+        torch.onnx.export(
+            _OneImage(model).eval(),
+            (picture(model, size),),
+            str(file),
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["image"],
+            output_names=list(OUTPUTS),
+            dynamic_axes={name: {0: "detections"} for name in OUTPUTS},
+        )
     content = onnx.load(str(file))
     onnx.helper.set_model_props(content, notes)
     onnx.checker.check_model(content)
@@ -205,6 +235,7 @@ class _OneImage(nn.Module):
 
 # ---- comparison ----------------------------------------------------------------------------------------------------
 
+
 def check_detections(model: nn.Module, detect: Detect, size: tuple[int, int]) -> int:
     """Compare `detect` with `model` on an image of `size`; the number of detections, or an ExportError."""
     image = picture(model, size)
@@ -214,9 +245,11 @@ def check_detections(model: nn.Module, detect: Detect, size: tuple[int, int]) ->
     lost = _differing(expected, found, size)
     # Rounding may move what is just at a threshold, or among the last that are kept; more of it in a raw student.
     if lost > 0.02 * (len(expected["boxes"]) + len(found["boxes"])) + 2 * _differing(expected, rounded, size):
-        raise ExportError(f"what was written detects something else than the student in an image of {size[0]} x "
-                          f"{size[1]}: of {len(expected['boxes'])} and {len(found['boxes'])} detections {lost} have no "
-                          "partner of equal label, score and box")
+        raise ExportError(
+            f"what was written detects something else than the student in an image of {size[0]} x "
+            f"{size[1]}: of {len(expected['boxes'])} and {len(found['boxes'])} detections {lost} have no "
+            "partner of equal label, score and box"
+        )
     return len(expected["boxes"])
 
 

@@ -28,7 +28,7 @@ class Table:
         self._columns: list[str] | None = None
         if last is not None and path.exists():
             self._truncate(*last)
-        self._file = open(path, "a" if last is not None else "w", newline="", encoding="utf-8")
+        self._file = open(path, "a" if last is not None else "w", newline="", encoding="utf-8")  # noqa: SIM115 (closed with the log)
 
     def write(self, row: dict[str, float | None]) -> None:
         if self._columns is None:
@@ -61,8 +61,17 @@ class RunLog:
     Steps and epochs are numbered from 1 as a reader counts them: step n is the n-th update.
     """
 
-    def __init__(self, folder: Path, *, epochs: int, steps_per_epoch: int, resumed: tuple[int, int] | None,
-                 log_every: int, console: Console | None = None, label: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        epochs: int,
+        steps_per_epoch: int,
+        resumed: tuple[int, int] | None,
+        log_every: int,
+        console: Console | None = None,
+        label: str = "",
+    ) -> None:
         self.console = console or Console()
         self._epochs, self._total, self._log_every, self._label = epochs, epochs * steps_per_epoch, log_every, label
         epoch, step = resumed or (None, None)  # that the checkpoint has finished
@@ -75,15 +84,24 @@ class RunLog:
         self._display.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._display.__exit__()
         self._board.close()
         self._steps.close()
         self._evaluations.close()
 
-    def step(self, epoch: int, step: int, values: dict[str, float], *, images: int, seconds: float,
-             teachers_seconds: float = 0.0) -> None:
+    def step(
+        self,
+        epoch: int,
+        step: int,
+        values: dict[str, float],
+        *,
+        images: int,
+        seconds: float,
+        teachers_seconds: float = 0.0,
+    ) -> None:
         self._steps.write({"epoch": epoch, "step": step, **values, "seconds": seconds})
         for name, value in values.items():
             self._board.add_scalar("/".join(place(name)), value, step)
@@ -96,8 +114,9 @@ class RunLog:
         """Log what `evaluate` returned: percent, None where there is no such object."""
         values = {name: value for name, value in metrics.items() if name != "per_class"}
         classes = metrics["per_class"]
-        self._evaluations.write({"epoch": epoch, "step": step, **values,
-                                 **{f"AP/{name}": value for name, value in classes.items()}})
+        self._evaluations.write(
+            {"epoch": epoch, "step": step, **values, **{f"AP/{name}": value for name, value in classes.items()}}
+        )
         for group, scalars in (("AP", values), ("class_AP", classes)):
             for name, value in scalars.items():
                 if value is not None:

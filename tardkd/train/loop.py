@@ -35,9 +35,20 @@ from tardkd.train.update import Numbers, Part, Update
 
 OUTPUTS = ("last.pt", "previous.pt", "best.pt", "failed*.pt", "train.csv", "eval.csv", "config.yaml", "tensorboard")
 # What may differ on resume, because no weight depends on it but for rounding.
-FREE_ON_RESUME = {"output", "data.root", "train.threads", "train.workers", "train.log_every", "train.save_every",
-                  "train.device", "train.accumulate", "train.on_non_finite",
-                  "student.weights", "student.new_head", "student.backbone_weights"}  # the checkpoint has them all
+FREE_ON_RESUME = {
+    "output",
+    "data.root",
+    "train.threads",
+    "train.workers",
+    "train.log_every",
+    "train.save_every",
+    "train.device",
+    "train.accumulate",
+    "train.on_non_finite",
+    "student.weights",
+    "student.new_head",
+    "student.backbone_weights",
+}  # the checkpoint has them all
 MOVABLE = re.compile(r"teacher(\.\d+)?\.weights")  # free too, but must hold what they held
 LATE_DEVICES = {"cuda"}  # go on working when the host has queued a step
 MOST_SKIPS = 10  # in a row, of steps with a loss or gradient that is not finite
@@ -88,8 +99,9 @@ class Step:
         return f"step {self.number}, images {', '.join(images)}"
 
 
-def train(config: Config, *, resume: bool = False, overwrite: bool = False, console: Console | None = None,
-          label: str = "") -> Result:
+def train(
+    config: Config, *, resume: bool = False, overwrite: bool = False, console: Console | None = None, label: str = ""
+) -> Result:
     """Train as `config` says, into ``config.output``; `resume` goes on from its ``last.pt``, exactly.
 
     Under torchrun all processes call this; the first one writes.
@@ -145,9 +157,15 @@ class Run:
         if not self.processes.is_first:
             return nullcontext(NoLog())
         train = self.config.train
-        return RunLog(self.folder, epochs=train.epochs, steps_per_epoch=self.steps_per_epoch, label=label,
-                      console=console, resumed=(self.progress.epoch, self.progress.step) if self.resumed else None,
-                      log_every=train.log_every)
+        return RunLog(
+            self.folder,
+            epochs=train.epochs,
+            steps_per_epoch=self.steps_per_epoch,
+            label=label,
+            console=console,
+            resumed=(self.progress.epoch, self.progress.step) if self.resumed else None,
+            log_every=train.log_every,
+        )
 
     def train(self, log: RunLog | NoLog, termination: Termination) -> None:
         settings, progress = self.config.train, self.progress
@@ -270,8 +288,9 @@ class Run:
         losses = {name: step.values.pop(name) for name in step.losses}
         values = {"lr": step.rate, **losses, "grad_norm": step.norm.tolist(), **step.values}
         images = self.processes.count * sum(len(images) for images, _ in step.parts)
-        log.step(step.epoch, step.number, values, images=images, seconds=step.seconds,
-                 teachers_seconds=step.teachers_seconds)
+        log.step(
+            step.epoch, step.number, values, images=images, seconds=step.seconds, teachers_seconds=step.teachers_seconds
+        )
 
     def write_last(self, step: Step, log: RunLog | NoLog) -> None:
         """The same for a step that no other follows at once."""
@@ -283,11 +302,19 @@ class Run:
 
     def save(self, name: str) -> None:
         if self.processes.is_first:
-            checkpoint.save(self.folder / name, {
-                "model": self.update.evaluated.state_dict(), "classes": self.train_set.class_names,
-                "config": self.config.plain(), "teachers": self.fingerprints, "task": self.distiller.task_state(),
-                **self.update.state_dict(), **asdict(self.progress),
-            }, previous=self.folder / checkpoint.PREVIOUS if name == checkpoint.LAST else None)
+            checkpoint.save(
+                self.folder / name,
+                {
+                    "model": self.update.evaluated.state_dict(),
+                    "classes": self.train_set.class_names,
+                    "config": self.config.plain(),
+                    "teachers": self.fingerprints,
+                    "task": self.distiller.task_state(),
+                    **self.update.state_dict(),
+                    **asdict(self.progress),
+                },
+                previous=self.folder / checkpoint.PREVIOUS if name == checkpoint.LAST else None,
+            )
 
     def _keep(self, step: Step) -> str:
         """Saves the images of a step that failed, to be looked at; says where."""
@@ -299,8 +326,9 @@ class Run:
         return f"{path} holds these images; nothing else of that step is saved"
 
     def _restore(self, state: dict[str, Any]) -> None:
-        for (key, section), now, before in zip(self.config.teachers.items(), self.fingerprints,
-                                               state.get("teachers", self.fingerprints)):
+        for (key, section), now, before in zip(
+            self.config.teachers.items(), self.fingerprints, state.get("teachers", self.fingerprints)
+        ):
             if now != before:
                 raise ConfigError(f"{key}.weights {section.weights} holds other weights than the run began with")
         self.update.load_state_dict(state["model"], state)
@@ -315,18 +343,31 @@ def ready_teacher(config: Config, section: Teacher, teacher: nn.Module) -> None:
         teacher.backbone.compile(dynamic=True)
 
 
-def build_batches(config: Config, dataset: Any, *, epoch: int | None = None, first_batch: int = 0,
-                  processes: Processes | None = None) -> Iterable[Part]:
+def build_batches(
+    config: Config, dataset: Any, *, epoch: int | None = None, first_batch: int = 0, processes: Processes | None = None
+) -> Iterable[Part]:
     """This process's share of the training batches of `epoch` from `first_batch` on, or of the data set in order."""
     train, processes = config.train, processes or Processes()
     if train.batch_size % (processes.count * train.accumulate):
-        raise ConfigError(f"train.batch_size {train.batch_size} does not divide into {processes.count} processes times "
-                          f"train.accumulate {train.accumulate}")
+        raise ConfigError(
+            f"train.batch_size {train.batch_size} does not divide into {processes.count} processes times "
+            f"train.accumulate {train.accumulate}"
+        )
     groups = aspect_groups(dataset.sizes) if epoch is not None and train.group_by_aspect else None
-    return build_loader(dataset, groups=groups, batch_size=train.batch_size, shuffle=epoch is not None, seed=train.seed,
-                        epoch=epoch or 0, workers=train.workers, first_batch=first_batch, rank=processes.rank,
-                        processes=processes.count, parts=train.accumulate,
-                        pin_memory=processes.device.type == "cuda")
+    return build_loader(
+        dataset,
+        groups=groups,
+        batch_size=train.batch_size,
+        shuffle=epoch is not None,
+        seed=train.seed,
+        epoch=epoch or 0,
+        workers=train.workers,
+        first_batch=first_batch,
+        rank=processes.rank,
+        processes=processes.count,
+        parts=train.accumulate,
+        pin_memory=processes.device.type == "cuda",
+    )
 
 
 def _claim(folder: Path, overwrite: bool) -> None:
@@ -336,8 +377,10 @@ def _claim(folder: Path, overwrite: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     used = sorted(path for name in OUTPUTS for path in folder.glob(name))
     if used and not overwrite:
-        raise ConfigError(f"output folder {folder} is in use (it holds {', '.join(path.name for path in used)}); "
-                          "--resume continues that run, --overwrite starts again, or choose another output=")
+        raise ConfigError(
+            f"output folder {folder} is in use (it holds {', '.join(path.name for path in used)}); "
+            "--resume continues that run, --overwrite starts again, or choose another output="
+        )
     for path in used:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -348,8 +391,11 @@ def resumed_state(folder: Path, config: Config) -> dict[str, Any]:
     path = folder / checkpoint.LAST
     before = _flat(stored_config(state, path).plain())  # with today's defaults for keys that it did not know
     now = _flat(config.plain())
-    changed = [f"{key} ({before.get(key)!r} -> {now.get(key)!r})" for key in sorted(before.keys() | now.keys())
-               if before.get(key) != now.get(key) and key not in FREE_ON_RESUME and not MOVABLE.fullmatch(key)]
+    changed = [
+        f"{key} ({before.get(key)!r} -> {now.get(key)!r})"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in FREE_ON_RESUME and not MOVABLE.fullmatch(key)
+    ]
     if changed:
         raise ConfigError(f"{path} belongs to a run with other settings: {', '.join(changed)}")
     return state

@@ -22,9 +22,18 @@ from tardkd.train import checkpoint
 
 LIGHT = "resnet_fpn"
 LIGHT_ONLY = ("blocks", "width", "fpn_channels", "head_dim", "norm", "anchor_sizes", "canonical_scale")
-COMMON = ("min_size", "max_size", "rpn_pre_nms_top_n_train", "rpn_pre_nms_top_n_test", "rpn_post_nms_top_n_train",
-          "rpn_post_nms_top_n_test", "rpn_batch_size_per_image", "box_batch_size_per_image", "box_detections_per_img",
-          "box_score_thresh")
+COMMON = (
+    "min_size",
+    "max_size",
+    "rpn_pre_nms_top_n_train",
+    "rpn_pre_nms_top_n_test",
+    "rpn_post_nms_top_n_train",
+    "rpn_post_nms_top_n_test",
+    "rpn_batch_size_per_image",
+    "box_batch_size_per_image",
+    "box_detections_per_img",
+    "box_score_thresh",
+)
 STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
 
 
@@ -37,8 +46,14 @@ class ModelSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     # torchvision's, or resnet_fpn: a light family for CPU work
-    name: Literal["resnet_fpn", "fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "fasterrcnn_resnet101_fpn",
-                  "fasterrcnn_mobilenet_v3_large_fpn", "fasterrcnn_mobilenet_v3_large_320_fpn"] = LIGHT
+    name: Literal[
+        "resnet_fpn",
+        "fasterrcnn_resnet50_fpn",
+        "fasterrcnn_resnet50_fpn_v2",
+        "fasterrcnn_resnet101_fpn",
+        "fasterrcnn_mobilenet_v3_large_fpn",
+        "fasterrcnn_mobilenet_v3_large_320_fpn",
+    ] = LIGHT
     weights: str | None = None  # the detector: a local state dict or checkpoint; DEFAULT: torchvision downloads its own
     new_head: bool = False  # take all but the class and box predictor from weights of other classes, or that tell none
     backbone_weights: str | None = None  # the classifier a backbone starts from: a local state dict, or DEFAULT
@@ -68,13 +83,18 @@ class ModelSpec(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> ModelSpec:
         if self.name != LIGHT:
-            foreign = [key for key in LIGHT_ONLY if key in self.model_fields_set
-                       and getattr(self, key) != type(self).model_fields[key].default]
+            foreign = [
+                key
+                for key in LIGHT_ONLY
+                if key in self.model_fields_set and getattr(self, key) != type(self).model_fields[key].default
+            ]
             if foreign:
                 raise ValueError(f"{', '.join(foreign)}: only {LIGHT} takes these, not {self.name}")
         elif len(self.anchor_sizes) != len(self.blocks) + 1:
-            raise ValueError(f"anchor_sizes must have one size per pyramid level: {len(self.blocks)} stages give "
-                             f"{len(self.blocks) + 1} levels, found {len(self.anchor_sizes)} sizes")
+            raise ValueError(
+                f"anchor_sizes must have one size per pyramid level: {len(self.blocks)} stages give "
+                f"{len(self.blocks) + 1} levels, found {len(self.anchor_sizes)} sizes"
+            )
         if self.frozen_stages and "resnet" not in self.name:
             raise ValueError(f"frozen_stages counts ResNet stages; {self.name} has none")
         if self.frozen_stages > len(self.blocks) + 1:
@@ -103,8 +123,9 @@ def build_model(spec: ModelSpec, num_classes: int) -> FasterRCNN:
     if spec.name == LIGHT:
         model = _light(spec, num_classes, options)
     elif spec.name == "fasterrcnn_resnet101_fpn":
-        backbone = resnet_fpn_backbone(backbone_name="resnet101", weights=None, norm_layer=nn.BatchNorm2d,
-                                       trainable_layers=5)
+        backbone = resnet_fpn_backbone(
+            backbone_name="resnet101", weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5
+        )
         model = FasterRCNN(backbone, num_classes + 1, **options)
     else:
         constructor = getattr(detection, spec.name)
@@ -113,11 +134,19 @@ def build_model(spec: ModelSpec, num_classes: int) -> FasterRCNN:
     # Ours is the faster one where it has kernels. torchvision's constructors take their own class only.
     kind = MultiScaleRoIAlign if has_kernels_everywhere() else TorchvisionRoIAlign
     model.roi_heads.box_roi_pool = kind(
-        pool.featmap_names, pool.output_size, pool.sampling_ratio,
-        canonical_scale=spec.canonical_scale, canonical_level=pool.canonical_level)
+        pool.featmap_names,
+        pool.output_size,
+        pool.sampling_ratio,
+        canonical_scale=spec.canonical_scale,
+        canonical_level=pool.canonical_level,
+    )
     if spec.weights:
-        load_state(model, _state(spec.name, spec.weights), spec.weights,
-                   leave_out=("roi_heads.box_predictor.",) if spec.new_head else ())
+        load_state(
+            model,
+            _state(spec.name, spec.weights),
+            spec.weights,
+            leave_out=("roi_heads.box_predictor.",) if spec.new_head else (),
+        )
     if spec.backbone_weights:
         state = _state(_classifier(spec.name), spec.backbone_weights)
         if spec.name.startswith("fasterrcnn_mobilenet"):
@@ -131,7 +160,7 @@ def build_model(spec: ModelSpec, num_classes: int) -> FasterRCNN:
                 module.eps = spec.norm_eps
     if spec.freeze_norm:
         freeze_norm(model)
-    for name in (name for stage in STAGES[:spec.frozen_stages] for name in stage):
+    for name in (name for stage in STAGES[: spec.frozen_stages] for name in stage):
         model.backbone.body[name].requires_grad_(False)
     return model
 
@@ -143,26 +172,32 @@ def has_kernels_everywhere() -> bool:
 
 # ---- the light family ----------------------------------------------------------------------------------------------
 
+
 def _light(spec: ModelSpec, num_classes: int, options: dict[str, Any]) -> FasterRCNN:
-    channels = [_round8(64 * 2 ** i * spec.width) for i in range(len(spec.blocks))]
+    channels = [_round8(64 * 2**i * spec.width) for i in range(len(spec.blocks))]
     body = _light_body(spec.blocks, channels, nn.BatchNorm2d if spec.norm == "batch" else group_norm)
     levels = {f"layer{i}": str(i - 1) for i in range(1, len(channels) + 1)}
     backbone = BackboneWithFPN(body, levels, channels, spec.fpn_channels)
     return FasterRCNN(
         backbone,
-        rpn_anchor_generator=AnchorGenerator(tuple((size,) for size in spec.anchor_sizes),
-                                             ((0.5, 1.0, 2.0),) * len(spec.anchor_sizes)),
+        rpn_anchor_generator=AnchorGenerator(
+            tuple((size,) for size in spec.anchor_sizes), ((0.5, 1.0, 2.0),) * len(spec.anchor_sizes)
+        ),
         box_head=TwoMLPHead(spec.fpn_channels * 7 * 7, spec.head_dim),
         box_predictor=FastRCNNPredictor(spec.head_dim, num_classes + 1),
         box_roi_pool=TorchvisionRoIAlign(list(levels.values()), output_size=7, sampling_ratio=2),
-        **options)
+        **options,
+    )
 
 
 def _light_body(blocks: tuple[int, ...], channels: list[int], norm: Callable[[int], nn.Module]) -> nn.Sequential:
     """A ResNet of BasicBlocks, with torchvision's names: at width 1 a ResNet-18's weights fit."""
     layers: OrderedDict[str, nn.Module] = OrderedDict(
-        conv1=nn.Conv2d(3, channels[0], 7, stride=2, padding=3, bias=False), bn1=norm(channels[0]),
-        relu=nn.ReLU(inplace=True), maxpool=nn.MaxPool2d(3, stride=2, padding=1))
+        conv1=nn.Conv2d(3, channels[0], 7, stride=2, padding=3, bias=False),
+        bn1=norm(channels[0]),
+        relu=nn.ReLU(inplace=True),
+        maxpool=nn.MaxPool2d(3, stride=2, padding=1),
+    )
     before = channels[0]
     for i, (count, after) in enumerate(zip(blocks, channels, strict=True)):
         stride = 1 if i == 0 else 2
@@ -189,6 +224,7 @@ def _round8(channels: float) -> int:
 
 # ---- weights -------------------------------------------------------------------------------------------------------
 
+
 def _state(name: str, source: str) -> dict[str, Tensor]:
     """A state dict from a local file (see checkpoint.load_weights), or torchvision's own for ``name``."""
     if source == "DEFAULT":
@@ -206,11 +242,17 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str, leave_o
     # Files made with frozen BatchNorm lack this counter, which nothing reads.
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
-    shapes = [f"{key} is {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the model"
-              for key in own if key in state and state[key].shape != own[key].shape]
+    shapes = [
+        f"{key} is {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the model"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
     if missing or unexpected or shapes:
-        found = [f"{len(keys)} {what}, such as {keys[0]}" for what, keys in
-                 (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)) if keys]
+        found = [
+            f"{len(keys)} {what}, such as {keys[0]}"
+            for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+            if keys
+        ]
         hint = "; for other classes set new_head: true" if any("box_predictor" in key for key in shapes) else ""
         raise ValueError(f"weights {source} do not fit: {'; '.join(found)} (of {len(own)} tensors){hint}")
     module.load_state_dict(state, strict=False)

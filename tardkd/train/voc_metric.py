@@ -29,14 +29,17 @@ def voc_ap50(results: Sequence[dict[str, Any]], image_ids: Sequence[int], datase
     for annotation in dataset.coco.dataset["annotations"]:
         if annotation["image_id"] in images:
             objects[annotation["image_id"], annotation["category_id"]].append(annotation)
-    precisions = [_average_precision([one for one in results if one["category_id"] == category], objects, category)
-                  for category in dataset.category_ids]
+    precisions = [
+        _average_precision([one for one in results if one["category_id"] == category], objects, category)
+        for category in dataset.category_ids
+    ]
     known = [value for value in precisions if value is not None]
     return 100 * float(np.mean(known)) if known else None
 
 
-def _average_precision(found: list[dict[str, Any]], objects: dict[tuple[int, int], list[dict[str, Any]]],
-                       category: int) -> float | None:
+def _average_precision(
+    found: list[dict[str, Any]], objects: dict[tuple[int, int], list[dict[str, Any]]], category: int
+) -> float | None:
     wanted = sum(not one["iscrowd"] for (_, of), group in objects.items() if of == category for one in group)
     if not wanted:
         return None

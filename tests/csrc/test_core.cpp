@@ -15,12 +15,12 @@ using namespace tardkd;
 
 static int failures = 0;
 
-#define CHECK(condition)                                                          \
-  do {                                                                            \
-    if (!(condition)) {                                                           \
-      std::printf("%s:%d: %s is false\n", __FILE__, __LINE__, #condition);        \
-      ++failures;                                                                 \
-    }                                                                             \
+#define CHECK(condition)                                                   \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
+      std::printf("%s:%d: %s is false\n", __FILE__, __LINE__, #condition); \
+      ++failures;                                                          \
+    }                                                                      \
   } while (0)
 
 static bool close(double a, double b, double tolerance = 1e-12) { return std::fabs(a - b) <= tolerance; }
@@ -59,11 +59,11 @@ static void test_axis() {
   edge.start = 3.6;
   CHECK(!axis_sample(edge, 0, 0, sample));  // at 4.1
 
-  CHECK(close(roi_axis(3.0, 3.2, 1.0, 2, 10, align(2, false)).bin, 0.5));   // at least one pixel
-  CHECK(close(roi_axis(3.0, 3.2, 1.0, 2, 10, align(2, true)).bin, 0.1));    // but not when aligned
+  CHECK(close(roi_axis(3.0, 3.2, 1.0, 2, 10, align(2, false)).bin, 0.5));  // at least one pixel
+  CHECK(close(roi_axis(3.0, 3.2, 1.0, 2, 10, align(2, true)).bin, 0.1));   // but not when aligned
   CHECK(close(roi_axis(3.0, 3.2, 1.0, 2, 10, align(2, true)).start, 2.5));
-  CHECK(roi_axis(0.0, 9.0, 1.0, 2, 10, align(0, false)).grid == 5);         // ceil(9 / 2)
-  CHECK(roi_axis(5.0, 1.0, 1.0, 2, 10, align(0, true)).grid == 0);          // inverted: no samples
+  CHECK(roi_axis(0.0, 9.0, 1.0, 2, 10, align(0, false)).grid == 5);  // ceil(9 / 2)
+  CHECK(roi_axis(5.0, 1.0, 1.0, 2, 10, align(0, true)).grid == 0);   // inverted: no samples
 }
 
 static void test_levels() {
@@ -126,7 +126,8 @@ static void test_regions() {
   spec.regression_gate = RegressionGate::vs_proposal;
   const float tie[4] = {0.5f, 0.5f, 0.7f, 0.7f}, box_only[4] = {0.4f, 0.5f, 0.8f, 0.7f};
   CHECK(!decide_gates({true, true}, tie, spec).feature);
-  CHECK(decide_gates({true, true}, box_only, spec).feature && !decide_gates({true, true}, box_only, spec).classification);
+  CHECK(decide_gates({true, true}, box_only, spec).feature &&
+        !decide_gates({true, true}, box_only, spec).classification);
   CHECK(!decide_gates({true, false}, box_only, spec).feature);
   CHECK(!decide_gates({false, false}, box_only, spec).regression);
 }
@@ -135,7 +136,8 @@ static void test_terms() {
   CHECK(penalty(FeatureLoss::smooth_l1, 0.05, 0.1) == 0.5 * 0.05 * 0.05 / 0.1);
   CHECK(close(penalty(FeatureLoss::smooth_l1, -1.0, 0.1), 0.95));
   CHECK(penalty(FeatureLoss::smooth_l1, -1.0, 0.0) == 1.0);
-  CHECK(penalty_slope(FeatureLoss::absolute, -3.0, 0.0) == -1.0 && penalty_slope(FeatureLoss::absolute, 0.0, 0.0) == 0.0);
+  CHECK(penalty_slope(FeatureLoss::absolute, -3.0, 0.0) == -1.0 &&
+        penalty_slope(FeatureLoss::absolute, 0.0, 0.0) == 0.0);
   CHECK(close(binary_kl(0.0, 0.0), 0.0));
   CHECK(close(binary_kl(0.0, std::log(3.0)), 0.5 * std::log(0.5 / 0.75) + 0.5 * std::log(0.5 / 0.25)));
   CHECK(std::isfinite(binary_kl(500.0, -500.0)) && close(binary_kl(500.0, -500.0), 500.0));
@@ -147,8 +149,10 @@ static void test_half() {
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {
     const float16 h{uint16_t(bits)};
     const bfloat16 b{uint16_t(bits)};
-    if (to_float(h) == to_float(h)) CHECK(to_float16(to_float(h)).bits == bits);
-    else CHECK((to_float16(to_float(h)).bits & 0x7c00u) == 0x7c00u && (to_float16(to_float(h)).bits & 0x3ffu));
+    if (to_float(h) == to_float(h))
+      CHECK(to_float16(to_float(h)).bits == bits);
+    else
+      CHECK((to_float16(to_float(h)).bits & 0x7c00u) == 0x7c00u && (to_float16(to_float(h)).bits & 0x3ffu));
     if (to_float(b) == to_float(b)) CHECK(to_bfloat16(to_float(b)).bits == bits);
   }
   CHECK(to_float(float16{0x3c01}) == 1.0009765625f && to_float(float16{0x0001}) == 0x1p-24f);

@@ -19,12 +19,12 @@ using tardkd::cuda::SharedArena;
 
 static int failures = 0;
 
-#define CHECK(condition)                                                          \
-  do {                                                                            \
-    if (!(condition)) {                                                           \
-      std::printf("%s:%d: %s is false\n", __FILE__, __LINE__, #condition);        \
-      ++failures;                                                                 \
-    }                                                                             \
+#define CHECK(condition)                                                   \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
+      std::printf("%s:%d: %s is false\n", __FILE__, __LINE__, #condition); \
+      ++failures;                                                          \
+    }                                                                      \
   } while (0)
 
 // What the launch throws; empty if nothing.

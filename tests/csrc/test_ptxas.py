@@ -77,7 +77,7 @@ def test_spills_of_hot_kernels_alone_are_complained_of(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "short", "hot"),
+    "name, short, hot",
     [
         ("tardkd::cuda::plain(double*, int)", "plain", True),
         ("void tardkd::cuda::(anonymous namespace)::f<float>(tardkd::Pyramid)", "f<float>", True),

@@ -97,7 +97,10 @@ def test_in_an_evaluation_it_counts_as_an_image_without_detections(folder):
 def test_none_that_can_be_read(folder):
     for name in files(folder):
         truncate(folder / "images" / name)
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="none of the 5 images can be read"):
+    with (
+        pytest.warns(UserWarning, match="cannot be read"),
+        pytest.raises(ValueError, match="none of the 5 images can be read"),
+    ):
         dataset(folder, on_bad_image="replace")[0]
 
 

@@ -18,8 +18,10 @@ from tardkd.data.coco import check_annotations, read_json
 REAL_DATA = Path(os.environ.get("TARDKD_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 
 GOOD = {
-    "images": [{"id": 7, "file_name": "sub/a.png", "width": 40, "height": 30},
-               {"id": 3, "file_name": "b.png", "width": 20, "height": 20}],
+    "images": [
+        {"id": 7, "file_name": "sub/a.png", "width": 40, "height": 30},
+        {"id": 3, "file_name": "b.png", "width": 20, "height": 20},
+    ],
     "annotations": [
         {"id": 0, "image_id": 7, "category_id": 90, "bbox": [30, 20, 20, 5], "area": 70.5, "iscrowd": 0},
         {"id": 1, "image_id": 7, "category_id": 2, "bbox": [1, 2, 3.5, 4], "iscrowd": 0},
@@ -58,8 +60,11 @@ def one_image(folder: Path, image: Image.Image, size: tuple[int, int], **save: o
     suffix = save.pop("suffix", "png")
     (folder / "images").mkdir(exist_ok=True)
     image.save(folder / "images" / f"x.{suffix}", **save)
-    data = {"images": [{"id": 1, "file_name": f"x.{suffix}", "width": size[0], "height": size[1]}],
-            "annotations": [], "categories": [{"id": 1, "name": "thing"}]}
+    data = {
+        "images": [{"id": 1, "file_name": f"x.{suffix}", "width": size[0], "height": size[1]}],
+        "annotations": [],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
     (folder / "a.json").write_text(json.dumps(data))
     return CocoDetection(folder / "images", folder / "a.json")[0][0]
 
@@ -99,37 +104,41 @@ def test_quiet(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("path", "value", "key"), [
-    ("images", ..., r"images"),
-    ("annotations", {}, r"annotations"),
-    ("categories", [], r"categories"),
-    ("images.1", 5, r"images\[1\]"),
-    ("images.1.id", "3", r"images\[1\]\.id"),
-    ("images.1.id", 7, r"images\[1\]\.id must be unique"),
-    ("images.0.file_name", ..., r"images\[0\]\.file_name"),
-    ("images.0.width", 0, r"images\[0\]\.width"),
-    ("images.0.height", 30.5, r"images\[0\]\.height"),
-    ("images.0.height", True, r"images\[0\]\.height"),
-    ("categories.1.id", 90, r"categories\[1\]\.id must be unique"),
-    ("categories.1.name", "toothbrush", r"categories\[1\]\.name must be unique"),
-    ("categories.0.name", ..., r"categories\[0\]\.name"),
-    ("annotations.2.image_id", 8, r"annotations\[2\]\.image_id"),
-    ("annotations.2.image_id", [7], r"annotations\[2\]\.image_id"),
-    ("annotations.2.category_id", 1, r"annotations\[2\]\.category_id"),
-    ("annotations.0.bbox", [1, 2, 3], r"annotations\[0\]\.bbox"),
-    ("annotations.0.bbox", [1, 2, 3, float("nan")], r"annotations\[0\]\.bbox"),
-    ("annotations.0.bbox", [1, 2, 3, "4"], r"annotations\[0\]\.bbox"),
-    ("annotations.0.bbox", [1, 2, 3, 10**400], r"annotations\[0\]\.bbox"),
-    ("annotations.0.area", None, r"annotations\[0\]\.area"),
-    ("annotations.0.iscrowd", 2, r"annotations\[0\]\.iscrowd"),
-])
+@pytest.mark.parametrize(
+    "path, value, key",
+    [
+        ("images", ..., r"images"),
+        ("annotations", {}, r"annotations"),
+        ("categories", [], r"categories"),
+        ("images.1", 5, r"images\[1\]"),
+        ("images.1.id", "3", r"images\[1\]\.id"),
+        ("images.1.id", 7, r"images\[1\]\.id must be unique"),
+        ("images.0.file_name", ..., r"images\[0\]\.file_name"),
+        ("images.0.width", 0, r"images\[0\]\.width"),
+        ("images.0.height", 30.5, r"images\[0\]\.height"),
+        ("images.0.height", True, r"images\[0\]\.height"),
+        ("categories.1.id", 90, r"categories\[1\]\.id must be unique"),
+        ("categories.1.name", "toothbrush", r"categories\[1\]\.name must be unique"),
+        ("categories.0.name", ..., r"categories\[0\]\.name"),
+        ("annotations.2.image_id", 8, r"annotations\[2\]\.image_id"),
+        ("annotations.2.image_id", [7], r"annotations\[2\]\.image_id"),
+        ("annotations.2.category_id", 1, r"annotations\[2\]\.category_id"),
+        ("annotations.0.bbox", [1, 2, 3], r"annotations\[0\]\.bbox"),
+        ("annotations.0.bbox", [1, 2, 3, float("nan")], r"annotations\[0\]\.bbox"),
+        ("annotations.0.bbox", [1, 2, 3, "4"], r"annotations\[0\]\.bbox"),
+        ("annotations.0.bbox", [1, 2, 3, 10**400], r"annotations\[0\]\.bbox"),
+        ("annotations.0.area", None, r"annotations\[0\]\.area"),
+        ("annotations.0.iscrowd", 2, r"annotations\[0\]\.iscrowd"),
+    ],
+)
 def test_errors_name_file_and_key(tmp_path, path, value, key):
     with pytest.raises(ValueError, match=rf"a\.json: {key}"):
         CocoDetection(*write(tmp_path, changed(path, value)))
 
 
-@pytest.mark.parametrize("name", ["../b.png", "sub/../../b.png", "/etc/passwd", "C:\\b.png", "..\\b.png", "\\b.png",
-                                  "", "a\0b", 5, None])
+@pytest.mark.parametrize(
+    "name", ["../b.png", "sub/../../b.png", "/etc/passwd", "C:\\b.png", "..\\b.png", "\\b.png", "", "a\0b", 5, None]
+)
 def test_paths_stay_in_the_image_folder(tmp_path, name):
     with pytest.raises(ValueError, match=r"images\[1\]\.file_name must be a path inside the image folder"):
         CocoDetection(*write(tmp_path, changed("images.1.file_name", name)))
@@ -143,13 +152,34 @@ def test_files_that_are_no_annotations(tmp_path, text):
         check_annotations(read_json(path), str(path))
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-                        st.sampled_from(["id", "name", "bbox", "image_id", "width"]) | st.text(max_size=3), inner,
-                        max_size=3), max_leaves=8)
-PLACES = ["images", "annotations", "categories", "images.0", "annotations.1", "categories.0", "images.0.id",
-          "images.0.file_name", "images.0.width", "annotations.0.bbox", "annotations.0.bbox.2", "annotations.0.area",
-          "annotations.0.iscrowd", "annotations.0.category_id", "categories.0.id", "categories.0.name"]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["id", "name", "bbox", "image_id", "width"]) | st.text(max_size=3), inner, max_size=3
+        )
+    ),
+    max_leaves=8,
+)
+PLACES = [
+    "images",
+    "annotations",
+    "categories",
+    "images.0",
+    "annotations.1",
+    "categories.0",
+    "images.0.id",
+    "images.0.file_name",
+    "images.0.width",
+    "annotations.0.bbox",
+    "annotations.0.bbox.2",
+    "annotations.0.area",
+    "annotations.0.iscrowd",
+    "annotations.0.category_id",
+    "categories.0.id",
+    "categories.0.name",
+]
 
 
 @given(st.sampled_from(PLACES), JSON)
@@ -175,12 +205,15 @@ def test_missing_files(tmp_path):
         CocoDetection(images, annotations)
 
 
-@pytest.mark.parametrize("break_file", [
-    lambda path: path.write_bytes(path.read_bytes()[:45]),
-    lambda path: path.write_bytes(b"not an image"),
-    lambda path: path.write_bytes(b""),
-    lambda path: Image.new("RGB", (21, 20)).save(path),
-])
+@pytest.mark.parametrize(
+    "break_file",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:45]),
+        lambda path: path.write_bytes(b"not an image"),
+        lambda path: path.write_bytes(b""),
+        lambda path: Image.new("RGB", (21, 20)).save(path),
+    ],
+)
 def test_broken_images_are_named(tmp_path, break_file):
     images, annotations = write(tmp_path)
     break_file(images / "b.png")
@@ -201,11 +234,18 @@ def test_grey_and_sixteen_bits(tmp_path):
     assert one_image(tmp_path, Image.new("P", (4, 3)), (4, 3)).shape == (3, 3, 4)
 
 
-@pytest.mark.parametrize(("orientation", "annotated", "corner"), [
-    (6, (3, 4), (0, -1)),  # a quarter turn clockwise, annotated upright: the stored upper left goes to the upper right
-    (6, (4, 3), (0, 0)),  # annotated on the stored pixels
-    (3, (4, 3), (-1, -1)),  # half a turn
-])
+@pytest.mark.parametrize(
+    "orientation, annotated, corner",
+    [
+        (
+            6,
+            (3, 4),
+            (0, -1),
+        ),  # a quarter turn clockwise, annotated upright: the stored upper left goes to the upper right
+        (6, (4, 3), (0, 0)),  # annotated on the stored pixels
+        (3, (4, 3), (-1, -1)),  # half a turn
+    ],
+)
 def test_exif_orientation(tmp_path, orientation, annotated, corner):
     array = np.zeros((3, 4, 3), np.uint8)
     array[0, 0] = 255
@@ -217,9 +257,15 @@ def test_exif_orientation(tmp_path, orientation, annotated, corner):
 
 
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"real data not found at {REAL_DATA}; set TARDKD_DATA")
-@pytest.mark.parametrize(("name", "split", "images", "boxes"), [
-    ("bccd", "train", 205, 2804), ("bccd", "test", 72, 945), ("cards", "test", 67, 143), ("deeppcb", "test", 500, 3140),
-])
+@pytest.mark.parametrize(
+    "name, split, images, boxes",
+    [
+        ("bccd", "train", 205, 2804),
+        ("bccd", "test", 72, 945),
+        ("cards", "test", 67, 143),
+        ("deeppcb", "test", 500, 3140),
+    ],
+)
 def test_real_data(name, split, images, boxes):
     folder = REAL_DATA / name
     dataset = CocoDetection(folder / "images", folder / "annotations" / f"{split}.json")

@@ -33,8 +33,8 @@ def test_scenes_vary(scenes):
     counts = labels.bincount(minlength=7)[1:]
     assert counts.min() > 0.5 * counts.float().mean()
     areas = torch.cat([scenes[i][1]["area"] for i in range(60)])
-    assert (areas < 16 ** 2).float().mean() > 0.1
-    assert (areas > 32 ** 2).float().mean() > 0.2
+    assert (areas < 16**2).float().mean() > 0.1
+    assert (areas > 32**2).float().mean() > 0.2
     assert len({image.numpy().tobytes() for image in (scenes[i][0] for i in range(60))}) == 60
 
 
@@ -52,8 +52,9 @@ def test_colour_does_not_tell_the_class(scenes):
 def test_boxes_are_tight_around_what_shows(monkeypatch):
     stages = []
     photograph = scenes_module._Stage.photograph
-    monkeypatch.setattr(scenes_module._Stage, "photograph",
-                        lambda stage, rng: (stages.append(stage), photograph(stage, rng))[1])
+    monkeypatch.setattr(
+        scenes_module._Stage, "photograph", lambda stage, rng: (stages.append(stage), photograph(stage, rng))[1]
+    )
     for index in range(60):
         scene, stage = draw_scene(1, "train", index, 64), stages.pop()
         shown = [stage.owner == number for number in range(len(stage.labels))]
@@ -62,9 +63,9 @@ def test_boxes_are_tight_around_what_shows(monkeypatch):
         assert scene.areas == [stage.visible[number] for number in objects]
         assert all(5 * stage.visible[number] >= 3 * stage.areas[number] > 0 for number in objects)
         for (x, y, w, h), number in zip(scene.boxes, objects, strict=True):
-            assert not np.delete(shown[number], np.s_[y:y + h], axis=0).any()
-            assert not np.delete(shown[number], np.s_[x:x + w], axis=1).any()
-            inside = shown[number][y:y + h, x:x + w]
+            assert not np.delete(shown[number], np.s_[y : y + h], axis=0).any()
+            assert not np.delete(shown[number], np.s_[x : x + w], axis=1).any()
+            inside = shown[number][y : y + h, x : x + w]
             assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()
 
 
@@ -92,8 +93,9 @@ def test_written_scenes_read_back_the_same(tmp_path):
         made = Scenes(count, 96, 3, split=split)
         assert len(read) == count and read.class_names == made.class_names and read.category_ids == made.category_ids
         assert read.coco.dataset == made.coco.dataset and read.sizes == made.sizes
-        for (image, target), (image2, target2) in zip((read[i] for i in range(count)), (made[i] for i in range(count)),
-                                                      strict=True):
+        for (image, target), (image2, target2) in zip(
+            (read[i] for i in range(count)), (made[i] for i in range(count)), strict=True
+        ):
             assert torch.equal(image, image2)
             assert target.keys() == target2.keys()
             assert all(torch.equal(torch.as_tensor(target[key]), torch.as_tensor(target2[key])) for key in target)
@@ -110,7 +112,7 @@ def test_transform():
     assert torch.equal(plain[0][0].flip(-1), flipped[0][0])
 
 
-@pytest.mark.parametrize(("arguments", "message"), [((0, 128, 0), "at least 1"), ((1, 63, 0), "at least 64")])
+@pytest.mark.parametrize("arguments, message", [((0, 128, 0), "at least 1"), ((1, 63, 0), "at least 64")])
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         Scenes(*arguments)

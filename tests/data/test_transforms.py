@@ -11,8 +11,13 @@ from tardkd.data.transforms import GREY, DetectionTransform
 def item() -> tuple[torch.Tensor, dict]:
     image = torch.zeros(3, 40, 60, dtype=torch.uint8)
     image[:, 10:20, 30:50] = 255  # the first box
-    target = {"boxes": torch.tensor([[30.0, 10, 50, 20], [2, 1, 8, 4]]), "labels": torch.tensor([2, 1]),
-              "area": torch.tensor([150.0, 18]), "iscrowd": torch.zeros(2, dtype=torch.int64), "image_id": 5}
+    target = {
+        "boxes": torch.tensor([[30.0, 10, 50, 20], [2, 1, 8, 4]]),
+        "labels": torch.tensor([2, 1]),
+        "area": torch.tensor([150.0, 18]),
+        "iscrowd": torch.zeros(2, dtype=torch.int64),
+        "image_id": 5,
+    }
     return image, target
 
 
@@ -38,7 +43,7 @@ def test_scale_keeps_the_image_size_and_scales_about_its_centre():
 
 
 def test_boxes_that_leave_the_view_go_with_their_labels():
-    image, target = build_transform(flip=0, scale=(2, 2))(*item())
+    _image, target = build_transform(flip=0, scale=(2, 2))(*item())
     assert target["boxes"].tolist() == [[30, 0, 60, 20]]  # the second box lies outside the middle half
     assert target["labels"].tolist() == [2] and len(target["area"]) == len(target["iscrowd"]) == 1
     assert target["area"].item() == pytest.approx(150 * (30 * 20) / 200)
@@ -73,8 +78,10 @@ def test_any_v2_transform_may_be_a_step():
     assert image.shape == (3, 80, 120) and target["boxes"][0].tolist() == [60, 20, 100, 40]
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"flip": 1.5}, "flip"), ({"scale": (1.5, 0.5)}, "scale"), ({"scale": (0, 1)}, "scale"), ({"shift": 1}, "shift")])
+@pytest.mark.parametrize(
+    "settings, message",
+    [({"flip": 1.5}, "flip"), ({"scale": (1.5, 0.5)}, "scale"), ({"scale": (0, 1)}, "scale"), ({"shift": 1}, "shift")],
+)
 def test_errors(settings, message):
     with pytest.raises(ValueError, match=message):
         build_transform(**settings)
@@ -85,9 +92,16 @@ def white_share(image: torch.Tensor, box: torch.Tensor) -> float:
     return float((image[:, y1:y2, x1:x2] > 200).float().mean())
 
 
-@pytest.mark.parametrize("settings", [{"zoom_out": 4.0}, {"iou_crop": True}, {"large_scale_jitter": (0.1, 2.0)},
-                                      {"zoom_out": 2.0, "iou_crop": True, "large_scale_jitter": (0.5, 1.5)}],
-                         ids=lambda settings: "+".join(settings))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"zoom_out": 4.0},
+        {"iou_crop": True},
+        {"large_scale_jitter": (0.1, 2.0)},
+        {"zoom_out": 2.0, "iou_crop": True, "large_scale_jitter": (0.5, 1.5)},
+    ],
+    ids=lambda settings: "+".join(settings),
+)
 def test_boxes_go_with_what_they_hold(settings):
     """Through views of any kind the white rectangle stays in its box, and every box within the image."""
     transform = build_transform(flip=0.5, **settings)

@@ -14,16 +14,32 @@ BOXES = torch.tensor([[20.0, 8, 50, 28], [2, 30, 12, 38]])
 
 
 def target_of(boxes: torch.Tensor) -> dict:
-    return {"boxes": boxes, "labels": torch.arange(1, len(boxes) + 1), "image_id": 5,
-            "area": (boxes[:, 2:] - boxes[:, :2]).prod(1), "iscrowd": torch.zeros(len(boxes), dtype=torch.int64)}
+    return {
+        "boxes": boxes,
+        "labels": torch.arange(1, len(boxes) + 1),
+        "image_id": 5,
+        "area": (boxes[:, 2:] - boxes[:, :2]).prod(1),
+        "iscrowd": torch.zeros(len(boxes), dtype=torch.int64),
+    }
 
 
-@pytest.mark.parametrize("settings", [{"iou_crop": True}, {"large_scale_jitter": (0.1, 2)}, {"zoom_out": 4},
-                                      {"iou_crop": True, "large_scale_jitter": (0.1, 2), "zoom_out": 4}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"iou_crop": True},
+        {"large_scale_jitter": (0.1, 2)},
+        {"zoom_out": 4},
+        {"iou_crop": True, "large_scale_jitter": (0.1, 2), "zoom_out": 4},
+    ],
+)
 def test_no_objects_and_tiny_images(settings):
     transform = build_transform(**settings)
-    for height, width, boxes in ((40, 60, BOXES[:0]), (1, 3, BOXES[:1] / 50), (2, 2, BOXES[:1] / 50),
-                                 (3, 40, BOXES[:1] / 50)):
+    for height, width, boxes in (
+        (40, 60, BOXES[:0]),
+        (1, 3, BOXES[:1] / 50),
+        (2, 2, BOXES[:1] / 50),
+        (3, 40, BOXES[:1] / 50),
+    ):
         for seed in range(10):
             torch.manual_seed(seed)
             view, moved = transform(torch.zeros(3, height, width, dtype=torch.uint8), target_of(boxes))
@@ -31,13 +47,20 @@ def test_no_objects_and_tiny_images(settings):
 
 
 def test_all_together_depend_on_seed_epoch_and_image_alone():
-    scenes = Scenes(6, 64, 0, build_transform(scale=(0.8, 1.2), photometric=True, zoom_out=2, iou_crop=True,
-                                              large_scale_jitter=(0.5, 2)))
+    scenes = Scenes(
+        6,
+        64,
+        0,
+        build_transform(scale=(0.8, 1.2), photometric=True, zoom_out=2, iou_crop=True, large_scale_jitter=(0.5, 2)),
+    )
 
     def seen(**settings) -> dict:
         loader = build_loader(scenes, **{"batch_size": 2, "shuffle": True, "seed": 1, "epoch": 3, **settings})
-        return {target["image_id"]: (image, target["boxes"]) for images, targets in loader
-                for image, target in zip(images, targets)}
+        return {
+            target["image_id"]: (image, target["boxes"])
+            for images, targets in loader
+            for image, target in zip(images, targets)
+        }
 
     first = seen()
     for other in (seen(workers=1), seen(batch_size=3), seen(groups=[0, 1] * 3)):

@@ -28,8 +28,10 @@ def write(root: Path, name: str, *objects: str, size: tuple[int, int] = (20, 10)
     Image.new("RGB", size).save(root / "JPEGImages" / f"{name}.jpg")
     width, height = size
     path = root / "Annotations" / f"{name}.xml"
-    path.write_text(f"<annotation><filename>{name}.jpg</filename><size><width>{width}</width><height>{height}</height>"
-                    f"</size>{''.join(objects)}</annotation>")
+    path.write_text(
+        f"<annotation><filename>{name}.jpg</filename><size><width>{width}</width><height>{height}</height>"
+        f"</size>{''.join(objects)}</annotation>"
+    )
     return path
 
 
@@ -75,18 +77,28 @@ def test_classes_can_be_given(folder):
         read_voc(folder, "train", ["dog", "ant"])
 
 
-@pytest.mark.parametrize("content, message", [
-    ("<annotation><filename>a.jpg</filename></annotation>", "annotation/size/width is missing or empty"),
-    ("<annotation>", "is not XML"),
-    ("<annotation>\0</annotation>", "is not XML in UTF-8"),
-    ("<annotation><filename>b.jpg</filename></annotation>", "filename is 'b.jpg', which is not the image"),
-    ("<?xml version='1.0' encoding='none-such'?><annotation/>", "is not XML"),
-    ("<!DOCTYPE a [<!ENTITY x 'y'>]><annotation>&x;</annotation>", "declares a document type or entities"),
-    ("<annotation><filename>a.jpg</filename><size><width>wide</width><height>1</height></size></annotation>",
-     "annotation/size/width must be a number, found 'wide'"),
-    ("<annotation><filename>a.jpg</filename><size><width>20</width><height>10</height></size><object><name>dog</name>"
-     "<bndbox><xmin>nan</xmin></bndbox></object></annotation>", "object/bndbox/xmin must be a number, found 'nan'"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("<annotation><filename>a.jpg</filename></annotation>", "annotation/size/width is missing or empty"),
+        ("<annotation>", "is not XML"),
+        ("<annotation>\0</annotation>", "is not XML in UTF-8"),
+        ("<annotation><filename>b.jpg</filename></annotation>", "filename is 'b.jpg', which is not the image"),
+        ("<?xml version='1.0' encoding='none-such'?><annotation/>", "is not XML"),
+        ("<!DOCTYPE a [<!ENTITY x 'y'>]><annotation>&x;</annotation>", "declares a document type or entities"),
+        (
+            "<annotation><filename>a.jpg</filename><size><width>wide</width><height>1</height></size></annotation>",
+            "annotation/size/width must be a number, found 'wide'",
+        ),
+        (
+            (
+                "<annotation><filename>a.jpg</filename><size><width>20</width><height>10</height></size><object><name>dog</name>"
+                "<bndbox><xmin>nan</xmin></bndbox></object></annotation>"
+            ),
+            "object/bndbox/xmin must be a number, found 'nan'",
+        ),
+    ],
+)
 def test_what_is_wrong_is_named(folder, content, message):
     (folder / "Annotations" / "a.xml").write_text(content)
     with pytest.raises(ValueError, match=rf"a\.xml:? {message}"):
@@ -137,6 +149,9 @@ def test_vocs_own_precision_is_reported_too(folder):
     metrics = evaluate(FindsTheDog(), loader, dataset)
     assert metrics["VOC_AP50"] == 100 and metrics["AP50"] == pytest.approx(100)
     assert "VOC_AP50 100.0" in describe(metrics)
-    nothing = evaluate(FindsTheDog(), build_loader(VocDetection(folder, "val"), batch_size=2, shuffle=False, seed=0,
-                                                   epoch=0), VocDetection(folder, "val"))
+    nothing = evaluate(
+        FindsTheDog(),
+        build_loader(VocDetection(folder, "val"), batch_size=2, shuffle=False, seed=0, epoch=0),
+        VocDetection(folder, "val"),
+    )
     assert nothing["VOC_AP50"] == 0

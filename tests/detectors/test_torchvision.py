@@ -66,7 +66,7 @@ def test_regions_are_the_sampled_ones(family: str, empty: bool, monkeypatch: pyt
     model = tiny_detector(family)
     samples = spy(monkeypatch, model.roi_heads, "select_training_samples")
     student = run_student(model, family, empty=empty)
-    [(proposals, matched, labels, targets)] = samples
+    [(proposals, _matched, labels, targets)] = samples
     regions = student.regions
     assert regions.counts == [16, 16]
     assert all(torch.equal(a, b) for a, b in zip(regions.proposals, proposals))
@@ -160,9 +160,7 @@ def test_no_trace_is_left_by_a_failure() -> None:
 
 def test_settings_are_read_from_the_model() -> None:
     model = tiny_detector(bbox_reg_weights=(1.0, 2.0, 3.0, 4.0), size=96)
-    model.roi_heads.box_roi_pool = MultiScaleRoIAlign(
-        ["0"], (3, 5), 1, canonical_scale=112, canonical_level=3
-    )
+    model.roi_heads.box_roi_pool = MultiScaleRoIAlign(["0"], (3, 5), 1, canonical_scale=112, canonical_level=3)
     adapter = for_model(model)
     roi = adapter.roi
     assert (roi.output_size, roi.sampling_ratio, roi.aligned) == ((3, 5), 1, False)

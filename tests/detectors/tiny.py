@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from typing import Any
 
@@ -25,9 +26,7 @@ class TinyBackbone(nn.Module):
         self.out_channels = channels
         self.first = first
         widths = [3] + [8] * (first + levels - 1)
-        self.body = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:])
-        )
+        self.body = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(widths))
         self.fpn = FeaturePyramidNetwork([8] * levels, channels)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:

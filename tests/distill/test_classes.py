@@ -41,25 +41,30 @@ def with_classes(model: nn.Module, order: list[int]) -> nn.Module:
     return model
 
 
-def pair(teacher: nn.Module, names: list[str], class_map: Any = None, student: nn.Module | None = None,
-         **settings: Any) -> Distiller:
+def pair(
+    teacher: nn.Module, names: list[str], class_map: Any = None, student: nn.Module | None = None, **settings: Any
+) -> Distiller:
     settings = DistillSettings(**{**OPEN, **settings})
-    return Distiller(student or tiny_detector(), teacher, settings, student_classes=NAMES, teacher_classes=names,
-                     class_map=class_map)
+    return Distiller(
+        student or tiny_detector(), teacher, settings, student_classes=NAMES, teacher_classes=names, class_map=class_map
+    )
 
 
 # --- who is paired ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("teacher", "class_map", "pairs"), [
-    (["a", "b", "c"], None, [(0, 0), (1, 1), (2, 2)]),
-    (["c", "a", "b"], None, [(0, 1), (1, 2), (2, 0)]),
-    (["x", "c", "y", "b"], None, [(1, 3), (2, 1)]),
-    (["a", "x"], {"x": "c"}, [(0, 0), (2, 1)]),
-    (["a", "b", "c"], {"b": None}, [(0, 0), (2, 2)]),
-    (["a", "b", "x"], {"a": "b", "b": "a"}, [(0, 1), (1, 0)]),
-    (["a", "x"], {"x": "a", "a": None}, [(0, 1)]),
-])
+@pytest.mark.parametrize(
+    "teacher, class_map, pairs",
+    [
+        (["a", "b", "c"], None, [(0, 0), (1, 1), (2, 2)]),
+        (["c", "a", "b"], None, [(0, 1), (1, 2), (2, 0)]),
+        (["x", "c", "y", "b"], None, [(1, 3), (2, 1)]),
+        (["a", "x"], {"x": "c"}, [(0, 0), (2, 1)]),
+        (["a", "b", "c"], {"b": None}, [(0, 0), (2, 2)]),
+        (["a", "b", "x"], {"a": "b", "b": "a"}, [(0, 1), (1, 0)]),
+        (["a", "x"], {"x": "a", "a": None}, [(0, 1)]),
+    ],
+)
 def test_names_match_and_the_map_comes_first(teacher, class_map, pairs):
     found = match_classes(NAMES, teacher, class_map)
     assert found.pairs == tuple(pairs)
@@ -67,14 +72,21 @@ def test_names_match_and_the_map_comes_first(teacher, class_map, pairs):
     assert found.is_partial == (len(pairs) < 3)
 
 
-@pytest.mark.parametrize(("teacher", "class_map", "message"), [
-    (["x", "y"], None, "no class of the teacher teaches one of the student's; student: a, b, c; teacher: x, y"),
-    (["a"], {"a": None}, "no class of the teacher teaches"),
-    (["a", "x"], {"y": "b"}, "class map: 'y' is no class of the teacher, which has a, x"),
-    (["a", "x"], {"x": "z"}, "class map: 'z' is no class of the student, which has a, b, c"),
-    (["a", "x"], {"x": "a"}, "the teacher's classes 'a' and 'x' would both teach 'a'; map all but one of them to null"),
-    (["x", "x", "a"], None, "the teacher has several classes called x"),
-])
+@pytest.mark.parametrize(
+    "teacher, class_map, message",
+    [
+        (["x", "y"], None, "no class of the teacher teaches one of the student's; student: a, b, c; teacher: x, y"),
+        (["a"], {"a": None}, "no class of the teacher teaches"),
+        (["a", "x"], {"y": "b"}, "class map: 'y' is no class of the teacher, which has a, x"),
+        (["a", "x"], {"x": "z"}, "class map: 'z' is no class of the student, which has a, b, c"),
+        (
+            ["a", "x"],
+            {"x": "a"},
+            "the teacher's classes 'a' and 'x' would both teach 'a'; map all but one of them to null",
+        ),
+        (["x", "x", "a"], None, "the teacher has several classes called x"),
+    ],
+)
 def test_maps_that_cannot_be(teacher, class_map, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         match_classes(NAMES, teacher, class_map)
@@ -89,7 +101,9 @@ def test_what_is_transferred_is_told():
     teacher = tiny_detector(seed=1)
     assert pair(teacher, NAMES).describe() == []
     assert pair(teacher, ["x", "c", "y"], {"x": "a"}).describe() == [
-        "the teacher teaches a (its 'x'), c", "no teacher for b"]
+        "the teacher teaches a (its 'x'), c",
+        "no teacher for b",
+    ]
 
 
 # --- columns and labels -----------------------------------------------------------------------------------------------
@@ -128,10 +142,13 @@ def test_all_columns_in_order_are_taken_as_they_are():
     assert classes.labels(labels, "first") is labels
 
 
-@pytest.mark.parametrize(("background", "labels", "expected"), [
-    ("first", [0, 1, 2, 3, 4, -1, -7, 99], [0, 1, -1, 2, -1, -1, -1, -1]),
-    ("last", [0, 1, 2, 3, 4, -1], [0, -1, 1, 2, -1, -1]),
-])
+@pytest.mark.parametrize(
+    "background, labels, expected",
+    [
+        ("first", [0, 1, 2, 3, 4, -1, -7, 99], [0, 1, -1, 2, -1, -1, -1, -1]),
+        ("last", [0, 1, 2, 3, 4, -1], [0, -1, 1, 2, -1, -1]),
+    ],
+)
 def test_labels(background, labels, expected):
     classes = match_classes(NAMES, ["c", "a"])
     assert classes.labels(torch.tensor(labels), background).tolist() == expected

@@ -21,8 +21,14 @@ SECOND = {"a": None, "c": None}  # ... and the second b
 
 
 def team(teachers: list[nn.Module], class_map: Any = (FIRST, SECOND), names: Any = None, **settings: Any) -> Distiller:
-    return Distiller(tiny_detector(), teachers, DistillSettings(**{**OPEN, **settings}), student_classes=NAMES,
-                     teacher_classes=names or [NAMES] * len(teachers), class_map=list(class_map))
+    return Distiller(
+        tiny_detector(),
+        teachers,
+        DistillSettings(**{**OPEN, **settings}),
+        student_classes=NAMES,
+        teacher_classes=names or [NAMES] * len(teachers),
+        class_map=list(class_map),
+    )
 
 
 def alone(teacher: nn.Module, **settings: Any) -> Distiller:
@@ -37,7 +43,7 @@ def test_copies_of_one_teacher_are_that_teacher(path):
     expected, losses = run(one), run(two)
     for name in ("distill_feature", "distill_regression"):
         torch.testing.assert_close(losses[name], expected[name])
-    assert 0 < losses["distill_classification"]
+    assert losses["distill_classification"] > 0
     for name in ("foreground", "gate_feature", "teacher_iou", "other_iou"):
         torch.testing.assert_close(two.stats[name], one.stats[name])
     (expected["distill_feature"] + expected["distill_regression"]).backward()
@@ -95,8 +101,7 @@ def test_the_mask_is_shared_by_objects():
     only = {"feature": 0.0, "classification": 0.0, "regression": 0.0, "gaussian": 1.0}
     models = [tiny_detector(seed=1), tiny_detector(seed=2)]
     first, second = (
-        run(team([model], [class_map], **only))["distill_gaussian"]
-        for model, class_map in zip(models, (FIRST, SECOND))
+        run(team([model], [class_map], **only))["distill_gaussian"] for model, class_map in zip(models, (FIRST, SECOND))
     )
     # Of the three objects of the batch two are an a and a c.
     torch.testing.assert_close(run(team(models, **only))["distill_gaussian"], (2 * first + second) / 3)
@@ -158,12 +163,18 @@ def test_every_parameter_gets_a_gradient_in_every_step():
         assert all(parameter.grad is not None for parameter in distiller.parameters())
 
 
-@pytest.mark.parametrize(("class_map", "message"), [
-    ([None, None], "several teach a (teacher 0 and teacher 1), b (teacher 0 and teacher 1)"),
-    ([{"b": None}, {"a": None}], "several teach c (teacher 0 and teacher 1); map such a class to null in all but one"),
-    ([{"b": None}, {"z": "a"}], "teacher 1: class map: 'z' is no class of the teacher"),
-    ([{"b": None}], "2 teachers need as many teacher_classes and class_maps, got 2 and 1"),
-])
+@pytest.mark.parametrize(
+    "class_map, message",
+    [
+        ([None, None], "several teach a (teacher 0 and teacher 1), b (teacher 0 and teacher 1)"),
+        (
+            [{"b": None}, {"a": None}],
+            "several teach c (teacher 0 and teacher 1); map such a class to null in all but one",
+        ),
+        ([{"b": None}, {"z": "a"}], "teacher 1: class map: 'z' is no class of the teacher"),
+        ([{"b": None}], "2 teachers need as many teacher_classes and class_maps, got 2 and 1"),
+    ],
+)
 def test_teams_that_cannot_be(class_map, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         team([tiny_detector(seed=1), tiny_detector(seed=2)], class_map)

@@ -124,7 +124,7 @@ def test_opcheck(request, mode):
         torch.library.opcheck(func, args, kwargs, test_utils=tests)
 
 
-@pytest.mark.parametrize(("name", "compiler"), [*((name, "aot_eager") for name in COMPILED), ("region", "inductor")])
+@pytest.mark.parametrize("name, compiler", [*((name, "aot_eager") for name in COMPILED), ("region", "inductor")])
 def test_compiles_whole(name, compiler):
     torch._dynamo.reset()
     options = dict(geometry="single", images=3)

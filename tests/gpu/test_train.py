@@ -14,8 +14,15 @@ from tardkd.train.loop import train
 
 pytestmark = pytest.mark.gpu
 
-KINDS = [(), ("train.amp=bf16",), ("train.amp=fp16",), ("train.ema=0.9",), ("train.accumulate=2",),
-         ("distill.teacher_bf16=true", "train.channels_last=true"), ("train.on_non_finite=skip",)]
+KINDS = [
+    (),
+    ("train.amp=bf16",),
+    ("train.amp=fp16",),
+    ("train.ema=0.9",),
+    ("train.accumulate=2",),
+    ("distill.teacher_bf16=true", "train.channels_last=true"),
+    ("train.on_non_finite=skip",),
+]
 
 
 class Stopped(Exception):
@@ -31,6 +38,7 @@ def teacher(tmp_path_factory):
 @pytest.mark.parametrize("settings", KINDS, ids=" ".join)
 def test_it_runs_and_resumes(tmp_path, monkeypatch, teacher, settings):
     """Deterministic algorithms: else atomics add up in another order."""
+
     def config(name):
         extra = ("train.device=cuda", "train.save_every=1", f"teacher.weights={teacher}", *settings)
         return recipe(tmp_path / name, *extra).for_role("distilled")

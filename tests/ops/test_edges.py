@@ -748,7 +748,7 @@ def test_misfits_of_the_gaussian_loss(backend, misfit):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
+    "option, value",
     [
         ("feature_loss", "l2"),
         ("bin_weight", "gauss"),

@@ -25,7 +25,7 @@ def pyramid_and_boxes(dtype=torch.float32):
 
 
 @pytest.mark.parametrize(
-    ("names", "output_size", "sampling_ratio", "rule"),
+    "names, output_size, sampling_ratio, rule",
     [
         (NAMES, 7, 2, {}),
         (NAMES, (14, 7), 0, {}),

@@ -26,9 +26,19 @@ from tardkd.train.demo import demo_recipe
 from tardkd.train.interrupt import Interrupted
 from tardkd.train.loop import train
 
-SETTINGS = ("data.image_size=96", "student.min_size=96", "student.max_size=96", "teacher.model.min_size=96",
-            "teacher.model.max_size=96", "data.train=40", "data.val=4", "train.batch_size=4", "train.save_every=1",
-            "train.threads=1", "train.eval_every=10")
+SETTINGS = (
+    "data.image_size=96",
+    "student.min_size=96",
+    "student.max_size=96",
+    "teacher.model.min_size=96",
+    "teacher.model.max_size=96",
+    "data.train=40",
+    "data.val=4",
+    "train.batch_size=4",
+    "train.save_every=1",
+    "train.threads=1",
+    "train.eval_every=10",
+)
 
 
 def configuration(out: Path, name: str, epochs: int) -> Config:
@@ -112,8 +122,10 @@ def main() -> None:
         if table == "train.csv":
             rows = [[row.rpartition(",")[0] for row in of_run] for of_run in rows]  # but for the seconds
         assert rows[0] == rows[1], table
-    say(f"{kills} kills, {states[0]['step']} steps: weights, optimizer, metrics and logs equal those of a run that was "
-        "left alone, to the bit")
+    say(
+        f"{kills} kills, {states[0]['step']} steps: weights, optimizer, metrics and logs equal those of a run that was "
+        "left alone, to the bit"
+    )
     if options.log:
         options.log.write_text("\n".join(lines) + "\n")
 

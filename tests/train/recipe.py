@@ -12,10 +12,21 @@ from tardkd.train.config import Config, parse_config
 from tardkd.train.models import build_model
 
 MODEL: dict[str, Any] = {
-    "name": "resnet_fpn", "blocks": [1, 1], "width": 0.125, "fpn_channels": 8, "head_dim": 16, "norm": "group",
-    "anchor_sizes": [12, 24, 48], "canonical_scale": 56, "min_size": 64, "max_size": 64,
-    "rpn_pre_nms_top_n_train": 40, "rpn_pre_nms_top_n_test": 20, "rpn_post_nms_top_n_train": 20,
-    "rpn_post_nms_top_n_test": 10, "box_batch_size_per_image": 16,
+    "name": "resnet_fpn",
+    "blocks": [1, 1],
+    "width": 0.125,
+    "fpn_channels": 8,
+    "head_dim": 16,
+    "norm": "group",
+    "anchor_sizes": [12, 24, 48],
+    "canonical_scale": 56,
+    "min_size": 64,
+    "max_size": 64,
+    "rpn_pre_nms_top_n_train": 40,
+    "rpn_pre_nms_top_n_test": 20,
+    "rpn_post_nms_top_n_train": 20,
+    "rpn_post_nms_top_n_test": 10,
+    "box_batch_size_per_image": 16,
 }
 
 

@@ -57,8 +57,10 @@ def published(monkeypatch):
     """Stands for torchvision's downloads: a detector of five outputs, one of them unused."""
     torch.manual_seed(1)
     state = build_model(ModelSpec(**MODEL), len(CATEGORIES) - 1).state_dict()
-    weights = SimpleNamespace(meta={"categories": CATEGORIES},
-                              get_state_dict=lambda progress: {name: value.clone() for name, value in state.items()})
+    weights = SimpleNamespace(
+        meta={"categories": CATEGORIES},
+        get_state_dict=lambda progress: {name: value.clone() for name, value in state.items()},
+    )
     monkeypatch.setattr(build, "get_model_weights", lambda name: SimpleNamespace(DEFAULT=weights))
     return state
 
@@ -87,14 +89,18 @@ def test_torchvision_teaches_what_it_knows(published):
         load_teacher(Teacher(weights="DEFAULT"), ["cat"])
 
 
-@pytest.mark.parametrize("without, message", [("images", "data.val has no images"),
-                                              ("annotations", "data.val holds no object")])
+@pytest.mark.parametrize(
+    "without, message", [("images", "data.val has no images"), ("annotations", "data.val holds no object")]
+)
 def test_nothing_to_evaluate_is_said_before_the_training(tmp_path, without, message):
     write_scenes(tmp_path, splits={"train": 3, "val": 2}, image_size=64, seed=0)
     path = tmp_path / "annotations" / "val.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), without: [], "annotations": []}))
-    data = {"kind": "coco", "root": str(tmp_path),
-            **{split: {"images": "images", "annotations": f"annotations/{split}.json"} for split in ("train", "val")}}
+    data = {
+        "kind": "coco",
+        "root": str(tmp_path),
+        **{split: {"images": "images", "annotations": f"annotations/{split}.json"} for split in ("train", "val")},
+    }
     config = parse_config({**tree(tmp_path / "out"), "data": data}, source="recipe").for_role("baseline")
     with pytest.raises(ConfigError, match=message):
         train(config)

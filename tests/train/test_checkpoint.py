@@ -202,6 +202,7 @@ def test_a_run_on_a_full_disk_goes_on_when_there_is_room(runs, tmp_path, monkeyp
 
 # ---- damaged and foreign files -------------------------------------------------------------------------------------
 
+
 def small(path):
     """A checkpoint with one of everything, and what it holds."""
     model = {"w": torch.arange(40.0), "n": torch.tensor(3)}
@@ -254,10 +255,14 @@ def change(data, content):
     for _ in range(data.draw(st.integers(1, 3))):
         where, length = data.draw(st.integers(0, len(content))), data.draw(st.sampled_from([1, 4, 64, 512]))
         kind = data.draw(st.sampled_from(["zero", "random", "cut", "repeat", "swap"]))
-        piece = content[where:where + length]
-        content[where:where + length] = {
-            "zero": bytes(len(piece)), "random": data.draw(st.binary(max_size=8)), "cut": b"", "repeat": piece * 2,
-            "swap": piece[::-1]}[kind]
+        piece = content[where : where + length]
+        content[where : where + length] = {
+            "zero": bytes(len(piece)),
+            "random": data.draw(st.binary(max_size=8)),
+            "cut": b"",
+            "repeat": piece * 2,
+            "swap": piece[::-1],
+        }[kind]
     return bytes(content)
 
 
@@ -298,7 +303,7 @@ def test_changed_pickles_are_refused_or_read(sample, data):
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(content=st.binary(max_size=200) | st.binary(max_size=60).map(lambda tail: LEGACY[:len(tail)] + tail))
+@given(content=st.binary(max_size=200) | st.binary(max_size=60).map(lambda tail: LEGACY[: len(tail)] + tail))
 def test_random_bytes_are_refused(sample, content):
     path = sample[0]
     path.write_bytes(content)
@@ -328,22 +333,39 @@ EVIL = {"format": checkpoint.FORMAT, "model": Evil()}
 DAMAGED = "cannot read .* as a checkpoint: "
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (None, "there is no checkpoint at"),
-    (b"", DAMAGED + "it is empty"),
-    (b"hello", DAMAGED + "it is no file that torch.save wrote"),
-    (b"PK\3\4" + bytes(100), DAMAGED + "it is damaged"),
-    (pickle.dumps({"a": 1}), DAMAGED),
-    (written_by(torch.save, torch.zeros(3)), "holds a Tensor, expected a dict"),
-    (written_by(torch.save, {"w": torch.zeros(3)}), "of this version of tardkd: its format is None"),
-    (LEGACY, "of this version of tardkd: its format is None"),
-    (written_by(torch.save, {"format": "tardkd checkpoint 0"}), "its format is 'tardkd checkpoint 0', expected"),
-    (written_by(torch.save, EVIL), DAMAGED + r"it asks to run \w+\.mkdir, which is never done"),
-    (written_by(old_save, EVIL), DAMAGED + r"it asks to run \w+\.mkdir, which is never done"),
-    (pickle.dumps(EVIL), DAMAGED),
-    (written_by(lambda content, file: torch.jit.save(torch.jit.script(content), file), torch.nn.ReLU()), DAMAGED),
-], ids=["absent", "empty", "text", "zip", "pickle", "tensor", "state dict", "legacy", "version", "evil", "evil legacy",
-        "evil pickle", "torchscript"])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "there is no checkpoint at"),
+        (b"", DAMAGED + "it is empty"),
+        (b"hello", DAMAGED + "it is no file that torch.save wrote"),
+        (b"PK\3\4" + bytes(100), DAMAGED + "it is damaged"),
+        (pickle.dumps({"a": 1}), DAMAGED),
+        (written_by(torch.save, torch.zeros(3)), "holds a Tensor, expected a dict"),
+        (written_by(torch.save, {"w": torch.zeros(3)}), "of this version of tardkd: its format is None"),
+        (LEGACY, "of this version of tardkd: its format is None"),
+        (written_by(torch.save, {"format": "tardkd checkpoint 0"}), "its format is 'tardkd checkpoint 0', expected"),
+        (written_by(torch.save, EVIL), DAMAGED + r"it asks to run \w+\.mkdir, which is never done"),
+        (written_by(old_save, EVIL), DAMAGED + r"it asks to run \w+\.mkdir, which is never done"),
+        (pickle.dumps(EVIL), DAMAGED),
+        (written_by(lambda content, file: torch.jit.save(torch.jit.script(content), file), torch.nn.ReLU()), DAMAGED),
+    ],
+    ids=[
+        "absent",
+        "empty",
+        "text",
+        "zip",
+        "pickle",
+        "tensor",
+        "state dict",
+        "legacy",
+        "version",
+        "evil",
+        "evil legacy",
+        "evil pickle",
+        "torchscript",
+    ],
+)
 def test_foreign_files_are_refused_by_name_and_never_executed(tmp_path, monkeypatch, content, message):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "last.pt"

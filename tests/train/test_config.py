@@ -56,7 +56,7 @@ WRONG = [  # key, value, what the message must say
 ]
 
 
-@pytest.mark.parametrize(("key", "value", "message"), WRONG, ids=[f"{key}={value}" for key, value, _ in WRONG])
+@pytest.mark.parametrize("key, value, message", WRONG, ids=[f"{key}={value}" for key, value, _ in WRONG])
 def test_a_wrong_key_or_value_is_named(key, value, message):
     with pytest.raises(ConfigError) as error:
         parse_config(change(key, value), source="recipe")
@@ -72,9 +72,18 @@ def test_all_problems_are_reported_at_once():
 
 
 def test_overrides_reach_every_kind_of_section():
-    config = recipe(Path("runs/x"), "optimizer.lr=1e-4", "student.width=0.5", "data.train=9", "distill.enabled=false",
-                    "distill.schedule.kind=cosine", "augment.scale=[0.5, 2]", "train.amp=bf16", "teacher=null",
-                    "optimizer.clip_norm=null")
+    config = recipe(
+        Path("runs/x"),
+        "optimizer.lr=1e-4",
+        "student.width=0.5",
+        "data.train=9",
+        "distill.enabled=false",
+        "distill.schedule.kind=cosine",
+        "augment.scale=[0.5, 2]",
+        "train.amp=bf16",
+        "teacher=null",
+        "optimizer.clip_norm=null",
+    )
     assert config.optimizer.lr == 1e-4 and config.student.width == 0.5 and config.data.train == 9
     assert not config.distill.enabled and config.distill.schedule.kind == "cosine"
     assert config.augment.scale == (0.5, 2) and config.train.amp == "bf16"
@@ -82,15 +91,18 @@ def test_overrides_reach_every_kind_of_section():
     assert isinstance(config.distill, DistillSettings)
 
 
-@pytest.mark.parametrize(("override", "message"), [
-    ("optimizer.lr", "override 'optimizer.lr' must have the form section.key=value"),
-    ("=3", "override '=3' must have the form"),
-    ("optimizer..lr=3", "must have the form"),
-    ("optimizer.lr=[1", "the value is not valid YAML"),
-    ("optimizer.lr.x=1", "lr is not a section"),
-    ("optimizer.lr=-3", "override: optimizer.lr: Input should be greater than 0, got -3"),
-    ("optimizer.learning_rate=3", "override: optimizer.learning_rate: unknown key"),
-])
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("optimizer.lr", "override 'optimizer.lr' must have the form section.key=value"),
+        ("=3", "override '=3' must have the form"),
+        ("optimizer..lr=3", "must have the form"),
+        ("optimizer.lr=[1", "the value is not valid YAML"),
+        ("optimizer.lr.x=1", "lr is not a section"),
+        ("optimizer.lr=-3", "override: optimizer.lr: Input should be greater than 0, got -3"),
+        ("optimizer.learning_rate=3", "override: optimizer.learning_rate: unknown key"),
+    ],
+)
 def test_a_wrong_override_is_named(override, message):
     with pytest.raises(ConfigError) as error:
         recipe(Path("runs/x"), override)
@@ -101,9 +113,12 @@ def test_the_file_is_named(tmp_path):
     path = tmp_path / "recipe.yaml"
     with pytest.raises(ConfigError, match="cannot read the configuration .*recipe.yaml: No such file"):
         load_config(path)
-    for text, message in {"a: [1": "is not valid YAML", "- 1": "must hold a mapping of sections, got list",
-                          "train: {epochs: 1, epochs: 2}": "key 'epochs' is given twice",
-                          "!!python/object:os.system {}": "is not valid YAML"}.items():
+    for text, message in {
+        "a: [1": "is not valid YAML",
+        "- 1": "must hold a mapping of sections, got list",
+        "train: {epochs: 1, epochs: 2}": "key 'epochs' is given twice",
+        "!!python/object:os.system {}": "is not valid YAML",
+    }.items():
         path.write_text(text)
         with pytest.raises(ConfigError, match=message) as error:
             load_config(path)
@@ -132,7 +147,8 @@ def test_roles(tmp_path):
     assert distilled.student == config.student and distilled.distill.enabled
     assert distilled.teacher.weights == f"{tmp_path}/teacher/last.pt"
     assert [run.output for run in (teacher, baseline, distilled)] == [
-        f"{tmp_path}/{role}" for role in ("teacher", "baseline", "distilled")]
+        f"{tmp_path}/{role}" for role in ("teacher", "baseline", "distilled")
+    ]
     # What the three share is the same in all.
     assert teacher.train == baseline.train == distilled.train and teacher.optimizer == distilled.optimizer
     own = recipe(tmp_path, "teacher.weights=mine.pt").for_role("distilled")

@@ -22,16 +22,40 @@ from tardkd.train.loop import build_batches, train
 from .recipe import recipe, tree
 
 # Every image gives the same number of regions, so that a mean over processes is the mean over the images.
-EVEN = ("data.train=8", "data.val=3", "train.batch_size=4", "student.rpn_post_nms_top_n_train=40",
-        "student.box_batch_size_per_image=12")
+EVEN = (
+    "data.train=8",
+    "data.val=3",
+    "train.batch_size=4",
+    "student.rpn_post_nms_top_n_train=40",
+    "student.box_batch_size_per_image=12",
+)
 
 
 def torchrun(folder: Path, config: Path, *arguments: str, count: int = 2) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m",
-               "tardkd", "train", "--config", str(config), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+        "-m",
+        "tardkd",
+        "train",
+        "--config",
+        str(config),
+        *arguments,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def finished(process: subprocess.Popen) -> str:
@@ -90,11 +114,31 @@ def gradients(self, step, parts):
 loop.Update.gradients = gradients
 sys.exit(main(sys.argv[1:]))
 """)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program),
-               "train", "--config", str(description), "--role", "baseline", *EVEN]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(program),
+        "train",
+        "--config",
+        str(description),
+        "--role",
+        "baseline",
+        *EVEN,
+    ]
     began = time.monotonic()
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
     output = finished(process)
     assert process.returncode != 0
     assert "tardkd: process 1: NaN or infinity in the teacher at step 3, images" in output, output
@@ -114,8 +158,19 @@ def test_told_to_end_all_save_once_and_one_process_goes_on(tmp_path):
     assert "ended by SIGTERM after step" in output, output
     step = checkpoint.load(folder / "last.pt")["step"]
     assert step >= 3
-    command = [sys.executable, "-m", "tardkd", "train", "--config", str(description), "--role", "baseline", *EVEN,
-               "train.epochs=40", "--resume"]
+    command = [
+        sys.executable,
+        "-m",
+        "tardkd",
+        "train",
+        "--config",
+        str(description),
+        "--role",
+        "baseline",
+        *EVEN,
+        "train.epochs=40",
+        "--resume",
+    ]
     alone = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while (folder / "train.csv").read_text().count("\n") < step + 3:
         assert alone.poll() is None and time.monotonic() < deadline + 60, finished(alone)

@@ -36,8 +36,11 @@ def doctor(folder: Path, *overrides: str, role: str = "distilled", changes: dict
 
 def found(report, level: str, check: str = "") -> list[str]:
     """Text and advice of the findings of that level."""
-    return [f"{finding.text} -> {finding.advice}" for name, finding in report.findings
-            if finding.level == level and check in name]
+    return [
+        f"{finding.text} -> {finding.advice}"
+        for name, finding in report.findings
+        if finding.level == level and check in name
+    ]
 
 
 def numbers(report, check: str, key: str):
@@ -73,9 +76,13 @@ def sound(tmp_path_factory, weights):
 def coco(tmp_path) -> dict:
     """The scenes as files, to be broken; and the data section of a recipe for them."""
     write_scenes(tmp_path / "data", splits={"train": 4, "val": 2}, image_size=64, seed=0)
-    return {"data": {"kind": "coco", "root": str(tmp_path / "data"),
-                     **{split: {"images": "images", "annotations": f"annotations/{split}.json"}
-                        for split in ("train", "val")}}}
+    return {
+        "data": {
+            "kind": "coco",
+            "root": str(tmp_path / "data"),
+            **{split: {"images": "images", "annotations": f"annotations/{split}.json"} for split in ("train", "val")},
+        }
+    }
 
 
 def edit(folder: Path, split: str, change) -> None:
@@ -88,12 +95,31 @@ def edit(folder: Path, split: str, change) -> None:
 def test_a_sound_recipe_has_no_problem_and_every_check_says_something(sound):
     assert found(sound, "problem") == [] and found(sound, "skipped") == [] and sound.status == 0
     assert list(dict.fromkeys(name for name, _ in sound.findings)) == [
-        "configuration", "output", "device", "training data", "validation", "classes", "overlap", "optimizer", "models",
-        "anchors", "precision", "gradients", "speed"]
+        "configuration",
+        "output",
+        "device",
+        "training data",
+        "validation",
+        "classes",
+        "overlap",
+        "optimizer",
+        "models",
+        "anchors",
+        "precision",
+        "gradients",
+        "speed",
+    ]
     texts = " ".join(finding.text for _, finding in sound.findings)
-    for part in ("7 images, all there; 4 opened", "6 classes, the same in both", "(100%), 100.0% of its parameters",
-                 "3 training steps, all terms finite", "gradients reach all", "the teacher gets none",
-                 "foreground regions a step", "3 steps an epoch, "):
+    for part in (
+        "7 images, all there; 4 opened",
+        "6 classes, the same in both",
+        "(100%), 100.0% of its parameters",
+        "3 training steps, all terms finite",
+        "gradients reach all",
+        "the teacher gets none",
+        "foreground regions a step",
+        "3 steps an epoch, ",
+    ):
         assert part in texts, part
 
 
@@ -203,7 +229,7 @@ def test_teachers_of_other_classes_are_tried_on_those_that_they_teach(tmp_path, 
     second = teacher_file(tmp_path / "second.pt", others)
     changes = {"teacher": [{"weights": first}, {"weights": second}]}
     report = doctor(tmp_path, changes=changes)
-    ours, one, other = found(report, "ok", "precision")
+    _ours, one, other = found(report, "ok", "precision")
     assert "teacher 0 has AP 0.0 on the same over the 2 classes that it teaches" in one
     assert f"teacher 1 has AP 0.0 on the same over the {len(others)} classes that it teaches" in other
     assert not found(report, "skipped")
@@ -238,9 +264,14 @@ def test_a_teachers_detections_count_under_the_students_labels(tmp_path):
 
         def forward(self, images):
             first, self.seen = self.seen, self.seen + len(images)
-            return [{"boxes": target["boxes"], "scores": torch.ones(len(target["labels"])),
-                     "labels": torch.tensor([order.index(names[one - 1]) + 1 for one in target["labels"].tolist()])}
-                    for _, target in (dataset[i] for i in range(first, first + len(images)))]
+            return [
+                {
+                    "boxes": target["boxes"],
+                    "scores": torch.ones(len(target["labels"])),
+                    "labels": torch.tensor([order.index(names[one - 1]) + 1 for one in target["labels"].tolist()]),
+                }
+                for _, target in (dataset[i] for i in range(first, first + len(images)))
+            ]
 
     batches = build_batches(config, dataset)
     assert evaluate(Knowing(), batches, dataset)["AP"] < 50
@@ -288,8 +319,7 @@ def test_classes_without_an_object_crowds_empty_images_and_gaps(tmp_path, coco):
 
     edit(tmp_path, "train", change)
     edit(tmp_path, "val", change)
-    edit(tmp_path, "train", lambda data: data["images"].extend(
-        {**data["images"][0], "id": i} for i in range(90, 95)))
+    edit(tmp_path, "train", lambda data: data["images"].extend({**data["images"][0], "id": i} for i in range(90, 95)))
     report = doctor(tmp_path, role="baseline", changes=coco)
     assert "no training object of" in found(report, "warning", "classes")[0]
     assert "unicorn" in found(report, "warning", "classes")[0]
@@ -325,8 +355,14 @@ def test_the_output_folder(tmp_path, runs):
 
 
 def test_optimizer_hints(tmp_path):
-    report = doctor(tmp_path, "optimizer.lr=0.1", "optimizer.warmup=5", "optimizer.schedule=multistep",
-                    "optimizer.milestones=[1,8]", role="baseline")
+    report = doctor(
+        tmp_path,
+        "optimizer.lr=0.1",
+        "optimizer.warmup=5",
+        "optimizer.schedule=multistep",
+        "optimizer.milestones=[1,8]",
+        role="baseline",
+    )
     rate, milestones, warmup = found(report, "warning", "optimizer")
     assert "40.0 times" in rate and "optimizer.lr=0.0025" in rate
     assert "milestones 8 are not reached in 2 epochs" in milestones
@@ -423,9 +459,9 @@ def test_boxes_are_measured_in_the_students_pixels(tmp_path):
     for size in (64, 128):
         model = build_model(ModelSpec(**{**MODEL, "min_size": size, "max_size": size}), 6)
         boxes, limits = anchors._boxes(dataset, model.transform)
-        images, targets = model.transform([dataset[0][0].float() / 255], [dict(dataset[0][1])])
+        _images, targets = model.transform([dataset[0][0].float() / 255], [dict(dataset[0][1])])
         expected = box_convert(targets[0]["boxes"], "xyxy", "cxcywh")
-        torch.testing.assert_close(boxes[:len(expected)], expected)
+        torch.testing.assert_close(boxes[: len(expected)], expected)
         assert limits[0].tolist() == [size, size]
         sides.append(boxes[:, 2:].mean())
     assert sides[1] == pytest.approx(2 * float(sides[0]))
@@ -443,7 +479,8 @@ def test_voc_folders_and_a_teachers_own_training(tmp_path, coco):
             (root / "Annotations" / f"{name}.xml").write_text(
                 f"<annotation><filename>{name}.png</filename><size><width>64</width><height>64</height></size>"
                 "<object><name>cat</name><bndbox><xmin>5</xmin><ymin>5</ymin><xmax>40</xmax><ymax>40</ymax></bndbox>"
-                "</object></annotation>")
+                "</object></annotation>"
+            )
     report = doctor(tmp_path, role="teacher", changes={"data": {"kind": "voc", "root": str(root)}})
     assert found(report, "problem") == [] and found(report, "skipped") == []
     assert "1 classes, the same in both: cat" in found(report, "ok", "classes")[0]

@@ -64,10 +64,12 @@ def test_no_detections_at_all(scenes):
 
 def test_boxes_shifted_by_a_quarter(scenes):
     """IoU of a box with itself moved by a quarter of its width: 0.75 / 1.25 = 0.6, right up to threshold 0.6."""
+
     def shift(output, rank):
         boxes = output["boxes"].clone()
         boxes[:, 0::2] += 0.2499 * (boxes[:, 2:3] - boxes[:, 0:1])
         return {**output, "boxes": boxes}
+
     metrics = evaluate(Oracle(scenes, shift), batches(scenes), scenes)
     # Neighbours of the same class could meet a shifted box, too, which these scenes hardly have.
     assert metrics["AP50"] > 99 and metrics["AP75"] < 1
@@ -77,6 +79,7 @@ def test_boxes_shifted_by_a_quarter(scenes):
 def test_one_class_wrong(scenes):
     def rename(output, rank):
         return {**output, "labels": torch.where(output["labels"] == 2, 1, output["labels"])}
+
     per_class = evaluate(Oracle(scenes, rename), batches(scenes), scenes)["per_class"]
     assert per_class["ball"] == 0 and per_class["target"] < 100 and per_class["board"] == pytest.approx(100)
 
@@ -113,12 +116,14 @@ def test_detections_to_coco():
     output = {"boxes": torch.tensor([[1.0, 2, 4, 8]]), "labels": torch.tensor([2]), "scores": torch.tensor([0.5])}
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
     assert detections_to_coco([empty, output], [4, 9], [17, 90]) == [
-        {"image_id": 9, "category_id": 90, "bbox": [1, 2, 3, 6], "score": 0.5}]
+        {"image_id": 9, "category_id": 90, "bbox": [1, 2, 3, 6], "score": 0.5}
+    ]
 
 
 def test_detections_that_are_not_finite_name_the_image(scenes):
     def spoil(output, rank):
         return {**output, "scores": output["scores"] * (float("nan") if rank == 6 else 1)}
+
     model = Oracle(scenes, spoil).train()
     with pytest.raises(RuntimeError, match="image 7 are not finite"):
         evaluate(model, batches(scenes), scenes)
@@ -141,6 +146,7 @@ class Shares(Processes):
 
 def test_an_image_that_two_processes_saw_counts_once(scenes):
     """Doubled detections would be wrong ones: the second on an object is."""
+
     def wrong_in_the_first_half(output, rank):
         return none(output, rank) if rank < 6 else output
 

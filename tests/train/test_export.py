@@ -199,16 +199,19 @@ def test_an_existing_file_is_kept_unless_told(light, tmp_path, capsys):
     torch.load(out, weights_only=True)
 
 
-@pytest.mark.parametrize(("name", "options", "message"), [
-    ("student.bin", [], r"does not tell a format \(.pt, .pth, .safetensors, .ts, .onnx\); give --format"),
-    ("student.ts", ["--size", "64", "64"], "--size is for onnx, whose input has one size; a torchscript file"),
-])
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("student.bin", [], r"does not tell a format \(.pt, .pth, .safetensors, .ts, .onnx\); give --format"),
+        ("student.ts", ["--size", "64", "64"], "--size is for onnx, whose input has one size; a torchscript file"),
+    ],
+)
 def test_wrong_requests(light, tmp_path, name, options, message):
     with pytest.raises(ExportError, match=message):
         cli.main(["--traceback", "export", str(light), "--out", str(tmp_path / name), *options])
 
 
-@pytest.mark.parametrize(("suffix", "package"), [(".safetensors", "safetensors"), (".onnx", "onnx")])
+@pytest.mark.parametrize("suffix, package", [(".safetensors", "safetensors"), (".onnx", "onnx")])
 def test_a_missing_package_is_named(light, tmp_path, monkeypatch, capsys, suffix, package):
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
@@ -232,8 +235,11 @@ def test_images_are_resized_as_outside_of_torchscript_and_traces(size):
 
 
 def test_the_comparison_sees_a_difference():
-    one = {"boxes": torch.tensor([[1.0, 1, 9, 9], [20, 20, 40, 40]]), "labels": torch.tensor([1, 2]),
-           "scores": torch.tensor([0.9, 0.5])}
+    one = {
+        "boxes": torch.tensor([[1.0, 1, 9, 9], [20, 20, 40, 40]]),
+        "labels": torch.tensor([1, 2]),
+        "scores": torch.tensor([0.9, 0.5]),
+    }
     order = {name: value.flip(0) for name, value in one.items()}
     assert export._differing(one, order, (64, 64)) == 0
     for name in one:

@@ -35,8 +35,9 @@ def figures(monkeypatch) -> list[Figure]:
 
 def distiller(norm: str = "group", **settings) -> Distiller:
     torch.manual_seed(0)
-    student, teacher = (build_model(ModelSpec(**{**MODEL, "norm": norm, "width": width}), len(CLASSES))
-                        for width in (0.125, 0.25))
+    student, teacher = (
+        build_model(ModelSpec(**{**MODEL, "norm": norm, "width": width}), len(CLASSES)) for width in (0.125, 0.25)
+    )
     return Distiller(student, teacher, DistillSettings(**settings))
 
 
@@ -49,8 +50,14 @@ def crafted(*rows: tuple) -> TaughtRegions:
     """From rows of object, label, gates as letters among fcb, p_T, p_S, IoU_T, IoU_P."""
     things = torch.tensor([[row[0] * 10.0, 0, row[0] * 10 + 9, 9] for row in rows]).reshape(-1, 4)
     gates = torch.tensor([[letter in row[2] for letter in "fcb"] for row in rows], dtype=torch.bool).reshape(-1, 3)
-    return TaughtRegions(7, things + 1, torch.tensor([row[1] for row in rows], dtype=torch.int64), things, gates,
-                         torch.tensor([row[3:] for row in rows]).reshape(-1, 4))
+    return TaughtRegions(
+        7,
+        things + 1,
+        torch.tensor([row[1] for row in rows], dtype=torch.int64),
+        things,
+        gates,
+        torch.tensor([row[3:] for row in rows]).reshape(-1, 4),
+    )
 
 
 def test_regions_are_in_image_pixels_and_gates_follow_from_scores():
@@ -105,8 +112,13 @@ def test_lessons():
 
 
 def test_picked_are_the_widest_differences_and_every_object_before_the_second_of_any():
-    regions = crafted((0, 1, "", 0.9, 0.1, 0.5, 0.5), (0, 1, "", 0.1, 0.8, 0.5, 0.5), (0, 1, "", 0.9, 0.3, 0.5, 0.5),
-                      (1, 2, "", 0.5, 0.5, 0.6, 0.3), (2, 2, "", 0.5, 0.5, 0.5, 0.4))
+    regions = crafted(
+        (0, 1, "", 0.9, 0.1, 0.5, 0.5),
+        (0, 1, "", 0.1, 0.8, 0.5, 0.5),
+        (0, 1, "", 0.9, 0.3, 0.5, 0.5),
+        (1, 2, "", 0.5, 0.5, 0.6, 0.3),
+        (2, 2, "", 0.5, 0.5, 0.5, 0.4),
+    )
 
     def picked(count):
         return [regions.scores.tolist().index(scores) for scores in regions.pick(count).scores.tolist()]
@@ -120,24 +132,38 @@ def test_a_page(figures, tmp_path):
     regions = crafted((0, 1, "fc", 0.9, 0.1, 0.5, 0.5), (1, 2, "", 0.4, 0.5, 0.3, 0.8), (2, 0, "f", 0, 0, 0, 0))
     found = {"boxes": torch.tensor([[0.0, 0, 9, 9]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.9])}
     truth = {"boxes": regions.objects[:2], "labels": regions.labels[:2]}
-    draw_page(torch.zeros(3, 48, 64), {"objects": truth, "student": found, "teacher": found}, regions, CLASSES,
-              tmp_path / "x.png", title="image 7", compared="region")
+    draw_page(
+        torch.zeros(3, 48, 64),
+        {"objects": truth, "student": found, "teacher": found},
+        regions,
+        CLASSES,
+        tmp_path / "x.png",
+        title="image 7",
+        compared="region",
+    )
     *columns, picture, table = figures[0].axes
     assert [ax.get_title(loc="left").split(",")[0] for ax in columns] == [
-        "objects", "student's detections", "teacher's detections"]
+        "objects",
+        "student's detections",
+        "teacher's detections",
+    ]
     assert [len(ax.patches) for ax in columns] == [2, 2, 2]  # one found, one missed
     assert picture.get_title(loc="left") == "what was taught on all 2 foreground regions"
     assert [patch.get_edgecolor()[:3] for patch in picture.patches] == [
-        pytest.approx(tuple(int(region_plots.COLOURS[lesson][i:i + 2], 16) / 255 for i in (1, 3, 5)))
-        for lesson in ("class", "nothing")]
+        pytest.approx(tuple(int(region_plots.COLOURS[lesson][i : i + 2], 16) / 255 for i in (1, 3, 5)))
+        for lesson in ("class", "nothing")
+    ]
     texts = {text.get_text(): text.get_weight() for text in table.texts}
     assert (texts["0.10 → 0.90"], texts["0.50 → 0.50"], texts["0.80 → 0.30"]) == ("bold", "normal", "normal")
     assert "All 2 regions: features 1, class 1, box 0" in next(text for text in texts if text.startswith("All"))
 
 
 def test_an_overview(figures, tmp_path):
-    looks = [crafted((0, 1, "fc", 0.9, 0.1, 0.5, 0.5), (1, 2, "", 0.4, 0.5, 0.3, 0.8)),
-             crafted(), crafted((0, 1, "", 0.2, 0.1, 0.5, 0.5), (2, 0, "fcb", 0, 0, 0, 0))]
+    looks = [
+        crafted((0, 1, "fc", 0.9, 0.1, 0.5, 0.5), (1, 2, "", 0.4, 0.5, 0.3, 0.8)),
+        crafted(),
+        crafted((0, 1, "", 0.2, 0.1, 0.5, 0.5), (2, 0, "fcb", 0, 0, 0, 0)),
+    ]
     draw_overview(looks, CLASSES, tmp_path / "x.png", compared="student")
     left, middle, right = figures[0].axes
     points = {lesson: cloud.get_offsets().tolist() for lesson, cloud in zip(LESSONS, left.collections)}
@@ -156,10 +182,26 @@ def test_the_command(runs, tmp_path, capsys):
     with open(out / "regions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS and {row["image_id"] for row in rows} == {"1", "2"}
-    assert all((float(row["teacher_score"]) > float(row["student_score"])) == (row["gate_classification"] == "1")
-               for row in rows if row["teacher_score"] != row["student_score"])
-    assert cli.main(["inspect", str(runs / "distilled" / "best.pt"), "--out", str(tmp_path / "one"), "data.val=3",
-                     "--ids", "3", "3"]) == 0
+    assert all(
+        (float(row["teacher_score"]) > float(row["student_score"])) == (row["gate_classification"] == "1")
+        for row in rows
+        if row["teacher_score"] != row["student_score"]
+    )
+    assert (
+        cli.main(
+            [
+                "inspect",
+                str(runs / "distilled" / "best.pt"),
+                "--out",
+                str(tmp_path / "one"),
+                "data.val=3",
+                "--ids",
+                "3",
+                "3",
+            ]
+        )
+        == 0
+    )
     assert {path.name for path in (tmp_path / "one").iterdir()} == {"image_3.png", "overview.png", "regions.csv"}
 
 
@@ -169,8 +211,11 @@ def test_regions_without_a_gate_on_background_and_images_without_objects(runs, t
     with open(tmp_path / "all" / "regions.csv", newline="") as file:
         background = [row for row in csv.DictReader(file) if row["class"] == "background"]
     assert background and all(row["object_x1"] == "" and row["gate_feature"] == "1" for row in background)
-    monkeypatch.setattr(Scenes, "_target", lambda self, index: {
-        "boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "image_id": 1})
+    monkeypatch.setattr(
+        Scenes,
+        "_target",
+        lambda self, index: {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "image_id": 1},
+    )
     summary = inspect_run(runs / "distilled" / "last.pt", tmp_path / "none", overrides=["data.val=1"])
     assert summary == "1 image without a foreground region"
     assert (tmp_path / "none" / "image_1.png").exists()
@@ -187,17 +232,23 @@ def test_an_image_that_cannot_be_read_is_left_out(runs, tmp_path):
     assert summary.startswith("1 image, ") and not (tmp_path / "one" / "image_1.png").exists()
     with open(tmp_path / "one" / "regions.csv", newline="") as file:
         assert {row["image_id"] for row in csv.DictReader(file)} == {"2"}
-    with pytest.warns(UserWarning), pytest.raises(ConfigError, match="none of the 1 images of data.val can be read"):
+    with (
+        pytest.warns(UserWarning, match="cannot be read"),
+        pytest.raises(ConfigError, match="none of the 1 images of data.val can be read"),
+    ):
         inspect_run(runs / "distilled" / "last.pt", tmp_path / "none", ids=[1], overrides=data)
 
 
-@pytest.mark.parametrize(("run", "words", "message"), [
-    ("baseline", [], "was trained without a teacher"),
-    ("distilled", ["--ids", "1", "44"], "data.val has no image 44; its 2 ids go from 1 to 2"),
-    ("distilled", ["teacher.weights=gone.pt"], "had the teacher gone.pt, which is not there; teacher.weights=FILE"),
-    ("distilled", ["distill={gaussian: 1, feature: 0, classification: 0, regression: 0}"], "no gates to show"),
-    ("nothing", [], "there is no checkpoint at"),
-])
+@pytest.mark.parametrize(
+    "run, words, message",
+    [
+        ("baseline", [], "was trained without a teacher"),
+        ("distilled", ["--ids", "1", "44"], "data.val has no image 44; its 2 ids go from 1 to 2"),
+        ("distilled", ["teacher.weights=gone.pt"], "had the teacher gone.pt, which is not there; teacher.weights=FILE"),
+        ("distilled", ["distill={gaussian: 1, feature: 0, classification: 0, regression: 0}"], "no gates to show"),
+        ("nothing", [], "there is no checkpoint at"),
+    ],
+)
 def test_mistakes(runs, tmp_path, capsys, run, words, message):
     assert cli.main(["inspect", str(runs / run), "--out", str(tmp_path / "x"), *words]) == 2
     assert message in capsys.readouterr().err

@@ -118,8 +118,9 @@ def test_workers_leave_the_signal_to_the_run(tmp_path):
     config = tmp_path / "recipe.yaml"
     config.write_text(yaml.safe_dump(description))
     command = [sys.executable, "-m", "tardkd", "train", "--config", str(config), "--role", "baseline"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path,
-                               start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path, start_new_session=True
+    )
     wait_for_another_step(tmp_path / "baseline", process)
     os.killpg(process.pid, signal.SIGTERM)
     output = process.communicate(timeout=120)[0].decode()

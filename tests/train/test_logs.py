@@ -27,8 +27,7 @@ def rows(path):
 
 def run_log(folder, resumed=None, *, terminal=False):
     console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
-    return RunLog(folder, epochs=2, steps_per_epoch=3, resumed=resumed, log_every=2, console=console,
-                  label="student")
+    return RunLog(folder, epochs=2, steps_per_epoch=3, resumed=resumed, log_every=2, console=console, label="student")
 
 
 def test_tables_lines_and_scalars(tmp_path):
@@ -38,26 +37,48 @@ def test_tables_lines_and_scalars(tmp_path):
         log.evaluation(1, 3, METRICS, best=True)
     assert rows(tmp_path / "train.csv") == [
         ["epoch", "step", "lr", "loss", "distill_feature", "seconds"],
-        ["1", "1", "0.1", "2", "0.5", "0.5"], ["1", "2", "0.1", "1", "0.5", "0.5"],
-        ["1", "3", "0.1", "0.666667", "0.5", "0.5"]]
+        ["1", "1", "0.1", "2", "0.5", "0.5"],
+        ["1", "2", "0.1", "1", "0.5", "0.5"],
+        ["1", "3", "0.1", "0.666667", "0.5", "0.5"],
+    ]
     assert rows(tmp_path / "eval.csv") == [
         ["epoch", "step", "AP", "AP50", "AP75", "APs", "APm", "APl", "AP/cat"],
-        ["1", "3", "12.34", "30", "5", "1", "2", "", "1.5"]]
+        ["1", "3", "12.34", "30", "5", "1", "2", "", "1.5"],
+    ]
     assert log.console.file.getvalue().splitlines() == [
-        "student epoch 1/2 step 2/6  2.0 steps/s  8.0 images/s  0:00:02 left  peak 0.25 GiB  loss: total 1  "
-        "distill: feature 0.5",
-        "student epoch 1/2 AP 12.3 AP50 30.0 AP75 5.0 APs 1.0 APm 2.0 APl - (best)"]
+        (
+            "student epoch 1/2 step 2/6  2.0 steps/s  8.0 images/s  0:00:02 left  peak 0.25 GiB  loss: total 1  "
+            "distill: feature 0.5"
+        ),
+        "student epoch 1/2 AP 12.3 AP50 30.0 AP75 5.0 APs 1.0 APm 2.0 APl - (best)",
+    ]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, round(e.value, 3)) for e in events.Scalars("loss/total")] == [(1, 2.0), (2, 1.0), (3, 0.667)]
     assert [e.value for e in events.Scalars("class_AP/cat")] == [1.5]
     assert set(events.Tags()["scalars"]) == {
-        "train/lr", "loss/total", "distill/feature", "speed/images_per_second", "class_AP/cat",
-        "AP/AP", "AP/AP50", "AP/AP75", "AP/APs", "AP/APm"}  # no APl: there is no such object
+        "train/lr",
+        "loss/total",
+        "distill/feature",
+        "speed/images_per_second",
+        "class_AP/cat",
+        "AP/AP",
+        "AP/AP50",
+        "AP/AP75",
+        "AP/APs",
+        "AP/APm",
+    }  # no APl: there is no such object
 
 
 def test_a_terminal_gets_a_table_in_place_of_lines(tmp_path):
-    values = {"lr": 0.01, "loss": 2.0, "loss_box_reg": 1.5, "distill_feature": 0.5, "lambda": 0.75,
-              "gate_feature": 0.9, "teacher_score": 0.8}
+    values = {
+        "lr": 0.01,
+        "loss": 2.0,
+        "loss_box_reg": 1.5,
+        "distill_feature": 0.5,
+        "lambda": 0.75,
+        "gate_feature": 0.9,
+        "teacher_score": 0.8,
+    }
     with run_log(tmp_path, terminal=True) as log:
         for step in (1, 2):
             log.step(1, step, values, images=4, seconds=0.5)
@@ -65,18 +86,30 @@ def test_a_terminal_gets_a_table_in_place_of_lines(tmp_path):
         log._display._live.refresh()
         shown = live()
     assert "epoch 1/2 step 2/6  2.0 steps/s  8.0 images/s  0:00:02 left  peak 0.25 GiB" in shown
-    shown_rows = shown[shown.rindex("student"):].splitlines()[1:]
+    shown_rows = shown[shown.rindex("student") :].splitlines()[1:]
     assert [" ".join(re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", row).split()) for row in shown_rows][:5] == [
-        "train lr 0.01 lambda 0.75", "loss total 2 box_reg 1.5", "distill feature 0.5", "gate feature 0.9",
-        "score teacher_score 0.8"]
+        "train lr 0.01 lambda 0.75",
+        "loss total 2 box_reg 1.5",
+        "distill feature 0.5",
+        "gate feature 0.9",
+        "score teacher_score 0.8",
+    ]
     assert "loss: total" not in live()
 
 
-@pytest.mark.parametrize(("name", "group"), [
-    ("loss", "loss/total"), ("loss_mask", "loss/mask"), ("distill_gaussian", "distill/gaussian"),
-    ("gate_regression", "gate/regression"), ("other_iou", "score/other_iou"), ("student_score", "score/student_score"),
-    ("lambda", "train/lambda"), ("grad_norm", "train/grad_norm"),
-])
+@pytest.mark.parametrize(
+    "name, group",
+    [
+        ("loss", "loss/total"),
+        ("loss_mask", "loss/mask"),
+        ("distill_gaussian", "distill/gaussian"),
+        ("gate_regression", "gate/regression"),
+        ("other_iou", "score/other_iou"),
+        ("student_score", "score/student_score"),
+        ("lambda", "train/lambda"),
+        ("grad_norm", "train/grad_norm"),
+    ],
+)
 def test_every_value_has_its_group(name, group):
     assert "/".join(place(name)) == group
 

@@ -36,14 +36,39 @@ def test_what_a_run_leaves_behind(runs):
     common = ["loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"]
     assert columns(runs / "baseline" / "train.csv") == ["epoch", "step", "lr", "loss", *common, "grad_norm", "seconds"]
     distilled = columns(runs / "distilled" / "train.csv")
-    assert distilled[:11] == ["epoch", "step", "lr", "loss", *common, "distill_feature", "distill_classification",
-                              "distill_regression"]
-    assert {"lambda", "gate_feature", "gate_classification", "gate_regression", "foreground", "teacher_score",
-            "student_score", "teacher_iou", "other_iou", "grad_norm"} <= set(distilled)
+    assert distilled[:11] == [
+        "epoch",
+        "step",
+        "lr",
+        "loss",
+        *common,
+        "distill_feature",
+        "distill_classification",
+        "distill_regression",
+    ]
+    assert {
+        "lambda",
+        "gate_feature",
+        "gate_classification",
+        "gate_regression",
+        "foreground",
+        "teacher_score",
+        "student_score",
+        "teacher_iou",
+        "other_iou",
+        "grad_norm",
+    } <= set(distilled)
     for role in ("teacher", "baseline", "distilled"):
         folder = runs / role
         assert {path.name for path in folder.iterdir()} == {
-            "last.pt", "previous.pt", "best.pt", "train.csv", "eval.csv", "config.yaml", "tensorboard"}
+            "last.pt",
+            "previous.pt",
+            "best.pt",
+            "train.csv",
+            "eval.csv",
+            "config.yaml",
+            "tensorboard",
+        }
         state = checkpoint.load(folder / "last.pt")
         assert (state["epoch"], state["step"]) == (2, 6)
         assert yaml.safe_load((folder / "config.yaml").read_text()) == state["config"]
@@ -77,8 +102,10 @@ def test_every_epoch_has_its_own_order_and_views(tmp_path):
         return [target["image_id"] for _, targets in batches for target in targets]
 
     assert ids(first) == ids(again) != ids(second)
-    views = [{target["image_id"]: image for images, targets in batches for image, target in zip(images, targets)}
-             for batches in (first, again, second)]
+    views = [
+        {target["image_id"]: image for images, targets in batches for image, target in zip(images, targets)}
+        for batches in (first, again, second)
+    ]
     shared = views[0].keys() & views[2].keys()
     assert all(torch.equal(views[0][key], views[1][key]) for key in views[0])
     assert not any(torch.equal(views[0][key], views[2][key]) for key in shared)
@@ -253,8 +280,16 @@ def test_a_loss_that_is_not_finite_stops_with_its_name_step_and_images(runs, tmp
 
 
 def test_gradients_are_clipped(tmp_path):
-    config = recipe(tmp_path, "train.epochs=1", "data.train=2", "optimizer.clip_norm=1e-6", "optimizer.momentum=0",
-                    "optimizer.weight_decay=0", "optimizer.warmup=0", "optimizer.lr=1").for_role("baseline")
+    config = recipe(
+        tmp_path,
+        "train.epochs=1",
+        "data.train=2",
+        "optimizer.clip_norm=1e-6",
+        "optimizer.momentum=0",
+        "optimizer.weight_decay=0",
+        "optimizer.warmup=0",
+        "optimizer.lr=1",
+    ).for_role("baseline")
     start = build_distiller(config, build_dataset(config, "val").class_names).student.state_dict()
     train(config)
     end = weights(tmp_path / "baseline")
@@ -263,8 +298,14 @@ def test_gradients_are_clipped(tmp_path):
 
 
 def test_bf16_and_channels_last_run(runs, tmp_path):
-    config = recipe(tmp_path, "train.amp=bf16", "train.channels_last=true", "train.epochs=1", "data.train=2",
-                    f"teacher.weights={runs}/teacher/last.pt").for_role("distilled")
+    config = recipe(
+        tmp_path,
+        "train.amp=bf16",
+        "train.channels_last=true",
+        "train.epochs=1",
+        "data.train=2",
+        f"teacher.weights={runs}/teacher/last.pt",
+    ).for_role("distilled")
     train(config)
     assert all(value.dtype != torch.bfloat16 for value in weights(tmp_path / "distilled").values())
 

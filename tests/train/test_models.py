@@ -11,9 +11,20 @@ from torchvision.ops import FrozenBatchNorm2d
 from tardkd.train.checkpoint import CheckpointError
 from tardkd.train.models import ModelSpec, build_model
 
-TINY = {"blocks": (1, 1, 1), "width": 0.125, "fpn_channels": 16, "head_dim": 32, "anchor_sizes": (16, 32, 64, 96),
-        "canonical_scale": 56, "min_size": 64, "max_size": 64, "rpn_post_nms_top_n_train": 30,
-        "rpn_post_nms_top_n_test": 20, "box_batch_size_per_image": 16, "box_detections_per_img": 10}
+TINY = {
+    "blocks": (1, 1, 1),
+    "width": 0.125,
+    "fpn_channels": 16,
+    "head_dim": 32,
+    "anchor_sizes": (16, 32, 64, 96),
+    "canonical_scale": 56,
+    "min_size": 64,
+    "max_size": 64,
+    "rpn_post_nms_top_n_train": 30,
+    "rpn_post_nms_top_n_test": 20,
+    "box_batch_size_per_image": 16,
+    "box_detections_per_img": 10,
+}
 
 
 def target(*boxes: list[float]) -> dict:
@@ -32,8 +43,19 @@ def test_light_family_trains_and_detects():
 
 
 def test_light_settings_arrive():
-    model = build_model(ModelSpec(**{**TINY, "norm": "group", "rpn_batch_size_per_image": 12, "box_score_thresh": 0.2,
-                                     "rpn_pre_nms_top_n_train": 31, "rpn_pre_nms_top_n_test": 32}), 3)
+    model = build_model(
+        ModelSpec(
+            **{
+                **TINY,
+                "norm": "group",
+                "rpn_batch_size_per_image": 12,
+                "box_score_thresh": 0.2,
+                "rpn_pre_nms_top_n_train": 31,
+                "rpn_pre_nms_top_n_test": 32,
+            }
+        ),
+        3,
+    )
     assert model.transform.min_size == (64,) and model.transform.max_size == 64
     assert model.rpn._pre_nms_top_n == {"training": 31, "testing": 32}
     assert model.rpn._post_nms_top_n == {"training": 30, "testing": 20}
@@ -47,7 +69,11 @@ def test_light_settings_arrive():
     assert "layer4" not in model.backbone.body
     features = model.backbone(torch.rand(1, 3, 64, 64))
     assert {key: tuple(value.shape) for key, value in features.items()} == {
-        "0": (1, 16, 16, 16), "1": (1, 16, 8, 8), "2": (1, 16, 4, 4), "pool": (1, 16, 2, 2)}
+        "0": (1, 16, 16, 16),
+        "1": (1, 16, 8, 8),
+        "2": (1, 16, 4, 4),
+        "pool": (1, 16, 2, 2),
+    }
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
@@ -55,8 +81,9 @@ def test_full_width_light_body_is_torchvisions_resnet18(tmp_path):
     torch.manual_seed(0)
     classifier = resnet18(weights=None).eval()
     torch.save(classifier.state_dict(), tmp_path / "resnet18.pt")
-    spec = ModelSpec(backbone_weights=str(tmp_path / "resnet18.pt"), freeze_norm=True, frozen_stages=2, fpn_channels=16,
-                     head_dim=16)
+    spec = ModelSpec(
+        backbone_weights=str(tmp_path / "resnet18.pt"), freeze_norm=True, frozen_stages=2, fpn_channels=16, head_dim=16
+    )
     model = build_model(spec, 2)
     body = model.backbone.body
     x = torch.rand(1, 3, 64, 64)
@@ -69,11 +96,20 @@ def test_full_width_light_body_is_torchvisions_resnet18(tmp_path):
     assert trained == {"layer2", "layer3", "layer4"}
 
 
-@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "fasterrcnn_resnet101_fpn",
-                                  "fasterrcnn_mobilenet_v3_large_fpn", "fasterrcnn_mobilenet_v3_large_320_fpn"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fasterrcnn_resnet50_fpn",
+        "fasterrcnn_resnet50_fpn_v2",
+        "fasterrcnn_resnet101_fpn",
+        "fasterrcnn_mobilenet_v3_large_fpn",
+        "fasterrcnn_mobilenet_v3_large_320_fpn",
+    ],
+)
 def test_torchvisions_own(name, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("tried to download")
+
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
     with torch.device("meta"):
         model = build_model(ModelSpec(name=name, min_size=(320, 400), max_size=500), 5)
@@ -86,8 +122,13 @@ def test_state_dict_is_torchvisions(tmp_path):
     """What we train loads into torchvision's constructor, and the reverse."""
     theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=3)
     torch.save({"model": theirs.state_dict()}, tmp_path / "detector.pt")
-    spec = ModelSpec(name="fasterrcnn_resnet50_fpn", weights=str(tmp_path / "detector.pt"), freeze_norm=True,
-                     norm_eps=0, frozen_stages=2)
+    spec = ModelSpec(
+        name="fasterrcnn_resnet50_fpn",
+        weights=str(tmp_path / "detector.pt"),
+        freeze_norm=True,
+        norm_eps=0,
+        frozen_stages=2,
+    )
     ours = build_model(spec, 2)
     assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in ours.state_dict().items())
     frozen = [module for module in ours.modules() if isinstance(module, FrozenBatchNorm2d)]
@@ -117,12 +158,18 @@ def test_new_head_takes_all_else(tmp_path):
     assert second.roi_heads.box_predictor.cls_score.out_features == 6
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda state: state.pop("backbone.fpn.layer_blocks.0.0.bias"), "1 missing, such as backbone.fpn"),
-    (lambda state: state.update(extra=torch.zeros(1)), "1 unexpected, such as extra"),
-    (lambda state: state.update({"rpn.head.cls_logits.bias": torch.zeros(7)}), r"\(7,\) in the file, \(3,\) in the"),
-    (lambda state: state.update(note="text"), "does not hold a state dict"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda state: state.pop("backbone.fpn.layer_blocks.0.0.bias"), "1 missing, such as backbone.fpn"),
+        (lambda state: state.update(extra=torch.zeros(1)), "1 unexpected, such as extra"),
+        (
+            lambda state: state.update({"rpn.head.cls_logits.bias": torch.zeros(7)}),
+            r"\(7,\) in the file, \(3,\) in the",
+        ),
+        (lambda state: state.update(note="text"), "does not hold a state dict"),
+    ],
+)
 def test_weights_that_do_not_fit(tmp_path, change, message):
     state = build_model(ModelSpec(**TINY), 3).state_dict()
     change(state)
@@ -148,20 +195,26 @@ def test_unreadable_weights(tmp_path, capsys):
     assert "executed" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"names": "resnet_fpn"}, "names"),
-    ({"name": "yolo"}, "name"),
-    ({"width": 0}, "width"),
-    ({"blocks": (2,)}, "blocks"),
-    ({"anchor_sizes": (8, 16)}, "one size per pyramid level.*found 2"),
-    ({"name": "fasterrcnn_resnet50_fpn", "width": 0.5, "norm": "group"}, "width, norm: only resnet_fpn takes these"),
-    ({"name": "fasterrcnn_mobilenet_v3_large_fpn", "frozen_stages": 1, "freeze_norm": True}, "frozen_stages"),
-    ({"frozen_stages": 2}, "needs freeze_norm"),
-    ({**TINY, "frozen_stages": 5, "freeze_norm": True}, "5 of 4 stages"),
-    ({"norm": "group", "freeze_norm": True}, "norm batch"),
-    ({"weights": "a.pt", "backbone_weights": "b.pt"}, "weights already holds the backbone"),
-    ({"weights": "DEFAULT"}, "no DEFAULT weights"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"names": "resnet_fpn"}, "names"),
+        ({"name": "yolo"}, "name"),
+        ({"width": 0}, "width"),
+        ({"blocks": (2,)}, "blocks"),
+        ({"anchor_sizes": (8, 16)}, "one size per pyramid level.*found 2"),
+        (
+            {"name": "fasterrcnn_resnet50_fpn", "width": 0.5, "norm": "group"},
+            "width, norm: only resnet_fpn takes these",
+        ),
+        ({"name": "fasterrcnn_mobilenet_v3_large_fpn", "frozen_stages": 1, "freeze_norm": True}, "frozen_stages"),
+        ({"frozen_stages": 2}, "needs freeze_norm"),
+        ({**TINY, "frozen_stages": 5, "freeze_norm": True}, "5 of 4 stages"),
+        ({"norm": "group", "freeze_norm": True}, "norm batch"),
+        ({"weights": "a.pt", "backbone_weights": "b.pt"}, "weights already holds the backbone"),
+        ({"weights": "DEFAULT"}, "no DEFAULT weights"),
+    ],
+)
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(ValidationError, match=message):
         ModelSpec(**settings)

@@ -47,17 +47,27 @@ def panels(figure: Figure) -> dict[str, list]:
 
 
 def test_curves(tmp_path, figures):
-    runs = {"alone": write_run(tmp_path / "a", distilled=False),
-            "taught": write_run(tmp_path / "b", distilled=True, steps=20) / "train.csv"}
+    runs = {
+        "alone": write_run(tmp_path / "a", distilled=False),
+        "taught": write_run(tmp_path / "b", distilled=True, steps=20) / "train.csv",
+    }
     plot_curves(runs, tmp_path / "new" / "curves.png")
     assert Image.open(tmp_path / "new" / "curves.png").width > 1000
     drawn = panels(figures[0])
-    assert list(drawn) == ["average precision, percent", "detector loss, all parts", "losses of the box head",
-                           "distillation: features, weighted", "regions with an open feature gate, share",
-                           "regions with an open box gate, share", "schedule's weight lambda"]
+    assert list(drawn) == [
+        "average precision, percent",
+        "detector loss, all parts",
+        "losses of the box head",
+        "distillation: features, weighted",
+        "regions with an open feature gate, share",
+        "regions with an open box gate, share",
+        "schedule's weight lambda",
+    ]
     precision = drawn["average precision, percent"]
     assert [line.get_xydata().tolist() for line in precision[:2]] == [
-        [[1, 10], [2, 20], [3, 30]], [[1, 20], [2, 40], [3, 60]]]
+        [[1, 10], [2, 20], [3, 30]],
+        [[1, 20], [2, 40], [3, 60]],
+    ]
     assert [line.get_linestyle() for line in precision] == ["-", "--", "-", "--"]
     loss = drawn["detector loss, all parts"]
     assert [line.get_xdata()[-1] for line in loss] == [3, 3]  # epochs, whatever the steps in one
@@ -103,7 +113,10 @@ def test_in_its_first_epoch_a_run_is_as_far_as_another_says(tmp_path, figures):
 
 def test_names_of_runs_are_unique_and_short():
     assert list(unique_names(["/x/seed0/distilled", "/x/seed1/distilled/", "/x/seed0/baseline"])) == [
-        "seed0/distilled", "seed1/distilled", "baseline"]
+        "seed0/distilled",
+        "seed1/distilled",
+        "baseline",
+    ]
     assert list(unique_names(["/a/run", "/b/a/run", "/a/run"])) == ["//a/run", "b/a/run"]
 
 
@@ -114,8 +127,10 @@ def test_the_plot_command(tmp_path, capsys):
     picture = (tmp_path / "curves.svg").read_text()
     assert picture.count("<svg") == 1 and "distillation: features" in picture
     for words, message in [
-        ([str(tmp_path), "--out", "x.png"], f"{tmp_path} is no run's folder: it has no train.csv; there are runs in "
-                                            "it: one, two"),
+        (
+            [str(tmp_path), "--out", "x.png"],
+            (f"{tmp_path} is no run's folder: it has no train.csv; there are runs in it: one, two"),
+        ),
         ([str(tmp_path / "no"), "--out", "x.png"], "is no run's folder: it has no train.csv\n"),
         ([str(one), "--out", str(tmp_path / "x.doc")], "not supported"),
     ]:
@@ -123,12 +138,15 @@ def test_the_plot_command(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("rows", "message"), [
-    ("epoch,step,loss_box_reg\n", "has no step to plot yet"),
-    ("", "has no step to plot yet"),
-    ("epoch,step,loss_box_reg\n1,1,a\n", "a row that does not fit its columns"),
-    ("epoch,step,loss_box_reg\n1,1\n1,2,3\n", "a row that does not fit its columns"),
-])
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ("epoch,step,loss_box_reg\n", "has no step to plot yet"),
+        ("", "has no step to plot yet"),
+        ("epoch,step,loss_box_reg\n1,1,a\n", "a row that does not fit its columns"),
+        ("epoch,step,loss_box_reg\n1,1\n1,2,3\n", "a row that does not fit its columns"),
+    ],
+)
 def test_logs_that_cannot_be_plotted_are_named(tmp_path, rows, message):
     folder = write_run(tmp_path / "a", distilled=False)
     (folder / "train.csv").write_text(rows)
@@ -157,13 +175,16 @@ def boxes(*rows: list[float], scores: bool = True) -> dict[str, torch.Tensor]:
 
 def test_detections(tmp_path, figures):
     truth = boxes([10, 10, 30, 30, 1, 0], [40, 40, 60, 60, 2, 0], [5, 40, 15, 60, 2, 0], scores=False)
-    found = boxes([11, 10, 30, 30, 1, 0.9],  # right
-                  [10, 11, 30, 30, 1, 0.8],  # the same object again
-                  [40, 40, 60, 60, 1, 0.7],  # wrong class
-                  [5, 40, 15, 60, 2, 0.3])  # right, but too unsure to draw
+    found = boxes(
+        [11, 10, 30, 30, 1, 0.9],  # right
+        [10, 11, 30, 30, 1, 0.8],  # the same object again
+        [40, 40, 60, 60, 1, 0.7],  # wrong class
+        [5, 40, 15, 60, 2, 0.3],
+    )  # right, but too unsure to draw
     image = Scenes(1, 64, 0)[0][0]
-    draw_detections(image, {"ground truth": truth, "student": found}, ["disc", "ball"], tmp_path / "one.png",
-                    min_score=0.5)
+    draw_detections(
+        image, {"ground truth": truth, "student": found}, ["disc", "ball"], tmp_path / "one.png", min_score=0.5
+    )
     assert Image.open(tmp_path / "one.png").width > 500
     left, right = figures[0].axes
     assert [axes.get_title() for axes in (left, right)] == ["ground truth", "student"]
@@ -177,8 +198,12 @@ def test_detections(tmp_path, figures):
 def test_several_images_without_truth_or_detections(tmp_path, figures):
     scenes = Scenes(2, 64, 0)
     images = [scenes[i][0] for i in range(2)]
-    draw_detections(images, {"a": [boxes(), boxes()], "b": [boxes([1, 1, 9, 9, 3, 0.9]), boxes()]},
-                    ["x", "y", "z"], tmp_path / "two.png")
+    draw_detections(
+        images,
+        {"a": [boxes(), boxes()], "b": [boxes([1, 1, 9, 9, 3, 0.9]), boxes()]},
+        ["x", "y", "z"],
+        tmp_path / "two.png",
+    )
     assert sum(len(axes.patches) for axes in figures[0].axes) == 1
     with pytest.raises(ValueError, match="column 'a' has 1 entries for 2 images"):
         draw_detections(images, {"a": [boxes()]}, ["x", "y", "z"], tmp_path / "two.png")

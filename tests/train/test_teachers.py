@@ -126,16 +126,19 @@ def test_a_list_of_teachers_survives_being_written_out(tmp_path):
     assert load_config(path) == config
 
 
-@pytest.mark.parametrize(("override", "message"), [
-    ("teacher.1.model.widht=1", "override: teacher.1.model.widht: unknown key; did you mean width?"),
-    ("teacher.0.weight=a", "override: teacher.0.weight: unknown key; did you mean weights?"),
-    ("teacher.0.compile=perhaps", "override: teacher.0.compile: Input should be a valid boolean"),
-    ("teacher.1.classes.cat=[1]", "override: teacher.1.classes.cat: Input should be a valid string"),
-    ("teacher.2.weights=a", "override 'teacher.2.weights=a': 2 is no place in a list of 2, which count from 0"),
-    ("teacher.weights=a", "override 'teacher.weights=a': weights is no place in a list of 2, which count from 0"),
-    ("teacher=[]", "override: teacher: Tuple should have at least 1 item"),
-    ("teacher=3", "override: teacher: Input should be a valid dictionary or instance of Teacher"),
-])
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("teacher.1.model.widht=1", "override: teacher.1.model.widht: unknown key; did you mean width?"),
+        ("teacher.0.weight=a", "override: teacher.0.weight: unknown key; did you mean weights?"),
+        ("teacher.0.compile=perhaps", "override: teacher.0.compile: Input should be a valid boolean"),
+        ("teacher.1.classes.cat=[1]", "override: teacher.1.classes.cat: Input should be a valid string"),
+        ("teacher.2.weights=a", "override 'teacher.2.weights=a': 2 is no place in a list of 2, which count from 0"),
+        ("teacher.weights=a", "override 'teacher.weights=a': weights is no place in a list of 2, which count from 0"),
+        ("teacher=[]", "override: teacher: Tuple should have at least 1 item"),
+        ("teacher=3", "override: teacher: Input should be a valid dictionary or instance of Teacher"),
+    ],
+)
 def test_a_wrong_key_is_named_with_its_teacher(tmp_path, override, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         several(tmp_path, override)

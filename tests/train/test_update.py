@@ -165,7 +165,7 @@ def test_the_images_of_a_step_that_failed_are_kept(tmp_path, monkeypatch, late):
     with pytest.raises(NonFiniteLoss, match=r"loss_objectness is nan at step 2, images \d, \d; .*failed\.pt holds"):
         train(config)
     failed = checkpoint.load(tmp_path / "baseline" / "failed.pt")
-    (images, targets), = failed["parts"]
+    ((images, targets),) = failed["parts"]
     assert failed["step"] == 2 and ("model" in failed) == (not late)
     dataset = build_dataset(config, "train", augment=True)
     expected, _ = list(build_batches(config, dataset, epoch=0))[1]

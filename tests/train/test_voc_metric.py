@@ -10,14 +10,18 @@ from tardkd.train.voc_metric import voc_ap50
 
 
 def data(*annotations):
-    listed = [{"id": i, "image_id": image, "category_id": category, "bbox": box, "iscrowd": difficult}
-              for i, (image, category, box, difficult) in enumerate(annotations, start=1)]
+    listed = [
+        {"id": i, "image_id": image, "category_id": category, "bbox": box, "iscrowd": difficult}
+        for i, (image, category, box, difficult) in enumerate(annotations, start=1)
+    ]
     return SimpleNamespace(coco=SimpleNamespace(dataset={"annotations": listed}), category_ids=[1, 2])
 
 
 def found(*results):
-    return [{"image_id": image, "category_id": category, "bbox": box, "score": score}
-            for image, category, box, score in results]
+    return [
+        {"image_id": image, "category_id": category, "bbox": box, "score": score}
+        for image, category, box, score in results
+    ]
 
 
 BOX, FAR, HALF = [0, 0, 10, 10], [50, 50, 10, 10], [0, 0, 10, 4]
