@@ -257,7 +257,7 @@ def _background(rng: Generator, size: int) -> np.ndarray:
             case 0:
                 pen.line([x, y, x + dx, y + dy], fill=tint, width=int(rng.integers(1, 5)))
             case 1:
-                corners = [*rng.integers(-size // 6, size // 6, (4, 2)), x, y]
+                corners = rng.integers(-size // 6, size // 6, (4, 2)) + np.array([x, y])
                 pen.polygon(corners.ravel().tolist(), fill=tint)
             case 2:
                 pen.arc(
