@@ -344,7 +344,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t
       return error;
     }
   }
-  kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)> > >(arguments...);
+  kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
   return cudaGetLastError();
 #endif
 }
