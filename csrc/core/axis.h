@@ -18,19 +18,28 @@ struct RoiAxis {
   int32_t size;  // map extent
 };
 
-TARDKD_HD RoiAxis roi_axis(double lo, double hi, double scale, int32_t pooled, int32_t size, const RoiAlignSpec& spec) {
-  const double offset = spec.aligned ? 0.5 : 0.0;
+TARDKD_HD RoiAxis roi_axis(double lo, double hi, double scale, int32_t pooled, int32_t size,
+                           const RoiAlignSpec& align) {
+  const double offset = align.aligned ? 0.5 : 0.0;
   const double start = lo * scale - offset;
   double extent = (hi * scale - offset) - start;
-  if (!spec.aligned && extent < 1.0) extent = 1.0;
+  if (!align.aligned && extent < 1.0) extent = 1.0;
   RoiAxis axis;
   axis.start = start;
   axis.bin = extent / pooled;
   axis.size = size;
   // A grid denser than 2^20 samples a bin only arises from absurd boxes; the bound keeps the integer defined.
   const double adaptive = fmin(ceil(extent / pooled), 1048576.0);
-  axis.grid = spec.sampling_ratio > 0 ? spec.sampling_ratio : (adaptive > 0.0 ? static_cast<int32_t>(adaptive) : 0);
+  axis.grid = align.sampling_ratio > 0 ? align.sampling_ratio : (adaptive > 0.0 ? static_cast<int32_t>(adaptive) : 0);
   return axis;
+}
+
+// The two axes of a region on a map; `box`: (4,) x1, y1, x2, y2.
+TARDKD_HD RoiAxis roi_axis_y(const double* box, const FeatureMap& map, const RoiAlignSpec& align) {
+  return roi_axis(box[1], box[3], map.scale, align.pooled_h, map.height, align);
+}
+TARDKD_HD RoiAxis roi_axis_x(const double* box, const FeatureMap& map, const RoiAlignSpec& align) {
+  return roi_axis(box[0], box[2], map.scale, align.pooled_w, map.width, align);
 }
 
 // Two pixels and their weights; weights already divided by the grid so that a bin is a mean.
@@ -57,19 +66,24 @@ TARDKD_HD bool axis_sample(const RoiAxis& axis, int32_t bin, int32_t k, AxisSamp
   return true;
 }
 
-// Levels the rule can reach: it counts octaves from the finest scale to the coarsest, so of several maps of one
-// stride (torchvision's MobileNet pyramids) only the first is ever used.
+// How many levels the rule of assign_level can reach. It counts octaves from the finest scale to the coarsest, so of
+// several maps of one stride (torchvision's MobileNet pyramids) only the first is ever used.
 TARDKD_HD int32_t reachable_levels(double finest, double coarsest, int32_t levels) {
   const double octaves = floor(log2(finest / coarsest) + 0.5);
   return octaves <= 0.0 ? 1 : (octaves + 1.0 < levels ? static_cast<int32_t>(octaves) + 1 : levels);
 }
 
-// Equation 1 of the FPN paper as torchvision evaluates it. `scale0` is the scale of the finest level; for scales
-// that are not powers of two this is the rule applied in that side's own pixels. `levels` are the reachable ones.
-TARDKD_HD int32_t assign_level(const double* box, double scale0, int32_t levels, const RoiAlignSpec& spec) {
+TARDKD_HD int32_t reachable_levels(const Pyramid& pyramid) {
+  return reachable_levels(pyramid.level[0].scale, pyramid.level[pyramid.levels - 1].scale, pyramid.levels);
+}
+
+// Equation 1 of the FPN paper as torchvision evaluates it. `box`: (4,) x1, y1, x2, y2. `scale0` is the scale of the
+// finest level; for scales that are not powers of two this is the rule applied in that side's own pixels. `levels` are
+// the reachable ones.
+TARDKD_HD int32_t assign_level(const double* box, double scale0, int32_t levels, const RoiAlignSpec& align) {
   const double area = (box[2] - box[0]) * (box[3] - box[1]);
   if (!(area > 0.0)) return 0;
-  const double level = floor(spec.canonical_level + log2(sqrt(area) / spec.canonical_scale) + 1e-6 + log2(scale0));
+  const double level = floor(align.canonical_level + log2(sqrt(area) / align.canonical_scale) + 1e-6 + log2(scale0));
   return level <= 0.0 ? 0 : (level >= levels - 1 ? levels - 1 : static_cast<int32_t>(level));
 }
 

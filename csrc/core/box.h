@@ -11,14 +11,17 @@ struct Box {
   double x1, y1, x2, y2;
 };
 
+// `box`: (4,).
 TARDKD_HD bool is_finite(const double* box) {
   // A sum is not enough (inf - inf aside, it may overflow), so each coordinate is looked at.
   return fabs(box[0]) <= 1.7e308 && fabs(box[1]) <= 1.7e308 && fabs(box[2]) <= 1.7e308 && fabs(box[3]) <= 1.7e308;
 }
 
+// `xyxy`: (4,).
 TARDKD_HD Box make_box(const double* xyxy) { return Box{xyxy[0], xyxy[1], xyxy[2], xyxy[3]}; }
 
-// torchvision's BoxCoder.decode: dw and dh clamped from above at log(1000 / 16).
+// torchvision's BoxCoder.decode: dw and dh are clamped from above at log(1000 / 16). `deltas` and `weights`: (4,) of
+// dx, dy, dw, dh.
 template <class A>
 TARDKD_HD Box decode_box(const A* deltas, const Box& proposal, const double* weights) {
   const double clamp = 4.135166556742356;

@@ -1,5 +1,6 @@
-// Types shared by every back end: enums, plain parameter structs, and the host/device marker.
-// Nothing here needs CUDA or torch headers; the structs are passed to kernels by value.
+// Types shared by every back end: enums, plain parameter structs, and the host/device marker. Nothing here needs CUDA
+// or torch headers; the structs are passed to kernels by value. A stands for the type that a kernel accumulates in:
+// float, or double when a feature tensor is float64.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +26,7 @@ enum class Activation : int32_t { softmax, sigmoid };
 enum class Background : int32_t { first, last };
 enum class Reduction : int32_t { mean, sum, none };
 
-// One level of a feature pyramid, (N, C, H, W) with strides in elements.
+// One level of a feature pyramid: (N, C, height, width) with strides in elements.
 struct FeatureMap {
   void* data;
   int64_t stride_n, stride_c, stride_h, stride_w;
@@ -33,11 +34,45 @@ struct FeatureMap {
   double scale;  // map pixels per student-input pixel
 };
 
+// Element of a map, counted from its first one.
+TARDKD_HD int64_t offset_in(const FeatureMap& map, int64_t n, int64_t c, int64_t y, int64_t x) {
+  return n * map.stride_n + c * map.stride_c + y * map.stride_h + x * map.stride_w;
+}
+
+// Whether two maps show the same pixels. Their memory may be ordered in different ways.
+inline bool same_extent(const FeatureMap& a, const FeatureMap& b) {
+  return a.height == b.height && a.width == b.width && a.scale == b.scale;
+}
+
+// A feature pyramid, or the gradients of one; the finest level comes first.
 struct Pyramid {
   FeatureMap level[kMaxLevels];
   int32_t levels, images, channels;
   DType dtype;
 };
+
+// Regions that are already pooled: (R, channels, pooled_h, pooled_w). The two axes of the bins are walked as one, so
+// there are three strides, in elements: of regions, channels and bins. Null data stands for a tensor that is absent.
+struct PooledTensor {
+  void* data;
+  DType dtype;
+  int32_t channels, pooled_h, pooled_w;
+  int64_t strides[3];
+};
+
+// (rows, columns), or (rows,) where the column's stride has no meaning; strides in elements. Null data stands for a
+// table that is absent.
+struct Table {
+  const void* data;
+  DType dtype;
+  int64_t stride_row, stride_column;
+};
+
+// Row `row` of a table that stores T and whose columns are neighbours in memory.
+template <class T>
+TARDKD_HD const T* dense_row(const Table& table, int64_t row) {
+  return static_cast<const T*>(table.data) + row * table.stride_row;
+}
 
 struct RoiAlignSpec {
   int32_t pooled_h, pooled_w;
@@ -60,28 +95,30 @@ struct LossSpec {
   double box_weights[4];  // dx, dy, dw, dh
 };
 
-// Everything about the regions except their features. A is float, or double when a feature pyramid is.
-template <class A>
+// Everything about the R regions of a call except their features, as it lies in the caller's tensors.
+//
+// The CUDA kernels read tables of any strides and of any floating type, boxes of float32 or float64. The CPU kernels
+// read tables whose columns are neighbours: boxes of float64, the others of the accumulation type A.
 struct RegionInputs {
   int64_t regions;
-  int32_t images;  // < 0: the image index is not checked (pooled features)
+  int32_t images;  // negative where the proposals' image index is not looked at (pooled features)
   int32_t logit_columns;
-  int32_t student_delta_columns, teacher_delta_columns;  // each 4, 4 K or 4 (K + 1)
-  const double* proposals;                               // (R, 5) image index, x1, y1, x2, y2
-  const A* student_logits;                               // (R, logit_columns)
-  const A* teacher_logits;                               // (R, logit_columns)
-  const A* student_deltas;                               // (R, student_delta_columns)
-  const A* teacher_deltas;                               // (R, teacher_delta_columns)
+  int32_t student_delta_columns, teacher_delta_columns;  // each 4, 4 K or 4 (K + 1) for K classes
+  Table proposals;                                       // (R, 5) image index, x1, y1, x2, y2
+  Table student_logits, teacher_logits;                  // (R, logit_columns)
+  Table student_deltas;                                  // (R, student_delta_columns)
+  Table teacher_deltas;                                  // (R, teacher_delta_columns)
+  Table gt_boxes;                                        // (R, 4) x1, y1, x2, y2
+  Table region_weights;                                  // (R,), or absent for ones
+  Table upstream;                                        // (3, R) gradients of the unreduced terms, or absent for ones
   const int64_t* labels;                                 // (R,)
-  const double* gt_boxes;                                // (R, 4)
-  const A* region_weights;                               // (R,) or null
-  const A* upstream;                                     // (3, R) gradients of the unreduced terms, or null for ones
+  int64_t label_stride;
 };
 
-// Results. A null gradient pointer means that gradient is not wanted.
+// Results, dense. A null gradient pointer means that the gradient is not wanted.
 template <class A>
 struct RegionOutputs {
-  A* losses[3];    // feature, classification, regression: a scalar each, or (R,) with Reduction::none
+  A* losses[3];    // feature, classification, regression: one element each, or (R,) with Reduction::none
   bool* gates;     // (R, 3) feature, classification, regression
   A* scores;       // (R, 4) p_T(y), p_S(y), IoU of the teacher's box, IoU it was compared with
   A* factors;      // (3,) by which each term's gradient is to be multiplied yet: 1 / gate count with Reduction::mean

@@ -28,16 +28,21 @@ TARDKD_HD int64_t delta_column(int64_t label, int32_t delta_columns, int32_t cla
   return 4 * (background == Background::first && !has_background ? label - 1 : label);
 }
 
+// Whether a proposal, (5,) image index, x1, y1, x2, y2, can be pooled: its box is finite and its image exists. The
+// image index is not looked at where `images` is negative.
+TARDKD_HD bool is_valid_proposal(const double* proposal, int32_t images) {
+  return is_finite(proposal + 1) && (images < 0 || (proposal[0] >= 0.0 && proposal[0] < images));
+}
+
 struct RegionState {
   bool valid, foreground;
 };
 
-// `images` < 0: the image index is not looked at.
+// `proposal`: (5,), see is_valid_proposal; `gt_box`: (4,) x1, y1, x2, y2, which is looked at for foreground alone.
 TARDKD_HD RegionState region_state(const double* proposal, int32_t images, int64_t label, const double* gt_box,
                                    int32_t classes, Background background) {
   RegionState state{false, false};
-  if (!is_finite(proposal + 1) || label < 0 || label > classes) return state;
-  if (images >= 0 && !(proposal[0] >= 0.0 && proposal[0] < images)) return state;
+  if (!is_valid_proposal(proposal, images) || label < 0 || label > classes) return state;
   state.foreground = !is_background(label, classes, background);
   state.valid = !state.foreground || is_finite(gt_box);
   state.foreground = state.foreground && state.valid;
@@ -48,7 +53,7 @@ struct Gates {
   bool feature, classification, regression;
 };
 
-// Ties are closed; a NaN score closes the gate that reads it.
+// `scores`: (4,) as in RegionOutputs. Ties are closed; a NaN score closes the gate that reads it.
 template <class A>
 TARDKD_HD Gates decide_gates(const RegionState& state, const A* scores, const LossSpec& spec) {
   Gates gates{false, false, false};
@@ -77,7 +82,8 @@ TARDKD_HD Gates decide_gates(const RegionState& state, const A* scores, const Lo
   return gates;
 }
 
-// scores[2] and scores[3]: IoU of the teacher's decoded box, and of what it is compared with.
+// Writes scores[2] and scores[3]: the IoU of the teacher's decoded box with the ground truth, and that of the box it is
+// compared with. Boxes are (4,) x1, y1, x2, y2; deltas (4,), those of the region's own class; `scores` is (4,).
 template <class A>
 TARDKD_HD void box_scores(const double* proposal_xyxy, const double* gt_xyxy, const A* student_deltas,
                           const A* teacher_deltas, const LossSpec& spec, A* scores) {
@@ -87,6 +93,15 @@ TARDKD_HD void box_scores(const double* proposal_xyxy, const double* gt_xyxy, co
                         ? decode_box(student_deltas, proposal, spec.box_weights)
                         : proposal;
   scores[3] = static_cast<A>(box_iou(other, gt));
+}
+
+// Gaussian weight of bin (i, j) of a region: that of its matched ground-truth box at the bin's centre; 0 for background
+// regions, which have no such box. `box` and `gt_box`: (4,) x1, y1, x2, y2.
+TARDKD_HD double gaussian_bin_weight(bool background, const double* box, const double* gt_box, int32_t i, int32_t j,
+                                     int32_t pooled_h, int32_t pooled_w) {
+  if (background) return 0.0;
+  return bin_gaussian(box[1], box[3], i, pooled_h, gt_box[1], gt_box[3]) *
+         bin_gaussian(box[0], box[2], j, pooled_w, gt_box[0], gt_box[2]);
 }
 
 }  // namespace tardkd

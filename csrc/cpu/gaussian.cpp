@@ -33,13 +33,13 @@ int32_t past_pixel(double v, int32_t size) {
   return static_cast<int32_t>(std::clamp(std::floor(v) + 1.0, 0.0, double(size)));
 }
 
-// One list an image.
+// The boxes of each image, of `boxes` (count, 5) image index, x1, y1, x2, y2.
 template <class A>
-std::vector<std::vector<BoxOnMap<A>>> place_boxes(const FeatureMap& map, int32_t images, const double* boxes,
+std::vector<std::vector<BoxOnMap<A>>> place_boxes(const FeatureMap& map, int32_t images, const Table& boxes,
                                                   int64_t count, double sigma_squared) {
   std::vector<std::vector<BoxOnMap<A>>> placed(images);
   for (int64_t b = 0; b < count; ++b) {
-    const double* box = boxes + 5 * b + 1;
+    const double *row = dense_row<double>(boxes, b), *box = row + 1;
     if (!is_finite(box) || !(box[2] > box[0]) || !(box[3] > box[1])) continue;
     const double lo = box[0] * map.scale, hi = box[2] * map.scale;
     BoxOnMap<A> at;
@@ -52,12 +52,13 @@ std::vector<std::vector<BoxOnMap<A>>> place_boxes(const FeatureMap& map, int32_t
     if (at.x0 >= at.x1 || at.y0 >= at.y1) continue;
     for (int32_t x = at.x0; x < at.x1; ++x)
       at.along_x.push_back(static_cast<A>(axis_gaussian(x, lo, hi, sigma_squared)));
-    placed[static_cast<int64_t>(boxes[5 * b])].push_back(std::move(at));
+    placed[static_cast<int64_t>(row[0])].push_back(std::move(at));
   }
   return placed;
 }
 
-// Rows [row, row + rows) of the mask, the maximum over boxes, and each row's nonzero columns. Returns their sum.
+// Makes rows [row, row + rows) of the mask, the maximum over boxes, in `mask` (rows, width), and in `extent` (rows, 2)
+// the columns of each row outside which it is zero. Returns the sum of the mask.
 template <class A>
 double make_mask(const std::vector<BoxOnMap<A>>& boxes, int32_t width, int32_t row, int32_t rows, double sigma_squared,
                  A* mask, int32_t* extent) {
@@ -84,7 +85,7 @@ double make_mask(const std::vector<BoxOnMap<A>>& boxes, int32_t width, int32_t r
 
 // Calls body(task, image, row, rows, mask, extent, sum of the mask) for every band of a level, on `threads` threads.
 template <class A, class Body>
-void for_bands(const FeatureMap& map, int32_t images, const double* boxes, int64_t count, double sigma_squared,
+void for_bands(const FeatureMap& map, int32_t images, const Table& boxes, int64_t count, double sigma_squared,
                int threads, const Body& body) {
   const auto placed = place_boxes<A>(map, images, boxes, count, sigma_squared);
   const int32_t bands = bands_of(map);
@@ -112,7 +113,7 @@ GaussianJob<A> gaussian_job(const Pyramid& student, const Pyramid& teacher, int3
 }  // namespace
 
 template <class A>
-void gaussian_feature_loss(const Pyramid& student, const Pyramid& teacher, const double* boxes, int64_t count,
+void gaussian_feature_loss(const Pyramid& student, const Pyramid& teacher, const Table& boxes, int64_t count,
                            double sigma_squared, A* loss, double* mask_sums, int threads) {
   const Kernels<A>& hot = kernels(A());
   double total = 0;
@@ -137,7 +138,7 @@ void gaussian_feature_loss(const Pyramid& student, const Pyramid& teacher, const
 
 template <class A>
 void gaussian_feature_loss_backward(const Pyramid& student, const Pyramid& teacher, const Pyramid& grad,
-                                    const double* boxes, int64_t count, double sigma_squared, const double* mask_sums,
+                                    const Table& boxes, int64_t count, double sigma_squared, const double* mask_sums,
                                     double upstream, int threads) {
   const Kernels<A>& hot = kernels(A());
   for (int32_t level = 0; level < student.levels; ++level) {
@@ -152,10 +153,10 @@ void gaussian_feature_loss_backward(const Pyramid& student, const Pyramid& teach
   }
 }
 
-#define TARDKD_INSTANTIATE(A)                                                                                         \
-  template void gaussian_feature_loss<A>(const Pyramid&, const Pyramid&, const double*, int64_t, double, A*, double*, \
-                                         int);                                                                        \
-  template void gaussian_feature_loss_backward<A>(const Pyramid&, const Pyramid&, const Pyramid&, const double*,      \
+#define TARDKD_INSTANTIATE(A)                                                                                        \
+  template void gaussian_feature_loss<A>(const Pyramid&, const Pyramid&, const Table&, int64_t, double, A*, double*, \
+                                         int);                                                                       \
+  template void gaussian_feature_loss_backward<A>(const Pyramid&, const Pyramid&, const Pyramid&, const Table&,      \
                                                   int64_t, double, const double*, double, int)
 TARDKD_INSTANTIATE(float);
 TARDKD_INSTANTIATE(double);

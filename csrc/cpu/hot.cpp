@@ -243,7 +243,7 @@ void pool_task(const PoolJob<A>& job, int32_t image, int32_t level, int32_t bloc
   const FeatureMap* grad_map = nullptr;
   if (job.grad) {
     grad_map = &job.grad->level[level];
-    grad = static_cast<A*>(grad_map->data) + image * grad_map->stride_n + c0 * grad_map->stride_c;
+    grad = static_cast<A*>(grad_map->data) + offset_in(*grad_map, image, c0, 0, 0);
     zero_block(*grad_map, grad, channels);
   }
 
@@ -254,7 +254,7 @@ void pool_task(const PoolJob<A>& job, int32_t image, int32_t level, int32_t bloc
       job.same_geometry ? pool_region_for<A, L, true>(student.dtype) : pool_region_for<A, L, false>(student.dtype);
   const auto pool_teacher =
       job.teacher && !job.same_geometry ? pool_region_for<A, L, false>(job.teacher->dtype) : nullptr;
-  const int64_t offset_s = image * map.stride_n + c0 * map.stride_c;
+  const int64_t offset_s = offset_in(map, image, c0, 0, 0);
 
   for (int64_t r = begin; r < end; ++r) {
     const PooledRegion<A>& region = job.regions[r];
@@ -267,11 +267,11 @@ void pool_task(const PoolJob<A>& job, int32_t image, int32_t level, int32_t bloc
     } else {
       const FeatureMap* twin = job.same_geometry ? &job.teacher->level[level] : nullptr;
       pool_student(job, map, map.data, twin ? twin->data : nullptr, offset_s,
-                   twin ? image * twin->stride_n + c0 * twin->stride_c : 0, region.student, channels, row, out);
+                   twin ? offset_in(*twin, image, c0, 0, 0) : 0, region.student, channels, row, out);
       if (pool_teacher) {
         const FeatureMap& there = job.teacher->level[region.teacher.level];
-        pool_teacher(job, there, there.data, nullptr, image * there.stride_n + c0 * there.stride_c, 0, region.teacher,
-                     channels, row, other);
+        pool_teacher(job, there, there.data, nullptr, offset_in(there, image, c0, 0, 0), 0, region.teacher, channels,
+                     row, other);
         for (int k = 0; k < bins * L; ++k) out[k] -= other[k];
       }
       if (job.pooled) {
@@ -331,19 +331,20 @@ A pooled_run(const S* s, const T* t, A* grad, int count, const A* bin_weights, A
 
 template <class S, class T, class A, FeatureLoss kKind>
 void pooled_region(const PooledLossJob<A>& job, int64_t r) {
-  const S* s = static_cast<const S*>(job.student) + r * job.student_strides[0];
-  const T* t = static_cast<const T*>(job.teacher) + r * job.teacher_strides[0];
-  A* grad = job.grad ? job.grad + r * job.grad_strides[0] : nullptr;
-  const A* bin_weights = job.bin_weights ? job.bin_weights + r * job.bins : nullptr;
+  const int channels = job.student.channels, bins = job.student.pooled_h * job.student.pooled_w;
+  const S* s = static_cast<const S*>(job.student.data) + r * job.student.strides[0];
+  const T* t = static_cast<const T*>(job.teacher.data) + r * job.teacher.strides[0];
+  A* grad = job.grad.data ? static_cast<A*>(job.grad.data) + r * job.grad.strides[0] : nullptr;
+  const A* bin_weights = job.bin_weights ? job.bin_weights + r * bins : nullptr;
   if (!job.open[3 * r]) {
     job.sums[r] = 0;
     // Dense in either layout, so one fill covers the region.
-    if (grad) std::memset(grad, 0, sizeof(A) * job.channels * job.bins);
+    if (grad) std::memset(grad, 0, sizeof(A) * channels * bins);
     return;
   }
   // The driver hands over tensors whose channels (NCHW) or bins (channels_last) are the outer of two dense loops.
-  const bool bins_inside = job.student_strides[2] == 1;
-  const int inner = bins_inside ? job.bins : job.channels, outer = bins_inside ? job.channels : job.bins;
+  const bool bins_inside = job.student.strides[2] == 1;
+  const int inner = bins_inside ? bins : channels, outer = bins_inside ? channels : bins;
   A total = 0;
   if (!bin_weights)
     total = pooled_run<S, T, A, kKind>(s, t, grad, inner * outer, nullptr, job.beta, job.slope[r]);
@@ -370,15 +371,14 @@ void pooled_region_kind(const PooledLossJob<A>& job, int64_t r) {
 
 template <class A>
 void pooled_loss_region(const PooledLossJob<A>& job, int64_t region) {
-  with_type<A>(job.student_dtype, [&](auto* s) {
-    with_type<A>(job.teacher_dtype, [&](auto* t) {
+  with_type<A>(job.student.dtype, [&](auto* s) {
+    with_type<A>(job.teacher.dtype, [&](auto* t) {
       pooled_region_kind<std::decay_t<decltype(*s)>, std::decay_t<decltype(*t)>, A>(job, region);
     });
   });
 }
 
-// ---- Gaussian-mask loss
-// ----------------------------------------------------------------------------------------------
+// ---- Gaussian-mask loss ---------------------------------------------------------------------------------------------
 
 // A run is `count` consecutive pixels of a row; the mask's zeros keep a NaN between two boxes out.
 template <class S, class T, class A>
@@ -417,18 +417,14 @@ struct Band {
 
   Band(const GaussianJob<A>& j, int32_t image, int32_t row)
       : job(j),
-        s(static_cast<const S*>(j.student.data) + image * j.student.stride_n + row * j.student.stride_h),
-        t(static_cast<const T*>(j.teacher.data) + image * j.teacher.stride_n + row * j.teacher.stride_h),
-        g(j.grad.data ? static_cast<A*>(j.grad.data) + image * j.grad.stride_n + row * j.grad.stride_h : nullptr),
+        s(static_cast<const S*>(j.student.data) + offset_in(j.student, image, 0, row, 0)),
+        t(static_cast<const T*>(j.teacher.data) + offset_in(j.teacher, image, 0, row, 0)),
+        g(j.grad.data ? static_cast<A*>(j.grad.data) + offset_in(j.grad, image, 0, row, 0) : nullptr),
         width(j.student.width) {}
 
-  const S* student(int c, int y, int x) const { return s + at(job.student, c, y, x); }
-  const T* teacher(int c, int y, int x) const { return t + at(job.teacher, c, y, x); }
-  A* grad(int c, int y, int x) const { return g + at(job.grad, c, y, x); }
-
-  static int64_t at(const FeatureMap& map, int c, int y, int x) {
-    return c * map.stride_c + y * map.stride_h + x * map.stride_w;
-  }
+  const S* student(int c, int y, int x) const { return s + offset_in(job.student, 0, c, y, x); }
+  const T* teacher(int c, int y, int x) const { return t + offset_in(job.teacher, 0, c, y, x); }
+  A* grad(int c, int y, int x) const { return g + offset_in(job.grad, 0, c, y, x); }
 };
 
 template <class S, class T, class A>

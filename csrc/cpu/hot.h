@@ -10,7 +10,7 @@
 namespace tardkd::cpu {
 
 // One axis of one region as a compact list: taps [begin[b], begin[b + 1]) of `pixel` and `weight` make bin b.
-// Pixels are relative to `first`; `span` pixels from there cover all taps.
+// Pixels are relative to `first`; `span` pixels from there cover all taps. begin: (bins + 1,); pixel, weight: (taps,).
 template <class A>
 struct Axis {
   int32_t first, span;
@@ -42,35 +42,30 @@ struct PoolJob {
   bool same_geometry;      // windows and storage equal on both sides: subtract on load, pool once
   int32_t pooled_h, pooled_w;
   int32_t max_span;                // widest window, for scratch
-  const PooledRegion<A>* regions;  // sorted by (image, student level)
-  const int64_t* group_begin;      // images x student levels + 1
+  const PooledRegion<A>* regions;  // those that are pooled, sorted by (image, student level)
+  const int64_t* group_begin;      // (images * student levels + 1,) where each group of `regions` begins
   int32_t lanes;                   // channels handled together: 8, or 16 when the student is channels_last
 
   FeatureLoss feature_loss;
   A beta;
-  const A* bin_weights;  // per region of `regions`, pooled_h * pooled_w, or null
-  const A* slope;        // per region of `regions`: factor of the gradient of the summed penalty
-  A* partial;            // [channel block][region of `regions`] sums of the penalty, or null
+  const A* bin_weights;  // (`regions`, pooled_h, pooled_w), or null
+  const A* slope;        // (`regions`,) factor of the gradient of the summed penalty
+  A* partial;            // (channel blocks, `regions`) sums of the penalty, or null
 
   A* pooled;             // RoIAlign output (R, C, pooled_h, pooled_w), or null
-  const A* grad_pooled;  // its upstream gradient, or null
+  const A* grad_pooled;  // its upstream gradient (R, C, pooled_h, pooled_w), or null
 };
 
-// Losses on regions that are already pooled: (R, C, P) with strides in elements, P = bins.
+// Losses on regions that are already pooled; the gradient is of A, or absent.
 template <class A>
 struct PooledLossJob {
-  const void* student;
-  const void* teacher;
-  DType student_dtype, teacher_dtype;
-  int64_t student_strides[3], teacher_strides[3], grad_strides[3];
-  int32_t channels, bins;
+  PooledTensor student, teacher, grad;
   FeatureLoss feature_loss;
   A beta;
-  const A* bin_weights;  // (R, bins) or null
+  const A* bin_weights;  // (R, pooled_h, pooled_w) or null
   const bool* open;      // (R, 3) gates; column 0 is read
   const A* slope;        // (R,)
   A* sums;               // (R,)
-  A* grad;               // of A, or null
 };
 
 // One level of the Gaussian-mask loss.
@@ -88,7 +83,7 @@ struct Kernels {
   void (*pool_task)(const PoolJob<A>&, int32_t image, int32_t level, int32_t block, A* scratch);
   void (*pooled_loss_region)(const PooledLossJob<A>&, int64_t region);
   // Rows [row, row + rows) of one image; mask is (rows, width) and zero outside columns [extent[2y], extent[2y + 1])
-  // of row y. The sum of M d^2, and the gradient there, which is written completely.
+  // of row y; extent is (rows, 2). The sum of M d^2, and the gradient there, which is written completely.
   double (*gaussian_loss)(const GaussianJob<A>&, int32_t image, int32_t row, int32_t rows, const A* mask,
                           const int32_t* extent);
   void (*gaussian_gradient)(const GaussianJob<A>&, int32_t image, int32_t row, int32_t rows, const A* mask,

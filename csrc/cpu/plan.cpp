@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "../core/box.h"
+#include "../core/region.h"
 #include "parallel.h"
 
 namespace tardkd::cpu {
@@ -11,9 +11,9 @@ namespace {
 constexpr int32_t kRowVector = 8;  // NCHW rows are read in vectors of eight pixels
 
 // Upper bound of the taps of one bin: adaptive grids only grow with the map they sample.
-int64_t taps_per_bin(const RoiAxis& axis, const RoiAlignSpec& spec) {
+int64_t taps_per_bin(const RoiAxis& axis, const RoiAlignSpec& align) {
   const int64_t samples = 2 * int64_t(axis.grid);
-  return spec.sampling_ratio > 0 ? samples : std::min<int64_t>(samples, axis.size);
+  return align.sampling_ratio > 0 ? samples : std::min<int64_t>(samples, axis.size);
 }
 
 template <class A>
@@ -85,35 +85,30 @@ int32_t lanes_for(const Pyramid& student) {
 }
 
 template <class A>
-PoolPlan<A>::PoolPlan(const Pyramid& student, const Pyramid* teacher, const double* proposals, int64_t count,
-                      const bool* open, const RoiAlignSpec& spec, int threads) {
+PoolPlan<A>::PoolPlan(const Pyramid& student, const Pyramid* teacher, const Table& proposals, int64_t count,
+                      const bool* open, const RoiAlignSpec& align, int threads) {
   const Pyramid* pyramids[2] = {&student, teacher};
   const int sides = teacher ? 2 : 1;
   int32_t reachable[2] = {};
-  for (int side = 0; side < sides; ++side) {
-    const Pyramid& p = *pyramids[side];
-    reachable[side] = reachable_levels(p.level[0].scale, p.level[p.levels - 1].scale, p.levels);
-  }
+  for (int side = 0; side < sides; ++side) reachable[side] = reachable_levels(*pyramids[side]);
   std::vector<Placement> placed;
   int64_t integers = 0, weights = 0;
   for (int64_t r = 0; r < count; ++r) {
-    const double* proposal = proposals + 5 * r;
-    const bool valid = is_finite(proposal + 1) && proposal[0] >= 0.0 && proposal[0] < student.images;
-    if (!valid || (open && !open[3 * r])) continue;
+    const double* proposal = dense_row<double>(proposals, r);
+    if (!is_valid_proposal(proposal, student.images) || (open && !open[3 * r])) continue;
     Placement place;
     place.region = r;
     place.image = static_cast<int32_t>(proposal[0]);
     for (int side = 0; side < sides; ++side) {
       const Pyramid& pyramid = *pyramids[side];
       Placement::Side& at = place.side[side];
-      at.level = assign_level(proposal + 1, pyramid.level[0].scale, reachable[side], spec);
-      const FeatureMap& map = pyramid.level[at.level];
-      at.y = roi_axis(proposal[2], proposal[4], map.scale, spec.pooled_h, map.height, spec);
-      at.x = roi_axis(proposal[1], proposal[3], map.scale, spec.pooled_w, map.width, spec);
+      at.level = assign_level(proposal + 1, pyramid.level[0].scale, reachable[side], align);
+      at.y = roi_axis_y(proposal + 1, pyramid.level[at.level], align);
+      at.x = roi_axis_x(proposal + 1, pyramid.level[at.level], align);
       at.integers = integers;
       at.weights = weights;
-      const int64_t taps = taps_per_bin(at.y, spec) * spec.pooled_h + taps_per_bin(at.x, spec) * spec.pooled_w;
-      integers += taps + spec.pooled_h + spec.pooled_w + 2;
+      const int64_t taps = taps_per_bin(at.y, align) * align.pooled_h + taps_per_bin(at.x, align) * align.pooled_w;
+      integers += taps + align.pooled_h + align.pooled_w + 2;
       weights += taps;
     }
     placed.push_back(place);
@@ -143,12 +138,12 @@ PoolPlan<A>::PoolPlan(const Pyramid& student, const Pyramid* teacher, const doub
         window.level = at.level;
         int32_t* ints = integers_.data() + at.integers;
         A* values = weights_.data() + at.weights;
-        const int64_t taps_y = taps_per_bin(at.y, spec) * spec.pooled_h;
-        window.y = build_axis<A>(at.y, spec.pooled_h, 1, {ints, ints + spec.pooled_h + 1, values});
-        ints += spec.pooled_h + 1 + taps_y;
+        const int64_t taps_y = taps_per_bin(at.y, align) * align.pooled_h;
+        window.y = build_axis<A>(at.y, align.pooled_h, 1, {ints, ints + align.pooled_h + 1, values});
+        ints += align.pooled_h + 1 + taps_y;
         const bool planar = is_planar(pyramids[side]->level[at.level]);
-        window.x = build_axis<A>(at.x, spec.pooled_w, planar ? kRowVector : 1,
-                                 {ints, ints + spec.pooled_w + 1, values + taps_y});
+        window.x = build_axis<A>(at.x, align.pooled_w, planar ? kRowVector : 1,
+                                 {ints, ints + align.pooled_w + 1, values + taps_y});
       }
     }
   });

@@ -15,10 +15,11 @@ struct PoolPlan {
   std::vector<int64_t> group_begin;
   int32_t max_span = 0;
 
-  // `open`: (R, 3) gates of which column 0 selects regions, or null for all valid ones.
-  // `teacher` null: only the student's windows (plain RoIAlign, or both sides share their geometry).
-  PoolPlan(const Pyramid& student, const Pyramid* teacher, const double* proposals, int64_t count, const bool* open,
-           const RoiAlignSpec& spec, int threads);
+  // `proposals`: (count, 5) of float64. `open`: (count, 3) gates of which column 0 selects regions, or null for all
+  // valid ones. `teacher` is null where only the student's windows are wanted: for plain RoIAlign, or where both sides
+  // share their geometry.
+  PoolPlan(const Pyramid& student, const Pyramid* teacher, const Table& proposals, int64_t count, const bool* open,
+           const RoiAlignSpec& align, int threads);
 
  private:
   std::vector<int32_t> integers_;

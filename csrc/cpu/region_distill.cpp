@@ -9,22 +9,22 @@
 namespace tardkd::cpu {
 namespace {
 
-bool same_map(const FeatureMap& a, const FeatureMap& b) {
-  return a.height == b.height && a.width == b.width && a.scale == b.scale && a.stride_n == b.stride_n &&
-         a.stride_c == b.stride_c && a.stride_h == b.stride_h && a.stride_w == b.stride_w;
+bool same_strides(const FeatureMap& a, const FeatureMap& b) {
+  return a.stride_n == b.stride_n && a.stride_c == b.stride_c && a.stride_h == b.stride_h && a.stride_w == b.stride_w;
 }
 
+// Whether the difference of the two sides can be taken while they are read.
 bool same_geometry(const Pyramid& a, const Pyramid& b) {
   if (a.levels != b.levels || a.dtype != b.dtype) return false;
   for (int32_t level = 0; level < a.levels; ++level)
-    if (!same_map(a.level[level], b.level[level])) return false;
+    if (!same_extent(a.level[level], b.level[level]) || !same_strides(a.level[level], b.level[level])) return false;
   return true;
 }
 
 }  // namespace
 
 template <class A>
-void region_distill(const Pyramid& student, const Pyramid& teacher, const Pyramid* grad, const RegionInputs<A>& in,
+void region_distill(const Pyramid& student, const Pyramid& teacher, const Pyramid* grad, const RegionInputs& in,
                     const RegionOutputs<A>& out, const RoiAlignSpec& align, const LossSpec& spec, int threads) {
   const RegionTerms<A> terms(in, out, spec, threads);
   const bool shared = same_geometry(student, teacher);
@@ -63,9 +63,10 @@ void region_distill(const Pyramid& student, const Pyramid& teacher, const Pyrami
   terms.write_losses(feature);
 }
 
-template void region_distill<float>(const Pyramid&, const Pyramid&, const Pyramid*, const RegionInputs<float>&,
-                                    const RegionOutputs<float>&, const RoiAlignSpec&, const LossSpec&, int);
-template void region_distill<double>(const Pyramid&, const Pyramid&, const Pyramid*, const RegionInputs<double>&,
-                                     const RegionOutputs<double>&, const RoiAlignSpec&, const LossSpec&, int);
+#define TARDKD_INSTANTIATE(A)                                                                          \
+  template void region_distill<A>(const Pyramid&, const Pyramid&, const Pyramid*, const RegionInputs&, \
+                                  const RegionOutputs<A>&, const RoiAlignSpec&, const LossSpec&, int)
+TARDKD_INSTANTIATE(float);
+TARDKD_INSTANTIATE(double);
 
 }  // namespace tardkd::cpu

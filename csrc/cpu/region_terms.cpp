@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kGrain = 32;
 
-// log softmax(z / temperature) into `log_p`.
+// log softmax(z / temperature) of `z`, (columns,), into `log_p`, (columns,).
 template <class A>
 void log_softmax(const A* z, int32_t columns, A temperature, A* log_p) {
   A top = z[0];
@@ -28,7 +28,8 @@ void log_softmax(const A* z, int32_t columns, A temperature, A* log_p) {
 }
 
 // Classification term of one region, T^2 KL(teacher || student), and `slope` times its gradient T (q - p) where `grad`
-// is given. `teacher` and `student` hold log-probabilities for softmax, logits for sigmoid; `temperature` is T.
+// is given; all three are (columns,). `teacher` and `student` hold log-probabilities for softmax, logits for sigmoid;
+// `temperature` is T.
 template <class A>
 A classification_term(const A* teacher, const A* student, int32_t columns, Activation activation, A temperature,
                       A slope, A* grad) {
@@ -53,7 +54,7 @@ A classification_term(const A* teacher, const A* student, int32_t columns, Activ
 }  // namespace
 
 template <class A>
-RegionTerms<A>::RegionTerms(const RegionInputs<A>& in, const RegionOutputs<A>& out, const LossSpec& spec, int threads)
+RegionTerms<A>::RegionTerms(const RegionInputs& in, const RegionOutputs<A>& out, const LossSpec& spec, int threads)
     : in_(in), out_(out), spec_(spec), classification_(in.regions), regression_(in.regions) {
   for_each_range(in.regions, kGrain, threads, [&](int64_t begin, int64_t end) { decide(begin, end); });
   for (int term = 0; term < 3; ++term) {
@@ -66,7 +67,7 @@ RegionTerms<A>::RegionTerms(const RegionInputs<A>& in, const RegionOutputs<A>& o
 
 template <class A>
 A RegionTerms<A>::factor(int term, int64_t r) const {
-  const A upstream = in_.upstream ? in_.upstream[term * in_.regions + r] : A(1);
+  const A upstream = in_.upstream.data ? dense_row<A>(in_.upstream, term)[r] : A(1);
   return upstream * weight(r);
 }
 
@@ -77,11 +78,11 @@ void RegionTerms<A>::decide(int64_t begin, int64_t end) {
   const bool softmax = spec_.activation == Activation::softmax;
   std::vector<A> log_t(columns), log_s(columns);
   for (int64_t r = begin; r < end; ++r) {
-    const double* proposal = in_.proposals + 5 * r;
-    const double* gt = in_.gt_boxes + 4 * r;
-    const A* z_s = in_.student_logits + r * columns;
-    const A* z_t = in_.teacher_logits + r * columns;
-    const int64_t label = in_.labels[r];
+    const double* proposal = dense_row<double>(in_.proposals, r);
+    const double* gt = dense_row<double>(in_.gt_boxes, r);
+    const A* z_s = dense_row<A>(in_.student_logits, r);
+    const A* z_t = dense_row<A>(in_.teacher_logits, r);
+    const int64_t label = in_.labels[r * in_.label_stride];
     A* scores = out_.scores + 4 * r;
     std::fill(scores, scores + 4, A(0));
 
@@ -101,8 +102,8 @@ void RegionTerms<A>::decide(int64_t begin, int64_t end) {
       return state.foreground ? delta_column(label, of, classes, spec_.background) : 0;
     };
     const int64_t first = column(width);
-    const A* r_s = in_.student_deltas + r * width + first;
-    const A* r_t = in_.teacher_deltas + r * in_.teacher_delta_columns + column(in_.teacher_delta_columns);
+    const A* r_s = dense_row<A>(in_.student_deltas, r) + first;
+    const A* r_t = dense_row<A>(in_.teacher_deltas, r) + column(in_.teacher_delta_columns);
     if (state.foreground) box_scores(proposal + 1, gt, r_s, r_t, spec_, scores);
 
     const Gates gates = decide_gates(state, scores, spec_);

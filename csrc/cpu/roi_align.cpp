@@ -7,7 +7,7 @@
 namespace tardkd::cpu {
 
 template <class A>
-void roi_align(const Pyramid& features, const double* proposals, int64_t regions, A* pooled, const RoiAlignSpec& align,
+void roi_align(const Pyramid& features, const Table& proposals, int64_t regions, A* pooled, const RoiAlignSpec& align,
                int threads) {
   const PoolPlan<A> plan(features, nullptr, proposals, regions, nullptr, align, threads);
   if (static_cast<int64_t>(plan.regions.size()) < regions)
@@ -18,7 +18,7 @@ void roi_align(const Pyramid& features, const double* proposals, int64_t regions
 }
 
 template <class A>
-void roi_align_backward(const Pyramid& grad, const double* proposals, int64_t regions, const A* grad_pooled,
+void roi_align_backward(const Pyramid& grad, const Table& proposals, int64_t regions, const A* grad_pooled,
                         const RoiAlignSpec& align, int threads) {
   const PoolPlan<A> plan(grad, nullptr, proposals, regions, nullptr, align, threads);
   PoolJob<A> job = pool_job(grad, plan, align);
@@ -27,9 +27,9 @@ void roi_align_backward(const Pyramid& grad, const double* proposals, int64_t re
   run_pool(job, threads);
 }
 
-#define TARDKD_INSTANTIATE(A)                                                                       \
-  template void roi_align<A>(const Pyramid&, const double*, int64_t, A*, const RoiAlignSpec&, int); \
-  template void roi_align_backward<A>(const Pyramid&, const double*, int64_t, const A*, const RoiAlignSpec&, int)
+#define TARDKD_INSTANTIATE(A)                                                                      \
+  template void roi_align<A>(const Pyramid&, const Table&, int64_t, A*, const RoiAlignSpec&, int); \
+  template void roi_align_backward<A>(const Pyramid&, const Table&, int64_t, const A*, const RoiAlignSpec&, int)
 TARDKD_INSTANTIATE(float);
 TARDKD_INSTANTIATE(double);
 

@@ -6,8 +6,10 @@
 #include <type_traits>
 
 #include "../core/box.h"
+#include "index.cuh"
 #include "kernels.h"
 #include "maps.cuh"
+#include "tiles.cuh"
 
 namespace tardkd::cuda {
 namespace {
@@ -24,11 +26,10 @@ constexpr int kPixelWidth = kThreads / kSteps, kPixelHeight = kSteps;
 
 struct GaussianJob {
   PyramidView student, teacher, grad;
-  Table boxes;
+  Table boxes;  // (count, 5)
   int64_t count;
   double sigma_squared;
-  int64_t first_block[kMaxLevels + 1];  // of each level
-  int32_t groups;                       // of channels
+  TileGrid tiles;          // by groups of channels
   bool quads[kMaxLevels];  // all maps of a level are of one type and one order, and accessible in fours throughout
 };
 
@@ -41,34 +42,12 @@ struct alignas(16) TileShared {
   SharedArray<int32_t, kThreads / kWarp> counts;
 };
 
-struct Tile {
-  int32_t level, image, y, x, channel;
-  int32_t width, height;  // powers of two
+// Both sizes are powers of two.
+struct MaskTile {
+  __host__ __device__ TileSize operator()(const MapView& view) const {
+    return TileSize{view.planar ? kPlanarWidth : kPixelWidth, view.planar ? kPlanarHeight : kPixelHeight};
+  }
 };
-
-__host__ __device__ inline int32_t tile_width(const MapView& view) { return view.planar ? kPlanarWidth : kPixelWidth; }
-__host__ __device__ inline int32_t tile_height(const MapView& view) {
-  return view.planar ? kPlanarHeight : kPixelHeight;
-}
-
-__device__ inline Tile tile_of(const GaussianJob& job, int64_t block) {
-  Tile tile;
-  tile.level = 0;
-  while (block >= job.first_block[tile.level + 1]) ++tile.level;
-  const MapView& view = job.student.level[tile.level];
-  tile.width = tile_width(view);
-  tile.height = tile_height(view);
-  const int32_t columns = (view.map.width + tile.width - 1) / tile.width,
-                rows = (view.map.height + tile.height - 1) / tile.height;
-  int32_t rest = int32_t(block - job.first_block[tile.level]);
-  tile.channel = rest % job.groups * kGroup;
-  rest /= job.groups;
-  tile.x = rest % columns * tile.width;
-  rest /= columns;
-  tile.y = rest % rows * tile.height;
-  tile.image = rest / rows;
-  return tile;
-}
 
 // ---- mask -----------------------------------------------------------------------------------------------------------
 
@@ -102,24 +81,19 @@ __device__ bool make_mask(const GaussianJob& job, const Tile& tile, TileShared<A
                                                           : read_box<float>(job, index, tile, box)) &&
                        box[0] <= tile.x + tile.width - 1 && box[2] >= tile.x && box[1] <= tile.y + tile.height - 1 &&
                        box[3] >= tile.y;
-    const unsigned votes = __ballot_sync(kAllLanes, meets);
-    if (lane == 0) shared.counts[warp] = __popc(votes);
-    __syncthreads();
-    int32_t before = 0, found = 0;
-    for (int w = 0; w < kThreads / kWarp; ++w) {
-      if (w < warp) before += shared.counts[w];
-      found += shared.counts[w];
-    }
+    int32_t found;
+    const int32_t at = block_rank(meets, shared.counts, found);
     if (meets) {
-      const int32_t at = before + __popc(votes & ((1u << lane) - 1u));
 #pragma unroll
       for (int k = 0; k < 4; ++k) shared.boxes[4 * at + k] = box[k];
     }
     __syncthreads();
     for (int32_t first = 0; first < found; first += kBoxes) {
       const int32_t boxes = found - first < kBoxes ? found - first : kBoxes, axes = tile.width + tile.height;
+      const Divider by_axes(axes);
       for (int32_t task = threadIdx.x; task < boxes * axes; task += kThreads) {
-        const int32_t b = task / axes, at = task % axes, box_at = 4 * (first + b);
+        const Split split = by_axes.split(task);
+        const int32_t b = split.quotient, at = split.remainder, box_at = 4 * (first + b);
         if (at < tile.width)
           shared.along_x[b * tile.width + at] = static_cast<A>(
               axis_gaussian(tile.x + at, shared.boxes[box_at], shared.boxes[box_at + 2], job.sigma_squared));
@@ -184,9 +158,7 @@ struct Way {
 
   __device__ __forceinline__ Way(const FeatureMap& map, int32_t bytes, const Tile& tile, const Walk& walk) {
     const int32_t y = tile.y + walk.pixel / tile.width, x = tile.x + walk.pixel % tile.width;
-    const int64_t first =
-        tile.image * map.stride_n + (tile.channel + walk.channel) * map.stride_c + y * map.stride_h + x * map.stride_w;
-    at = static_cast<char*>(map.data) + bytes * first;
+    at = static_cast<char*>(map.data) + bytes * offset_in(map, tile.image, tile.channel + walk.channel, y, x);
     step = bytes * (walk.planar ? 4 * map.stride_c : map.stride_h);
     apart = bytes * (walk.channel_apart * map.stride_c + walk.pixel_apart / kPlanarWidth * map.stride_h);
   }
@@ -330,11 +302,12 @@ __device__ __forceinline__ A walk_block(const GaussianJob& job, const Tile& tile
 // By the last block: the levels' mask sums and the mean of their losses.
 __device__ inline double finish(const GaussianJob& job, const double* partial, double* mask_sums,
                                 const Shared<double>& sums) {
-  const int64_t blocks = job.first_block[job.student.levels];
+  const int64_t* first_block = job.tiles.first_block;
+  const int64_t blocks = first_block[job.student.levels];
   double total = 0.0;
   for (int32_t level = 0; level < job.student.levels; ++level) {
     double loss_sum = 0.0, mask_sum = 0.0;
-    for (int64_t block = job.first_block[level] + threadIdx.x; block < job.first_block[level + 1]; block += kThreads) {
+    for (int64_t block = first_block[level] + threadIdx.x; block < first_block[level + 1]; block += kThreads) {
       loss_sum += load_fresh(&partial[block]);
       mask_sum += load_fresh(&partial[blocks + block]);
     }
@@ -351,16 +324,16 @@ __device__ inline double finish(const GaussianJob& job, const double* partial, d
 // At most 64 registers a thread for float, so that four blocks share a multiprocessor; double is there for checks.
 template <class A>
 __global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 4 : 2)
-    gaussian_loss_kernel(const __grid_constant__ GaussianJob job, double* partial, int32_t* done, double* mask_sums,
+    gaussian_loss_kernel(const __grid_constant__ GaussianJob job, const Scratch<double> scratch, double* mask_sums,
                          A* loss) {
   SharedArena arena;
   const Shared<double> sums = arena.take<double>(kThreads / kWarp);
   const Shared<int32_t> flag = arena.take<int32_t>(1);
   TileShared<A>& shared = *arena.rest<TileShared<A>>();
 
-  const int64_t blocks = job.first_block[job.student.levels];
+  const int64_t blocks = job.tiles.first_block[job.student.levels];
   if (blockIdx.x < blocks) {
-    const Tile tile = tile_of(job, blockIdx.x);
+    const Tile tile = tile_of(job.tiles, job.student, kGroup, MaskTile());
     A sum = A(0), mask = A(0);
     if (make_mask(job, tile, shared)) {
       sum = walk_block<false>(job, tile, shared, A(0));
@@ -368,12 +341,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 4 : 2)
     }
     const double loss_sum = block_sum(double(sum), sums), mask_sum = block_sum(double(mask), sums);
     if (threadIdx.x == 0) {
-      partial[blockIdx.x] = loss_sum;
-      partial[blocks + blockIdx.x] = mask_sum;
+      scratch.partial[blockIdx.x] = loss_sum;
+      scratch.partial[blocks + blockIdx.x] = mask_sum;
     }
   }
-  if (!last_block(done, int32_t(gridDim.x), flag)) return;
-  const double total = finish(job, partial, mask_sums, sums);
+  if (!last_block(scratch.done, int32_t(gridDim.x), flag)) return;
+  const double total = finish(job, scratch.partial, mask_sums, sums);
   if (threadIdx.x == 0) *loss = static_cast<A>(total);
 }
 
@@ -382,7 +355,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 4 : 2)
     gaussian_gradient_kernel(const __grid_constant__ GaussianJob job, const double* mask_sums, const A* upstream) {
   SharedArena arena;
   TileShared<A>& shared = *arena.rest<TileShared<A>>();
-  const Tile tile = tile_of(job, blockIdx.x);
+  const Tile tile = tile_of(job.tiles, job.student, kGroup, MaskTile());
   const double mask_sum = mask_sums[tile.level];
   const A slope = static_cast<A>(*upstream / ((mask_sum > 1.0 ? mask_sum : 1.0) * job.student.levels));
   make_mask(job, tile, shared);
@@ -399,16 +372,13 @@ GaussianJob make_job(const Pyramid& student, const Pyramid& teacher, const Pyram
   job.boxes = boxes;
   job.count = count;
   job.sigma_squared = sigma_squared;
-  job.groups = (student.channels + kGroup - 1) / kGroup;
+  job.tiles = tile_grid(job.student, kGroup, MaskTile());
   for (int32_t level = 0; level < student.levels; ++level) {
     const MapView &s = job.student.level[level], &t = job.teacher.level[level];
     const MapView& g = grad ? job.grad.level[level] : s;
     job.quads[level] = s.vector && t.vector && g.vector && s.planar == t.planar && s.planar == g.planar &&
                        (s.planar || student.channels % 4 == 0) && teacher.dtype == student.dtype &&
                        (!grad || grad->dtype == student.dtype);
-    const int64_t columns = (s.map.width + tile_width(s) - 1) / tile_width(s),
-                  rows = (s.map.height + tile_height(s) - 1) / tile_height(s);
-    job.first_block[level + 1] = job.first_block[level] + columns * rows * student.images * job.groups;
   }
   return job;
 }
@@ -416,40 +386,34 @@ GaussianJob make_job(const Pyramid& student, const Pyramid& teacher, const Pyram
 }  // namespace
 
 int64_t gaussian_partials(const Pyramid& student) {
-  return 2 * make_job(student, student, nullptr, Table{}, 0, 1.0).first_block[student.levels];
+  return 2 * make_job(student, student, nullptr, Table{}, 0, 1.0).tiles.first_block[student.levels];
 }
 
 template <class A>
 Status gaussian_feature_loss(const Pyramid& student, const Pyramid& teacher, const Table& boxes, int64_t count,
-                             double sigma_squared, double* partial, int32_t* done, double* mask_sums, A* loss,
+                             double sigma_squared, const Scratch<double>& scratch, double* mask_sums, A* loss,
                              const Target& target) {
-  const DeviceGuard guard(target.device);
-  if (guard.error() != cudaSuccess) return Status{guard.error(), "gaussian_feature_loss"};
   const GaussianJob job = make_job(student, teacher, nullptr, boxes, count, sigma_squared);
-  const int64_t blocks = job.first_block[student.levels];
+  const int64_t blocks = job.tiles.first_block[student.levels];
   const size_t shared = shared_bytes<double>(kThreads / kWarp) + shared_bytes<int32_t>(1) + sizeof(TileShared<A>);
   // Without pixels one block still writes the loss.
-  return Status{launch(gaussian_loss_kernel<A>, dim3(unsigned(blocks > 0 ? blocks : 1)), kThreads, shared,
-                       target.stream, job, partial, done, mask_sums, loss),
-                "gaussian_feature_loss"};
+  return launch_on(target, "gaussian_feature_loss", gaussian_loss_kernel<A>, blocks > 0 ? blocks : 1, shared, job,
+                   scratch, mask_sums, loss);
 }
 
 template <class A>
 Status gaussian_feature_loss_backward(const Pyramid& student, const Pyramid& teacher, const Pyramid& grad,
                                       const Table& boxes, int64_t count, double sigma_squared, const double* mask_sums,
                                       const A* upstream, const Target& target) {
-  const DeviceGuard guard(target.device);
-  if (guard.error() != cudaSuccess) return Status{guard.error(), "gaussian_feature_loss_backward"};
   const GaussianJob job = make_job(student, teacher, &grad, boxes, count, sigma_squared);
-  return Status{launch(gaussian_gradient_kernel<A>, dim3(unsigned(job.first_block[student.levels])), kThreads,
-                       sizeof(TileShared<A>), target.stream, job, mask_sums, upstream),
-                "gaussian_feature_loss_backward"};
+  return launch_on(target, "gaussian_feature_loss_backward", gaussian_gradient_kernel<A>,
+                   job.tiles.first_block[student.levels], sizeof(TileShared<A>), job, mask_sums, upstream);
 }
 
-#define TARDKD_INSTANTIATE(A)                                                                                      \
-  template Status gaussian_feature_loss<A>(const Pyramid&, const Pyramid&, const Table&, int64_t, double, double*, \
-                                           int32_t*, double*, A*, const Target&);                                  \
-  template Status gaussian_feature_loss_backward<A>(const Pyramid&, const Pyramid&, const Pyramid&, const Table&,  \
+#define TARDKD_INSTANTIATE(A)                                                                                     \
+  template Status gaussian_feature_loss<A>(const Pyramid&, const Pyramid&, const Table&, int64_t, double,         \
+                                           const Scratch<double>&, double*, A*, const Target&);                   \
+  template Status gaussian_feature_loss_backward<A>(const Pyramid&, const Pyramid&, const Pyramid&, const Table&, \
                                                     int64_t, double, const double*, const A*, const Target&)
 TARDKD_INSTANTIATE(float);
 TARDKD_INSTANTIATE(double);

@@ -73,7 +73,7 @@ inline PyramidView view_of(const Pyramid& pyramid) {
   view.dtype = pyramid.dtype;
   for (int32_t level = 0; level < pyramid.levels; ++level)
     view.level[level] = view_of(pyramid.level[level], pyramid.dtype);
-  view.reachable = reachable_levels(pyramid.level[0].scale, pyramid.level[pyramid.levels - 1].scale, pyramid.levels);
+  view.reachable = reachable_levels(pyramid);
   return view;
 }
 

@@ -11,6 +11,7 @@
 // output of many bins, in groups of bins.
 #pragma once
 
+#include "index.cuh"
 #include "maps.cuh"
 
 namespace tardkd::cuda {
@@ -26,14 +27,6 @@ constexpr int kPixels = 2 * kSamples;  // rows or columns they can touch
 constexpr int kGroupBins = 7;          // bins of an axis at a time
 constexpr int kGroupCells = kGroupBins * kGroupBins;
 
-// x / divisor for 0 <= x < 4096 and divisors up to 64, without the instruction that a GPU lacks.
-struct Divider {
-  int32_t divisor;
-  uint32_t factor;
-  explicit __device__ Divider(int32_t by) : divisor(by), factor((1u << 19) / by + 1) {}
-  __device__ __forceinline__ int32_t operator()(int32_t x) const { return int32_t(uint32_t(x) * factor >> 19); }
-};
-
 // ---- where a region lies -------------------------------------------------------------------------------------------
 
 struct AxisPlace {
@@ -47,15 +40,14 @@ struct RegionPlace {
 };
 
 // Without the samples beyond the map an absurdly large box takes no longer than the whole map.
-__device__ inline AxisPlace place_axis(double lo, double hi, double scale, int32_t pooled, int32_t size,
-                                       const RoiAlignSpec& spec) {
+__device__ inline AxisPlace place_axis(const RoiAxis& roi, int32_t pooled) {
   AxisPlace place;
-  place.roi = roi_axis(lo, hi, scale, pooled, size, spec);
+  place.roi = roi;
   const double samples = double(place.roi.grid > 0 ? place.roi.grid : 0) * pooled;
   const double step = place.roi.bin / (place.roi.grid > 0 ? place.roi.grid : 1);
   double first = 0.0, last = samples;
   if (step != 0.0) {
-    const double a = (-1.0 - place.roi.start) / step, b = (size - place.roi.start) / step;
+    const double a = (-1.0 - place.roi.start) / step, b = (place.roi.size - place.roi.start) / step;
     first = fmax(floor(fmin(a, b)) - 2.0, 0.0);
     last = fmin(ceil(fmax(a, b)) + 2.0, samples);
   }
@@ -64,12 +56,13 @@ __device__ inline AxisPlace place_axis(double lo, double hi, double scale, int32
   return place;
 }
 
-__device__ inline RegionPlace place_region(const PyramidView& pyramid, const double* box, const RoiAlignSpec& spec) {
+// `box`: (4,) x1, y1, x2, y2.
+__device__ inline RegionPlace place_region(const PyramidView& pyramid, const double* box, const RoiAlignSpec& align) {
   RegionPlace place;
-  place.level = assign_level(box, pyramid.level[0].map.scale, pyramid.reachable, spec);
+  place.level = assign_level(box, pyramid.level[0].map.scale, pyramid.reachable, align);
   const FeatureMap& map = pyramid.level[place.level].map;
-  place.y = place_axis(box[1], box[3], map.scale, spec.pooled_h, map.height, spec);
-  place.x = place_axis(box[0], box[2], map.scale, spec.pooled_w, map.width, spec);
+  place.y = place_axis(roi_axis_y(box, map, align), align.pooled_h);
+  place.x = place_axis(roi_axis_x(box, map, align), align.pooled_w);
   return place;
 }
 
@@ -278,11 +271,15 @@ __device__ __forceinline__ int32_t bin_at(int32_t bin, int32_t quad) {
   return quad_at<A>(bin, quad, bin);
 }
 
+// [bin][channel] of a group of bins and a chunk of channels, in shared memory; see bin_at.
+template <class A>
+using Bins = SharedArray<A, kGroupCells * kChunk<A>>;
+
 // The block's shared memory. The teacher's tables come last: where one set serves both sides they are not there.
 template <class A>
 struct alignas(16) PoolShared {
   SharedArray<A, kTilePixels<A> * kChunk<A>> tile;  // [pixel][channel] the strip at work
-  SharedArray<A, kGroupCells * kChunk<A>> bins;     // [bin][channel] pooled values, then their gradient
+  Bins<A> bins;                                     // pooled values, then their gradient
   RegionPlace place[2];
   Tables<A> tables[2];
 };
@@ -375,8 +372,8 @@ __device__ __forceinline__ void stage(const From& from, bool planar, PoolShared<
     for (int32_t task = threadIdx.x / kWarp; task < sets * kQuads<A>; task += kThreads / kWarp) {
       const int32_t quad = task / kQuads<A> * 8 + lane % 8, group = task % kQuads<A>, channel = 4 * group + lane / 8;
       if (quad >= quads) continue;
-      const int32_t y = by_row(quad), x = 4 * (quad - y * quads_a_row);
-      const Four<A> values = from.pixels(tables.x, channel, tables.y.pixel[row + y], x);
+      const Split at = by_row.split(quad);
+      const Four<A> values = from.pixels(tables.x, channel, tables.y.pixel[row + at.quotient], 4 * at.remainder);
 #pragma unroll
       for (int k = 0; k < 4; ++k) shared.tile[tile_at<A>(4 * quad + k, group) + lane / 8] = values.at[k];
     }
@@ -385,9 +382,9 @@ __device__ __forceinline__ void stage(const From& from, bool planar, PoolShared<
 #pragma unroll 1
     for (int32_t task = threadIdx.x; task < rows * columns * kQuads<A>; task += kThreads) {
       const int32_t pixel = task / kQuads<A>, quad = task % kQuads<A>;
-      const int32_t y = by_row(pixel), x = pixel - y * columns;
+      const Split at = by_row.split(pixel);
       *reinterpret_cast<Four<A>*>(shared.tile.four(tile_at<A>(pixel, quad))) =
-          from.quad(quad, tables.y.pixel[row + y], tables.x.pixel[x]);
+          from.quad(quad, tables.y.pixel[row + at.quotient], tables.x.pixel[at.remainder]);
     }
   }
 }
@@ -497,11 +494,12 @@ __device__ void scatter(const MapView& view, int32_t image, int32_t all_channels
   for_each_batch(place, view, group, tables, [&] {
     const int32_t columns = tables.x.count, pixels = tables.y.count * columns;
     if (pixels == 0) return;
-    const Divider by_columns(columns);
+    const Divider by_pixels(pixels), by_columns(columns);
     for (int32_t task = threadIdx.x; task < pixels * kQuads<A>; task += kThreads) {
-      const int32_t pixel = view.planar ? task % pixels : task / kQuads<A>;
-      const int32_t quad = view.planar ? task / pixels : task % kQuads<A>;
-      const int32_t y = by_columns(pixel), x = pixel - y * columns;
+      const Split at_task = view.planar ? by_pixels.split(task) : Split{task % kQuads<A>, task / kQuads<A>};
+      const int32_t quad = at_task.quotient;
+      const Split at_pixel = by_columns.split(at_task.remainder);
+      const int32_t y = at_pixel.quotient, x = at_pixel.remainder;
       const int32_t i0 = tables.y.pixel_range[2 * y], i1 = tables.y.pixel_range[2 * y + 1];
       const int32_t j0 = tables.x.pixel_range[2 * x], j1 = tables.x.pixel_range[2 * x + 1];
       if (i0 >= i1 || j0 >= j1 || 4 * quad >= channels) continue;
@@ -529,39 +527,58 @@ __device__ void scatter(const MapView& view, int32_t image, int32_t all_channels
 
 // ---- pooled tensors ------------------------------------------------------------------------------------------------
 
-// Calls body(index in (R, C, pooled_h, pooled_w), that element of the bins in shared memory) for the group's bins of
-// the channels that exist, in the order of memory.
+// Calls body(channel, index, bin) for the group's bins of channels [0, channels) of the chunk, in the order of memory:
+// `index` is where that element lies in a tensor (R, C, pooled_h, pooled_w), `bin` where in `bins`, shared memory.
+// `first` is the chunk's first channel, counted over all regions.
 template <class A, class Body>
-__device__ __forceinline__ void for_pooled(int64_t region, int32_t all_channels, int32_t channel,
-                                           const RoiAlignSpec& spec, const BinGroup& group, PoolShared<A>& shared,
-                                           const Body& body) {
-  const int32_t left = all_channels - channel, channels = left < kChunk<A> ? left : kChunk<A>;
-  const int64_t first = region * all_channels + channel;
+__device__ __forceinline__ void for_pooled(int64_t first, int32_t channels, const RoiAlignSpec& align,
+                                           const BinGroup& group, Bins<A>& bins, const Body& body) {
+  const Divider by_bins(group.bins()), by_columns(group.columns);
   for (int32_t task = threadIdx.x; task < channels * group.bins(); task += kThreads) {
-    const int32_t c = task / group.bins(), bin = task % group.bins();
-    const int32_t i = group.y + bin / group.columns, j = group.x + bin % group.columns;
-    body(((first + c) * spec.pooled_h + i) * spec.pooled_w + j, shared.bins[bin_at<A>(bin, c / 4) + c % 4]);
+    const Split at = by_bins.split(task);
+    const int32_t channel = at.quotient, bin = at.remainder;
+    const Split cell = by_columns.split(bin);
+    const int32_t i = group.y + cell.quotient, j = group.x + cell.remainder;
+    body(channel, ((first + channel) * align.pooled_h + i) * align.pooled_w + j,
+         bins[bin_at<A>(bin, channel / 4) + channel % 4]);
   }
+}
+
+// Of the chunk that begins with `channel`, the channels that exist.
+template <class A>
+__device__ __forceinline__ int32_t chunk_channels(int32_t channels, int32_t channel) {
+  return channels - channel < kChunk<A> ? channels - channel : kChunk<A>;
 }
 
 // Calls body(group) for all groups of bins.
 template <class Body>
-__device__ __forceinline__ void for_each_group(const RoiAlignSpec& spec, const Body& body) {
-  const int32_t rows = group_size(spec.pooled_h), columns = group_size(spec.pooled_w);
-  for (int32_t y = 0; y < spec.pooled_h; y += rows)
-    for (int32_t x = 0; x < spec.pooled_w; x += columns)
-      body(BinGroup{y, spec.pooled_h - y < rows ? spec.pooled_h - y : rows, x,
-                    spec.pooled_w - x < columns ? spec.pooled_w - x : columns});
+__device__ __forceinline__ void for_each_group(const RoiAlignSpec& align, const Body& body) {
+  const int32_t rows = group_size(align.pooled_h), columns = group_size(align.pooled_w);
+  for (int32_t y = 0; y < align.pooled_h; y += rows)
+    for (int32_t x = 0; x < align.pooled_w; x += columns)
+      body(BinGroup{y, align.pooled_h - y < rows ? align.pooled_h - y : rows, x,
+                    align.pooled_w - x < columns ? align.pooled_w - x : columns});
 }
 
 // ---- sharing the work ----------------------------------------------------------------------------------------------
 
 constexpr int kChunksPerBlock = 2;
 
-// Blocks that share the channels of a region.
+// Blocks that share the channels of a region; together they are its channel groups.
 template <class A>
 __host__ __device__ inline int32_t channel_groups(int32_t channels) {
   return (channels + kChunksPerBlock * kChunk<A> - 1) / (kChunksPerBlock * kChunk<A>);
+}
+
+// Which region and which group of its channels this block works on; `groups` divides by their number.
+struct RegionBlock {
+  int64_t region;
+  int32_t group;
+};
+
+__device__ __forceinline__ RegionBlock region_block(const Divider& groups) {
+  const Split at = groups.split(int32_t(blockIdx.x));
+  return RegionBlock{at.quotient, at.remainder};
 }
 
 // Calls body(first channel) for the chunks of a group.

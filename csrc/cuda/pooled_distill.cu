@@ -15,51 +15,32 @@ constexpr int kBatch = 2;  // fours of either side that a thread has in flight
 // A region is walked as `outer` lines of `inner` elements, in the order of the student's memory: channels of bins, or
 // (channels_last) bins of channels.
 template <class A>
-struct PooledJob {
+struct PooledJob : RegionTask<A> {
   PooledTensor student, teacher, grad;
-  int32_t pooled_h, pooled_w;
-  int32_t inner, outer;
+  Divider inner;
+  int32_t outer;
   bool bins_inside;
   // In that order the elements of a region lie one after the other in all tensors, aligned for fours, and the two
   // sides store one type.
   bool dense;
   A per_region;
-  RegionTables in;
-  RegionResults<A> out;
-  LossSpec spec;
 
-  __device__ __forceinline__ int32_t count() const { return inner * outer; }
-  __device__ __forceinline__ int32_t width() const { return dense ? 4 : 1; }  // elements a thread takes at a time
+  __device__ __forceinline__ int32_t count() const { return int32_t(inner.divisor) * outer; }
 };
 
+// An element of a region: its line, and its place in the line.
 struct Position {
   int32_t outer, inner;
 
-  __device__ __forceinline__ void next(int32_t size) {
-    if (++inner == size) {
+  __device__ __forceinline__ Position(const Divider& inner_size, int32_t element) {
+    const Split at = inner_size.split(element);
+    outer = at.quotient;
+    inner = at.remainder;
+  }
+  __device__ __forceinline__ void next(const Divider& inner_size) {
+    if (++inner == int32_t(inner_size.divisor)) {
       inner = 0;
       ++outer;
-    }
-  }
-};
-
-// A thread's way through a region: its first element, and how far it is to each next one.
-struct Walk {
-  Position at, step;
-  int32_t size;
-
-  template <class A>
-  __device__ __forceinline__ explicit Walk(const PooledJob<A>& job) : size(job.inner) {
-    const int32_t first = job.width() * threadIdx.x, stride = job.width() * kThreads;
-    at = Position{first / size, first % size};
-    step = Position{stride / size, stride % size};
-  }
-  __device__ __forceinline__ void advance() {
-    at.outer += step.outer;
-    at.inner += step.inner;
-    if (at.inner >= size) {
-      at.inner -= size;
-      ++at.outer;
     }
   }
 };
@@ -95,7 +76,7 @@ __device__ __forceinline__ A penalty_sum(const LossSpec& spec, A slope, const F&
 
 template <class T, class A, class P>
 __device__ __forceinline__ void penalise_dense(const PooledJob<A>& job, const T* student, const T* teacher, A* grad,
-                                               const Shared<A>& weights, Walk walk, P& element) {
+                                               const Shared<A>& weights, P& element) {
   constexpr int32_t kStep = 4 * kThreads;
   const int32_t count = job.count();
   for (int32_t begin = 4 * threadIdx.x; begin < count; begin += kBatch * kStep) {
@@ -110,24 +91,23 @@ __device__ __forceinline__ void penalise_dense(const PooledJob<A>& job, const T*
     for (int b = 0; b < kBatch; ++b) {
       if (begin + b * kStep < count) {
         Four<A> gradient;
-        Position at = walk.at;
+        Position at(job.inner, begin + b * kStep);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           gradient.at[k] = element(s[b].at[k] - t[b].at[k], weights[job.bins_inside ? at.inner : at.outer]);
-          at.next(walk.size);
+          at.next(job.inner);
         }
         if (grad) store_four(grad + begin + b * kStep, gradient);
       }
-      walk.advance();
     }
   }
 }
 
 // Calls f(position) for every element, the threads side by side along the lines.
 template <class A, class F>
-__device__ __forceinline__ void for_each_element(const PooledJob<A>& job, Walk walk, const F& f) {
+__device__ __forceinline__ void for_each_element(const PooledJob<A>& job, const F& f) {
 #pragma unroll 1
-  for (; walk.at.outer < job.outer; walk.advance()) f(walk.at);
+  for (int32_t element = threadIdx.x; element < job.count(); element += kThreads) f(Position(job.inner, element));
 }
 
 template <class A>
@@ -137,11 +117,11 @@ __device__ __forceinline__ int64_t offset(const PooledJob<A>& job, const PooledT
 
 template <class A, class P>
 __device__ __forceinline__ void penalise_strided(const PooledJob<A>& job, int64_t r, A* grad, const Shared<A>& weights,
-                                                 const Walk& walk, P& element) {
+                                                 P& element) {
   const auto load = [&](const PooledTensor& from, const Position& at) {
     return load_any<A>(from.data, from.dtype, r * from.strides[0] + offset(job, from, at));
   };
-  for_each_element(job, walk, [&](const Position& at) {
+  for_each_element(job, [&](const Position& at) {
     const A gradient =
         element(load(job.student, at) - load(job.teacher, at), weights[job.bins_inside ? at.inner : at.outer]);
     if (grad) grad[offset(job, job.grad, at)] = gradient;
@@ -151,25 +131,25 @@ __device__ __forceinline__ void penalise_strided(const PooledJob<A>& job, int64_
 // Feature term of region r, which is open: the weighted mean penalty; writes the gradient.
 template <class A>
 __device__ A open_region(const PooledJob<A>& job, int64_t r, const Decision& region, A* grad, const Shared<A>& weights,
-                         const RegionScratch<A>& scratch) {
-  for (int bin = threadIdx.x; bin < job.pooled_h * job.pooled_w; bin += kThreads)
-    weights[bin] = bin_weight<A>(region, job.spec, bin, job.pooled_h, job.pooled_w);
+                         const RegionShared<A>& heads) {
+  const int32_t pooled_h = job.student.pooled_h, pooled_w = job.student.pooled_w;
+  for (int bin = threadIdx.x; bin < pooled_h * pooled_w; bin += kThreads)
+    weights[bin] = bin_weight<A>(region, job.spec, bin / pooled_w, bin % pooled_w, pooled_h, pooled_w);
   __syncthreads();
-  const Walk walk(job);
   const A slope = grad ? feature_factor<A>(job.in, r) * job.per_region : A(0);
   const A sum = penalty_sum(job.spec, slope, [&](auto& element) {
     if (!job.dense) {
-      penalise_strided(job, r, grad, weights, walk, element);
+      penalise_strided(job, r, grad, weights, element);
       return;
     }
     with_stored<A>(job.student.dtype, [&](auto stored) {
       using T = decltype(stored);
       const T* student = static_cast<const T*>(job.student.data) + r * job.student.strides[0];
       const T* teacher = static_cast<const T*>(job.teacher.data) + r * job.teacher.strides[0];
-      penalise_dense(job, student, teacher, grad, weights, walk, element);
+      penalise_dense(job, student, teacher, grad, weights, element);
     });
   });
-  return block_sum(sum, scratch.sums) * job.per_region * region_weight<A>(job.in, r);
+  return block_sum(sum, heads.sums) * job.per_region * region_weight<A>(job.in, r);
 }
 
 template <class A>
@@ -177,7 +157,7 @@ __device__ void clear(const PooledJob<A>& job, A* grad) {
   if (job.dense)
     for (int32_t e = 4 * threadIdx.x; e < job.count(); e += 4 * kThreads) store_four(grad + e, Four<A>{});
   else
-    for_each_element(job, Walk(job), [&](const Position& at) { grad[offset(job, job.grad, at)] = A(0); });
+    for_each_element(job, [&](const Position& at) { grad[offset(job, job.grad, at)] = A(0); });
 }
 
 // At most 64 registers a thread for float, so that four blocks share a multiprocessor; double is there for checks.
@@ -185,22 +165,17 @@ template <class A>
 __global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 4 : 2)
     pooled_distill_kernel(const __grid_constant__ PooledJob<A> job) {
   SharedArena arena;
-  RegionScratch<A> scratch;
-  scratch.take(arena);
-  const Shared<A> weights = arena.take<A>(job.pooled_h * job.pooled_w);
-
-  const int64_t r = blockIdx.x, regions = job.in.regions;
-  if (r < regions) {
-    const Decision region = decide_region(job.in, job.out, job.spec, r, true, scratch);
+  RegionShared<A> heads;
+  heads.take(arena);
+  const Shared<A> weights = arena.take<A>(job.student.pooled_h * job.student.pooled_w);
+  const int64_t r = blockIdx.x;
+  run_region<A>(job, r, 0, heads, [&] {
+    const Decision region = decide_region<A>(job, r, true, heads);
     A* grad = job.grad.data ? static_cast<A*>(job.grad.data) + r * job.grad.strides[0] : nullptr;
-    A term = A(0);
-    if (region.gates.feature)
-      term = open_region(job, r, region, grad, weights, scratch);
-    else if (grad)
-      clear(job, grad);
-    if (threadIdx.x == 0) job.out.partial[2 * regions + r] = term;
-  }
-  if (last_block(job.out.done, gridDim.x, scratch.flag)) finish_losses(job.in, job.out, job.spec, 1, scratch);
+    if (region.gates.feature) return open_region(job, r, region, grad, weights, heads);
+    if (grad) clear(job, grad);
+    return A(0);
+  });
 }
 
 // Are the elements of every region one after the other in the order of the walk, aligned for accesses of four?
@@ -208,45 +183,42 @@ template <class A>
 bool in_fours(const PooledTensor& tensor, const PooledJob<A>& job) {
   const int64_t step = tensor.strides[job.bins_inside ? 2 : 1], line = tensor.strides[job.bins_inside ? 1 : 2];
   const uintptr_t aligned_to = bytes_of(tensor.dtype) == 2 ? 8 : 16;
-  return (job.inner == 1 || step == 1) && (job.outer == 1 || line == job.inner) && tensor.strides[0] % 4 == 0 &&
-         reinterpret_cast<uintptr_t>(tensor.data) % aligned_to == 0;
+  return (job.inner.divisor == 1 || step == 1) && (job.outer == 1 || line == int64_t(job.inner.divisor)) &&
+         tensor.strides[0] % 4 == 0 && reinterpret_cast<uintptr_t>(tensor.data) % aligned_to == 0;
 }
 
 }  // namespace
 
 template <class A>
 Status pooled_distill(const PooledTensor& student, const PooledTensor& teacher, const PooledTensor& grad,
-                      int32_t channels, int32_t pooled_h, int32_t pooled_w, const RegionTables& in,
-                      const RegionResults<A>& out, const LossSpec& spec, const Target& target) {
-  const DeviceGuard guard(target.device);
-  if (guard.error() != cudaSuccess) return Status{guard.error(), "pooled_distill"};
-  const int32_t bins = pooled_h * pooled_w;
+                      const RegionInputs& in, const RegionOutputs<A>& out, const Scratch<A>& scratch,
+                      const LossSpec& spec, const Target& target) {
+  const int32_t channels = student.channels, bins = student.pooled_h * student.pooled_w;
   PooledJob<A> job{};
   job.student = student;
   job.teacher = teacher;
   job.grad = grad;
-  job.pooled_h = pooled_h;
-  job.pooled_w = pooled_w;
   job.bins_inside = student.strides[2] <= student.strides[1];
-  job.inner = job.bins_inside ? bins : channels;
-  job.outer = job.bins_inside ? channels : bins;
+  const int32_t inner = job.bins_inside ? bins : channels;
+  if (inner > 0) job.inner = Divider(inner);
+  job.outer = inner == 0 ? 0 : job.bins_inside ? channels : bins;
   job.dense = student.dtype == teacher.dtype && channels * bins % 4 == 0 && in_fours(student, job) &&
               in_fours(teacher, job) && (!grad.data || in_fours(grad, job));
   job.per_region = A(1) / (A(channels) * A(bins));
   job.in = in;
   job.out = out;
+  job.scratch = scratch;
   job.spec = spec;
   // Without regions one block still writes the losses.
-  const unsigned blocks = in.regions > 0 ? unsigned(in.regions) : 1u;
-  const size_t shared = RegionScratch<A>::bytes() + shared_bytes<A>(bins);
-  return Status{launch(pooled_distill_kernel<A>, dim3(blocks), kThreads, shared, target.stream, job), "pooled_distill"};
+  return launch_on(target, "pooled_distill", pooled_distill_kernel<A>, in.regions > 0 ? in.regions : 1,
+                   RegionShared<A>::bytes() + shared_bytes<A>(bins), job);
 }
 
-template Status pooled_distill<float>(const PooledTensor&, const PooledTensor&, const PooledTensor&, int32_t, int32_t,
-                                      int32_t, const RegionTables&, const RegionResults<float>&, const LossSpec&,
-                                      const Target&);
-template Status pooled_distill<double>(const PooledTensor&, const PooledTensor&, const PooledTensor&, int32_t, int32_t,
-                                       int32_t, const RegionTables&, const RegionResults<double>&, const LossSpec&,
-                                       const Target&);
+#define TARDKD_INSTANTIATE(A)                                                                                         \
+  template Status pooled_distill<A>(const PooledTensor&, const PooledTensor&, const PooledTensor&,                    \
+                                    const RegionInputs&, const RegionOutputs<A>&, const Scratch<A>&, const LossSpec&, \
+                                    const Target&)
+TARDKD_INSTANTIATE(float);
+TARDKD_INSTANTIATE(double);
 
 }  // namespace tardkd::cuda

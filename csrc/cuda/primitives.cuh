@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 
 #include "../core/common.h"
+#include "kernels.h"
 
 namespace tardkd::cuda {
 
@@ -272,6 +273,23 @@ __device__ __forceinline__ A block_sum(A value, const Shared<A>& scratch) {
   return sum;
 }
 
+// Of the threads for which `chosen` is true, how many come before this one; `count`: how many there are. All threads
+// take part. `counts`: one shared element a warp, which may be used again after the block's next barrier.
+template <class Counts>
+__device__ __forceinline__ int32_t block_rank(bool chosen, Counts& counts, int32_t& count) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const unsigned votes = __ballot_sync(kAllLanes, chosen);
+  if (lane == 0) counts[warp] = __popc(votes);
+  __syncthreads();
+  int32_t before = 0;
+  count = 0;
+  for (int w = 0; w < kThreads / kWarp; ++w) {
+    if (w < warp) before += counts[w];
+    count += counts[w];
+  }
+  return before + __popc(votes & ((1u << lane) - 1u));
+}
+
 // What another block has written in this launch: from the L2 cache; a multiprocessor's own may hold what was before.
 template <class T>
 __device__ __forceinline__ T load_fresh(const T* from) {
@@ -303,18 +321,51 @@ __device__ __forceinline__ bool last_block(int32_t* done, int32_t blocks, const 
 
 // ---- launching -----------------------------------------------------------------------------------------------------
 
-// Makes `device` current for the scope, and the caller's again after it.
+// Whether this process has used the device. If not, to make it current would create its context, which takes hundreds
+// of megabytes of its memory.
+inline bool is_in_use(int device) {
+#ifdef TARDKD_CUDA_ON_CPU
+  return cuda_on_cpu::devices.has_context[device];
+#else
+  using GetState = int (*)(int device, unsigned* flags, int* active);
+  static const GetState get_state = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+    cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &function, 7000, cudaEnableDefault, &found);
+#elif CUDART_VERSION >= 12000
+    cudaGetDriverEntryPoint("cuDevicePrimaryCtxGetState", &function, cudaEnableDefault, &found);
+#else
+    (void)found;
+    cudaGetDriverEntryPoint("cuDevicePrimaryCtxGetState", &function, cudaEnableDefault);
+#endif
+    cudaGetLastError();
+    return reinterpret_cast<GetState>(function);
+  }();
+  unsigned flags = 0;
+  int active = 1;  // also where it cannot be found out
+  if (get_state) get_state(device, &flags, &active);
+  return active != 0;
+#endif
+}
+
+// Makes `device` current for the scope, and the caller's again after it, unless that has never been used: as torch's
+// guard does. An error is reported by error() alone and does not surface in a later call.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     error_ = cudaGetDevice(&before_);
     if (error_ == cudaSuccess && before_ != device) {
+      restore_ = is_in_use(before_);
       error_ = cudaSetDevice(device);
-      changed_ = error_ == cudaSuccess;
+    }
+    if (error_ != cudaSuccess) {
+      cudaGetLastError();
+      restore_ = false;
     }
   }
   ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
+    if (restore_ && cudaSetDevice(before_) != cudaSuccess) cudaGetLastError();
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
@@ -322,7 +373,7 @@ class DeviceGuard {
 
  private:
   int before_ = 0;
-  bool changed_ = false;
+  bool restore_ = false;
   cudaError_t error_;
 };
 
@@ -347,6 +398,16 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t
   kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
   return cudaGetLastError();
 #endif
+}
+
+// Launches a kernel that is called `name` in messages: `blocks` blocks of kThreads threads, on the target's device.
+template <class... Parameters, class... Arguments>
+Status launch_on(const Target& target, const char* name, void (*kernel)(Parameters...), int64_t blocks, size_t shared,
+                 const Arguments&... arguments) {
+  if (blocks > 0x7fffffff) return Status{cudaErrorInvalidConfiguration, name};
+  const DeviceGuard guard(target.device);
+  if (guard.error() != cudaSuccess) return Status{guard.error(), name};
+  return Status{launch(kernel, dim3(unsigned(blocks)), kThreads, shared, target.stream, arguments...), name};
 }
 
 }  // namespace tardkd::cuda

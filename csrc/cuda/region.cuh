@@ -7,10 +7,21 @@
 #include "../core/classification.h"
 #include "../core/penalty.h"
 #include "../core/region.h"
+#include "index.cuh"
 #include "kernels.h"
 #include "primitives.cuh"
 
 namespace tardkd::cuda {
+
+// What the kernels of the region losses are given besides the features.
+template <class A>
+struct RegionTask {
+  RegionInputs in;
+  RegionOutputs<A> out;
+  Scratch<A> scratch;
+  LossSpec spec;
+  Divider groups;  // of channels: by the number of blocks a region
+};
 
 struct Decision {
   Gates gates;
@@ -22,7 +33,7 @@ struct Decision {
 
 // Shared arrays of the functions below. `sums` and `flag` are free for block_sum and last_block between their calls.
 template <class A>
-struct RegionScratch {
+struct RegionShared {
   Shared<A> scores, sums;
   Shared<double> totals;
   Shared<int32_t> flag;
@@ -52,7 +63,7 @@ __device__ __forceinline__ void load_row(const Table& table, int64_t row, int64_
 }
 
 template <class A>
-__device__ __forceinline__ A region_weight(const RegionTables& in, int64_t r) {
+__device__ __forceinline__ A region_weight(const RegionInputs& in, int64_t r) {
   const Table& table = in.region_weights;
   return table.data ? load_any<A>(table.data, table.dtype, r * table.stride_row) : A(1);
 }
@@ -60,14 +71,14 @@ __device__ __forceinline__ A region_weight(const RegionTables& in, int64_t r) {
 // Factor of region r's gradients of term 0, 1, 2, without the normaliser. For open gates: the weight and the upstream
 // gradient of a closed one are not to be looked at.
 template <class A>
-__device__ __forceinline__ A term_factor(const RegionTables& in, int term, int64_t r) {
+__device__ __forceinline__ A term_factor(const RegionInputs& in, int term, int64_t r) {
   const Table& up = in.upstream;
   const A upstream = up.data ? load_any<A>(up.data, up.dtype, term * up.stride_row + r * up.stride_column) : A(1);
   return upstream * region_weight<A>(in, r);
 }
 
 template <class A>
-__device__ __forceinline__ A feature_factor(const RegionTables& in, int64_t r) {
+__device__ __forceinline__ A feature_factor(const RegionInputs& in, int64_t r) {
   return term_factor<A>(in, 0, r);
 }
 
@@ -142,8 +153,10 @@ __device__ int64_t own_deltas(const Table& deltas, int32_t columns, int64_t r, c
 
 // Classification term and the gradient of the student's logits; by one warp.
 template <class A>
-__device__ void write_classification(const RegionTables& in, const RegionResults<A>& out, const LossSpec& spec,
-                                     int64_t r, bool open) {
+__device__ void write_classification(const RegionTask<A>& task, int64_t r, bool open) {
+  const RegionInputs& in = task.in;
+  const RegionOutputs<A>& out = task.out;
+  const LossSpec& spec = task.spec;
   const int lane = threadIdx.x % kWarp, columns = in.logit_columns;
   A* grad = out.grad_logits ? out.grad_logits + r * columns : nullptr;
   A sum = A(0);
@@ -171,13 +184,15 @@ __device__ void write_classification(const RegionTables& in, const RegionResults
   } else if (grad) {
     for (int k = lane; k < columns; k += kWarp) grad[k] = A(0);
   }
-  if (lane == 0) out.partial[r] = sum;
+  if (lane == 0) task.scratch.partial[r] = sum;
 }
 
 // Regression term and the gradient of the student's deltas; by one warp.
 template <class A>
-__device__ void write_regression(const RegionTables& in, const RegionResults<A>& out, const LossSpec& spec, int64_t r,
-                                 const Decision& region) {
+__device__ void write_regression(const RegionTask<A>& task, int64_t r, const Decision& region) {
+  const RegionInputs& in = task.in;
+  const RegionOutputs<A>& out = task.out;
+  const LossSpec& spec = task.spec;
   const int lane = threadIdx.x % kWarp, columns = in.student_delta_columns;
   int64_t first = 0;
   A slopes[4] = {}, sum = A(0);
@@ -203,7 +218,7 @@ __device__ void write_regression(const RegionTables& in, const RegionResults<A>&
         if (column == first + k) value = slopes[k];
       out.grad_deltas[r * columns + column] = value;
     }
-  if (lane == 0) out.partial[in.regions + r] = sum;
+  if (lane == 0) task.scratch.partial[in.regions + r] = sum;
 }
 
 // Decides region r. With `write` (by one block of each region) the gates, the scores, the gradients of both heads and
@@ -211,8 +226,10 @@ __device__ void write_regression(const RegionTables& in, const RegionResults<A>&
 // are found by three warps at once; there is one barrier, after which every thread decides for itself, and the heads'
 // results are written by two warps while the others go on. A second call takes a barrier in between.
 template <class A>
-__device__ Decision decide_region(const RegionTables& in, const RegionResults<A>& out, const LossSpec& spec, int64_t r,
-                                  bool write, const RegionScratch<A>& scratch) {
+__device__ Decision decide_region(const RegionTask<A>& task, int64_t r, bool write, const RegionShared<A>& shared) {
+  const RegionInputs& in = task.in;
+  const RegionOutputs<A>& out = task.out;
+  const LossSpec& spec = task.spec;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int32_t classes = num_classes(in.logit_columns, spec.activation);
   Decision region;
@@ -228,7 +245,7 @@ __device__ Decision decide_region(const RegionTables& in, const RegionResults<A>
   if (warp < 2) {
     const Logits<A> z(warp == 0 ? in.teacher_logits : in.student_logits, r, in.logit_columns);
     const A score = own_probability(z, region, spec);
-    if (lane == 0) scratch.scores[warp] = score;
+    if (lane == 0) shared.scores[warp] = score;
   } else if (warp == 2) {
     A scores[4] = {};
     if (region.state.foreground) {
@@ -237,19 +254,19 @@ __device__ Decision decide_region(const RegionTables& in, const RegionResults<A>
       own_deltas(in.teacher_deltas, in.teacher_delta_columns, r, region, classes, spec.background, teacher);
       box_scores(region.box, region.gt, student, teacher, spec, scores);
     }
-    if (lane < 2) scratch.scores[2 + lane] = lane == 0 ? scores[2] : scores[3];
+    if (lane < 2) shared.scores[2 + lane] = lane == 0 ? scores[2] : scores[3];
   }
   __syncthreads();
 
   A scores[4];
 #pragma unroll
-  for (int k = 0; k < 4; ++k) scores[k] = scratch.scores[k];
+  for (int k = 0; k < 4; ++k) scores[k] = shared.scores[k];
   region.gates = decide_gates(region.state, scores, spec);
 
-  if (write && warp == 0) write_classification(in, out, spec, r, region.gates.classification);
-  if (write && warp == 1) write_regression(in, out, spec, r, region);
+  if (write && warp == 0) write_classification(task, r, region.gates.classification);
+  if (write && warp == 1) write_regression(task, r, region);
   if (write && warp == 2) {
-    if (lane < 4) out.scores[4 * r + lane] = scratch.scores[lane];
+    if (lane < 4) out.scores[4 * r + lane] = shared.scores[lane];
     if (lane == 0) {
       out.gates[3 * r] = region.gates.feature;
       out.gates[3 * r + 1] = region.gates.classification;
@@ -259,50 +276,60 @@ __device__ Decision decide_region(const RegionTables& in, const RegionResults<A>
   return region;
 }
 
-// Weight of one bin of a region with an open feature gate: 1, or the Gaussian of the matched box at the bin's centre,
-// 0 for background regions, which have no such box.
+// Weight of bin (i, j) of a region with an open feature gate.
 template <class A>
-__device__ __forceinline__ A bin_weight(const Decision& region, const LossSpec& spec, int bin, int pooled_h,
-                                        int pooled_w) {
+__device__ __forceinline__ A bin_weight(const Decision& region, const LossSpec& spec, int32_t i, int32_t j,
+                                        int32_t pooled_h, int32_t pooled_w) {
   if (spec.bin_weight == BinWeight::uniform) return A(1);
-  if (!region.state.foreground) return A(0);
-  const double *box = region.box, *gt = region.gt;
-  return static_cast<A>(bin_gaussian(box[1], box[3], bin / pooled_w, pooled_h, gt[1], gt[3]) *
-                        bin_gaussian(box[0], box[2], bin % pooled_w, pooled_w, gt[0], gt[2]));
+  return static_cast<A>(gaussian_bin_weight(!region.state.foreground, region.box, region.gt, i, j, pooled_h, pooled_w));
 }
 
 // ---- sums over the regions -----------------------------------------------------------------------------------------
 
 // By the last block, once all of `partial` and the gates are written: the losses, and the factors that stand for the
 // normalisers. Rows of `partial`, R elements each: the weighted classification term, the weighted regression term, and
-// for each of `groups` groups of channels its share of the weighted feature term; 0 where the gate is closed. The
+// for each group of channels its share of the weighted feature term; 0 where the gate is closed. The
 // order of the additions depends on the number of regions alone.
 template <class A>
-__device__ void finish_losses(const RegionTables& in, const RegionResults<A>& out, const LossSpec& spec, int groups,
-                              const RegionScratch<A>& scratch) {
-  const int64_t regions = in.regions;
+__device__ void finish_losses(const RegionTask<A>& task, const RegionShared<A>& shared) {
+  const RegionOutputs<A>& out = task.out;
+  const Reduction reduction = task.spec.reduction;
+  const int64_t regions = task.in.regions;
+  const A* partial = task.scratch.partial;
   double sums[3] = {}, open[3] = {};
   for (int64_t r = threadIdx.x; r < regions; r += kThreads) {
     double feature = 0.0;
-    for (int group = 0; group < groups; ++group) feature += load_fresh(&out.partial[(2 + group) * regions + r]);
-    const double values[3] = {feature, double(load_fresh(&out.partial[r])),
-                              double(load_fresh(&out.partial[regions + r]))};
+    for (int group = 0; group < int(task.groups.divisor); ++group)
+      feature += load_fresh(&partial[(2 + group) * regions + r]);
+    const double values[3] = {feature, double(load_fresh(&partial[r])), double(load_fresh(&partial[regions + r]))};
 #pragma unroll
     for (int term = 0; term < 3; ++term) {
       sums[term] += values[term];
       open[term] += load_fresh(&out.gates[3 * r + term]);
-      if (spec.reduction == Reduction::none) out.losses[term][r] = static_cast<A>(values[term]);
+      if (reduction == Reduction::none) out.losses[term][r] = static_cast<A>(values[term]);
     }
   }
 #pragma unroll
   for (int term = 0; term < 3; ++term) {
-    const double sum = block_sum(sums[term], scratch.totals), count = block_sum(open[term], scratch.totals);
-    const double normaliser = spec.reduction == Reduction::mean && count > 1.0 ? count : 1.0;
+    const double sum = block_sum(sums[term], shared.totals), count = block_sum(open[term], shared.totals);
+    const double normaliser = reduction == Reduction::mean && count > 1.0 ? count : 1.0;
     if (threadIdx.x == 0) {
-      if (spec.reduction != Reduction::none) *out.losses[term] = static_cast<A>(sum / normaliser);
+      if (reduction != Reduction::none) *out.losses[term] = static_cast<A>(sum / normaliser);
       out.factors[term] = static_cast<A>(1.0 / normaliser);
     }
   }
+}
+
+// The frame of the kernels of the region losses, for one region and group of channels. term() decides the region's
+// gates and returns the group's share of the weighted feature term; the last block to finish adds everything up.
+template <class A, class Term>
+__device__ __forceinline__ void run_region(const RegionTask<A>& task, int64_t region, int32_t group,
+                                           const RegionShared<A>& shared, const Term& term) {
+  if (region < task.in.regions) {
+    const A sum = term();
+    if (threadIdx.x == 0) task.scratch.partial[(2 + group) * task.in.regions + region] = sum;
+  }
+  if (last_block(task.scratch.done, int32_t(gridDim.x), shared.flag)) finish_losses(task, shared);
 }
 
 }  // namespace tardkd::cuda

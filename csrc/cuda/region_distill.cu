@@ -11,16 +11,17 @@ namespace tardkd::cuda {
 namespace {
 
 template <class A>
-struct RegionJob {
+struct RegionFeatures {
   PyramidView student, teacher, grad;
   bool want_grad;
-  A* grad_pooled;
+  A* grad_pooled;  // (R, C, pooled_h, pooled_w), or null
   int32_t tables;  // 1 if one set serves both sides: same geometry and layout
-  RegionTables in;
-  RegionResults<A> out;
+};
+
+// In this order: with the task in front ptxas for sm_80 spills.
+template <class A>
+struct RegionJob : RegionFeatures<A>, RegionTask<A> {
   RoiAlignSpec align;
-  LossSpec spec;
-  int32_t groups;  // blocks a region
 };
 
 // bins = RoIAlign(student) - RoIAlign(teacher) of one chunk: one pass where the difference can be taken on load, else
@@ -60,7 +61,7 @@ __host__ __device__ size_t feature_shared_bytes(int32_t tables) {
 // Penalty of this block's channels, summed over the block, with the gradient on the way.
 template <class A>
 __device__ __forceinline__ A feature_term(const RegionJob<A>& job, int64_t region, int32_t channel_group,
-                                          FeatureShared<A>& shared, const RegionScratch<A>& scratch) {
+                                          FeatureShared<A>& shared, const RegionShared<A>& heads) {
   PoolShared<A>& bins = shared.pool;
   if (threadIdx.x % kWarp == 0 && threadIdx.x / kWarp < job.tables) {
     const int side = threadIdx.x / kWarp;
@@ -77,8 +78,8 @@ __device__ __forceinline__ A feature_term(const RegionJob<A>& job, int64_t regio
     for_each_group(job.align, [&](const BinGroup& group) {
       if (threadIdx.x < group.bins()) {
         const int32_t i = group.y + threadIdx.x / group.columns, j = group.x + threadIdx.x % group.columns;
-        shared.bin_weight[threadIdx.x] = bin_weight<A>(shared.decision, job.spec, i * job.align.pooled_w + j,
-                                                       job.align.pooled_h, job.align.pooled_w);
+        shared.bin_weight[threadIdx.x] =
+            bin_weight<A>(shared.decision, job.spec, i, j, job.align.pooled_h, job.align.pooled_w);
       }
       pool_difference(job, image, channel, group, bins);
       for_own_bins(bins, group, [&](int32_t bin, int32_t, Four<A>& values) {
@@ -94,44 +95,38 @@ __device__ __forceinline__ A feature_term(const RegionJob<A>& job, int64_t regio
         scatter(job.grad.level[bins.place[0].level], image, channels, channel, bins.place[0], group, bins,
                 bins.tables[0]);
       else if (job.grad_pooled)
-        for_pooled(region, channels, channel, job.align, group, bins,
-                   [&](int64_t at, const A& gradient) { job.grad_pooled[at] = gradient; });
+        for_pooled<A>(region * channels + channel, chunk_channels<A>(channels, channel), job.align, group, bins.bins,
+                      [&](int32_t, int64_t at, A gradient) { job.grad_pooled[at] = gradient; });
       __syncthreads();
     });
   });
-  return block_sum(sum, scratch.sums);
+  return block_sum(sum, heads.sums);
 }
 
 // Whether the feature gate is open. Its own function: what it needs of registers is not to weigh on the pooling.
 template <class A>
-__device__ __noinline__ bool decide(const RegionJob<A>& job, int64_t region, bool write,
-                                    const RegionScratch<A>& scratch, Decision& shared) {
-  const Decision decision = decide_region(job.in, job.out, job.spec, region, write, scratch);
-  if (threadIdx.x == 0) shared = decision;
-  return decision.gates.feature;
+__device__ __noinline__ bool decide(const RegionJob<A>& job, int64_t region, bool write, const RegionShared<A>& heads,
+                                    Decision& decision) {
+  const Decision own = decide_region<A>(job, region, write, heads);
+  if (threadIdx.x == 0) decision = own;
+  return own.gates.feature;
 }
 
 template <class A>
 __global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
     region_distill_kernel(const __grid_constant__ RegionJob<A> job) {
   SharedArena arena;
-  RegionScratch<A> scratch;
-  scratch.take(arena);
+  RegionShared<A> heads;
+  heads.take(arena);
   FeatureShared<A>& shared = *arena.rest<FeatureShared<A>>(feature_shared_bytes<A>(job.tables));
-
-  const int64_t region = blockIdx.x / job.groups;
-  const int32_t channel_group = int32_t(blockIdx.x % job.groups);
-  if (region < job.in.regions) {
-    A sum = A(0);
-    if (decide(job, region, channel_group == 0, scratch, shared.decision)) {
-      __syncthreads();
-      sum = feature_term(job, region, channel_group, shared, scratch);
-      sum *= region_weight<A>(job.in, region) / (A(job.student.channels) * A(job.align.pooled_h * job.align.pooled_w));
-    }
-    if (threadIdx.x == 0) job.out.partial[(2 + channel_group) * job.in.regions + region] = sum;
-  }
-  if (last_block(job.out.done, int32_t(gridDim.x), scratch.flag))
-    finish_losses(job.in, job.out, job.spec, job.groups, scratch);
+  const RegionBlock block = region_block(job.groups);
+  run_region<A>(job, block.region, block.group, heads, [&] {
+    if (!decide(job, block.region, block.group == 0, heads, shared.decision)) return A(0);
+    __syncthreads();
+    const A sum = feature_term(job, block.region, block.group, shared, heads);
+    const A elements = A(job.student.channels) * A(job.align.pooled_h * job.align.pooled_w);
+    return sum * (region_weight<A>(job.in, block.region) / elements);
+  });
 }
 
 // Even without channels there are losses of the heads.
@@ -140,13 +135,12 @@ int32_t blocks_of_region(int32_t channels) {
   return channel_groups<A>(channels) > 0 ? channel_groups<A>(channels) : 1;
 }
 
+// Whether one set of tables serves both sides.
 bool same_geometry(const PyramidView& a, const PyramidView& b) {
   if (a.levels != b.levels) return false;
   for (int32_t level = 0; level < a.levels; ++level) {
     const MapView &x = a.level[level], &y = b.level[level];
-    if (x.map.height != y.map.height || x.map.width != y.map.width || x.map.scale != y.map.scale ||
-        x.planar != y.planar)
-      return false;
+    if (!same_extent(x.map, y.map) || x.planar != y.planar) return false;
   }
   return true;
 }
@@ -159,10 +153,8 @@ int64_t region_partials(int64_t regions, int32_t channels) {
 
 template <class A>
 Status region_distill(const Pyramid& student, const Pyramid& teacher, const Pyramid* grad, A* grad_pooled,
-                      const RegionTables& in, const RegionResults<A>& out, const RoiAlignSpec& align,
-                      const LossSpec& spec, const Target& target) {
-  const DeviceGuard guard(target.device);
-  if (guard.error() != cudaSuccess) return Status{guard.error(), "region_distill"};
+                      const RegionInputs& in, const RegionOutputs<A>& out, const Scratch<A>& scratch,
+                      const RoiAlignSpec& align, const LossSpec& spec, const Target& target) {
   if (!strides_fit(student) || !strides_fit(teacher) || (grad && !strides_fit(*grad)))
     return Status{cudaErrorInvalidValue, "region_distill"};
   RegionJob<A> job{};
@@ -174,20 +166,21 @@ Status region_distill(const Pyramid& student, const Pyramid& teacher, const Pyra
   job.tables = same_geometry(job.student, job.teacher) ? 1 : 2;
   job.in = in;
   job.out = out;
+  job.scratch = scratch;
   job.align = align;
   job.spec = spec;
-  job.groups = blocks_of_region<A>(student.channels);
-  const size_t shared = RegionScratch<A>::bytes() + feature_shared_bytes<A>(job.tables);
+  job.groups = Divider(blocks_of_region<A>(student.channels));
+  const size_t shared = RegionShared<A>::bytes() + feature_shared_bytes<A>(job.tables);
   // Without regions one block still writes the losses.
-  const int64_t blocks = (in.regions > 0 ? in.regions : 1) * job.groups;
-  return Status{launch(region_distill_kernel<A>, dim3(unsigned(blocks)), kThreads, shared, target.stream, job),
-                "region_distill"};
+  const int64_t blocks = (in.regions > 0 ? in.regions : 1) * job.groups.divisor;
+  return launch_on(target, "region_distill", region_distill_kernel<A>, blocks, shared, job);
 }
 
-template Status region_distill<float>(const Pyramid&, const Pyramid&, const Pyramid*, float*, const RegionTables&,
-                                      const RegionResults<float>&, const RoiAlignSpec&, const LossSpec&, const Target&);
-template Status region_distill<double>(const Pyramid&, const Pyramid&, const Pyramid*, double*, const RegionTables&,
-                                       const RegionResults<double>&, const RoiAlignSpec&, const LossSpec&,
-                                       const Target&);
+#define TARDKD_INSTANTIATE(A)                                                                                         \
+  template Status region_distill<A>(const Pyramid&, const Pyramid&, const Pyramid*, A*, const RegionInputs&,          \
+                                    const RegionOutputs<A>&, const Scratch<A>&, const RoiAlignSpec&, const LossSpec&, \
+                                    const Target&)
+TARDKD_INSTANTIATE(float);
+TARDKD_INSTANTIATE(double);
 
 }  // namespace tardkd::cuda

@@ -1,12 +1,14 @@
 // RoIAlign over a whole pyramid in one launch, and its gradient two ways: by atomics from the regions' side (scatter),
 // or tile by tile from the map's side in a fixed order (gather), which is repeatable and needs no zeros beforehand.
-#include "../core/box.h"
+#include "../core/region.h"
 #include "kernels.h"
 #include "pool.cuh"
+#include "tiles.cuh"
 
 namespace tardkd::cuda {
 namespace {
 
+// Reads a row of `proposals`, (R, 5), into `box`, (4,); false if it cannot be pooled.
 __device__ inline bool read_region(const Table& proposals, int64_t region, int32_t images, double* box,
                                    int32_t& image) {
   double row[5];
@@ -16,7 +18,7 @@ __device__ inline bool read_region(const Table& proposals, int64_t region, int32
         load_any<double>(proposals.data, proposals.dtype, region * proposals.stride_row + k * proposals.stride_column);
 #pragma unroll
   for (int k = 0; k < 4; ++k) box[k] = row[k + 1];
-  const bool valid = is_finite(box) && row[0] >= 0.0 && row[0] < images;
+  const bool valid = is_valid_proposal(row, images);
   image = valid ? int32_t(row[0]) : 0;
   return valid;
 }
@@ -25,13 +27,12 @@ __device__ inline bool read_region(const Table& proposals, int64_t region, int32
 
 template <class A>
 struct AlignJob {
-  PyramidView maps;  // features, or gradients of A
-  Table proposals;
-  int64_t regions;
-  void* pooled;  // written, or read for the gradient
+  PyramidView pyramid;  // features, or gradients of A
+  Table proposals;      // (R, 5)
+  void* pooled;         // (R, C, pooled_h, pooled_w), written, or read for the gradient
   DType pooled_dtype;
   RoiAlignSpec align;
-  int32_t groups;  // blocks a region
+  Divider groups;  // of channels: by the number of blocks a region
 };
 
 template <class A>
@@ -45,17 +46,17 @@ __device__ bool for_region(const AlignJob<A>& job, const Body& body) {
   SharedArena arena;
   const Shared<int32_t> found = arena.take<int32_t>(2);  // whether the region is valid, its image
   PoolShared<A>& shared = *arena.rest<PoolShared<A>>(pool_shared_bytes<A>(1));
-  const int64_t region = blockIdx.x / job.groups;
+  const RegionBlock block = region_block(job.groups);
   if (threadIdx.x == 0) {
     double box[4];
-    found[0] = read_region(job.proposals, region, job.maps.images, box, found[1]);
-    if (found[0]) shared.place[0] = place_region(job.maps, box, job.align);
+    found[0] = read_region(job.proposals, block.region, job.pyramid.images, box, found[1]);
+    if (found[0]) shared.place[0] = place_region(job.pyramid, box, job.align);
     shared.tables[0].at[0] = -1;
   }
   __syncthreads();
   if (!found[0]) return false;
-  for_each_chunk<A>(int32_t(blockIdx.x % job.groups), job.maps.channels, [&](int32_t channel) {
-    for_each_group(job.align, [&](const BinGroup& group) { body(region, found[1], channel, group, shared); });
+  for_each_chunk<A>(block.group, job.pyramid.channels, [&](int32_t channel) {
+    for_each_group(job.align, [&](const BinGroup& group) { body(block.region, found[1], channel, group, shared); });
   });
   return true;
 }
@@ -63,28 +64,29 @@ __device__ bool for_region(const AlignJob<A>& job, const Body& body) {
 template <class A>
 __global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
     roi_align_kernel(const __grid_constant__ AlignJob<A> job) {
-  const int32_t channels = job.maps.channels;
-  const bool valid = for_region(
-      job, [&](int64_t region, int32_t image, int32_t channel, const BinGroup& group, PoolShared<A>& shared) {
-        const RegionPlace& place = shared.place[0];
-        clear_bins(shared, group);
-        pool(PoolSource{&job.maps.level[place.level], nullptr, job.maps.dtype, image, channels, channel}, place, group,
-             shared, shared.tables[0], A(1));
-        with_stored<A>(job.maps.dtype, [&](auto stored) {
-          using T = decltype(stored);
-          for_pooled(region, channels, channel, job.align, group, shared,
-                     [&](int64_t at, A value) { static_cast<T*>(job.pooled)[at] = Stored<T>::from(value); });
-        });
-        __syncthreads();
-      });
+  const int32_t channels = job.pyramid.channels;
+  const bool valid = for_region(job, [&](int64_t region, int32_t image, int32_t channel, const BinGroup& group,
+                                         PoolShared<A>& shared) {
+    const RegionPlace& place = shared.place[0];
+    clear_bins(shared, group);
+    pool(PoolSource{&job.pyramid.level[place.level], nullptr, job.pyramid.dtype, image, channels, channel}, place,
+         group, shared, shared.tables[0], A(1));
+    with_stored<A>(job.pyramid.dtype, [&](auto stored) {
+      using T = decltype(stored);
+      for_pooled<A>(region * channels + channel, chunk_channels<A>(channels, channel), job.align, group, shared.bins,
+                    [&](int32_t, int64_t at, A value) { static_cast<T*>(job.pooled)[at] = Stored<T>::from(value); });
+    });
+    __syncthreads();
+  });
   if (valid) return;
-  with_stored<A>(job.maps.dtype, [&](auto stored) {
+  with_stored<A>(job.pyramid.dtype, [&](auto stored) {
     using T = decltype(stored);
-    const int64_t region = blockIdx.x / job.groups, bins = int64_t(job.align.pooled_h) * job.align.pooled_w;
-    for_each_chunk<A>(int32_t(blockIdx.x % job.groups), channels, [&](int32_t channel) {
-      const int32_t left = channels - channel, count = left < kChunk<A> ? left : kChunk<A>;
-      T* pooled = static_cast<T*>(job.pooled) + (region * channels + channel) * bins;
-      for (int64_t k = threadIdx.x; k < count * bins; k += kThreads) pooled[k] = Stored<T>::from(A(0));
+    const RegionBlock block = region_block(job.groups);
+    const int64_t bins = int64_t(job.align.pooled_h) * job.align.pooled_w;
+    for_each_chunk<A>(block.group, channels, [&](int32_t channel) {
+      T* pooled = static_cast<T*>(job.pooled) + (block.region * channels + channel) * bins;
+      for (int64_t k = threadIdx.x; k < chunk_channels<A>(channels, channel) * bins; k += kThreads)
+        pooled[k] = Stored<T>::from(A(0));
     });
   });
 }
@@ -92,28 +94,28 @@ __global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
 template <class A>
 __global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
     roi_align_scatter_kernel(const __grid_constant__ AlignJob<A> job) {
+  const int32_t channels = job.pyramid.channels;
   for_region(job, [&](int64_t region, int32_t image, int32_t channel, const BinGroup& group, PoolShared<A>& shared) {
     clear_bins(shared, group);  // of channels that do not exist
     __syncthreads();
-    for_pooled(region, job.maps.channels, channel, job.align, group, shared,
-               [&](int64_t at, A& bin) { bin = load_any<A>(job.pooled, job.pooled_dtype, at); });
+    for_pooled<A>(region * channels + channel, chunk_channels<A>(channels, channel), job.align, group, shared.bins,
+                  [&](int32_t, int64_t at, A& bin) { bin = load_any<A>(job.pooled, job.pooled_dtype, at); });
     __syncthreads();
     const RegionPlace& place = shared.place[0];
-    scatter(job.maps.level[place.level], image, job.maps.channels, channel, place, group, shared, shared.tables[0]);
+    scatter(job.pyramid.level[place.level], image, channels, channel, place, group, shared, shared.tables[0]);
     __syncthreads();
   });
 }
 
 template <class A, class Kernel>
-Status launch_by_region(const char* name, Kernel kernel, const Pyramid& maps, const Table& proposals, int64_t regions,
-                        void* pooled, DType pooled_dtype, const RoiAlignSpec& align, const Target& target) {
-  const DeviceGuard guard(target.device);
-  if (guard.error() != cudaSuccess) return Status{guard.error(), name};
-  if (!strides_fit(maps)) return Status{cudaErrorInvalidValue, name};
-  const AlignJob<A> job{
-      view_of(maps), proposals, regions, pooled, pooled_dtype, align, channel_groups<A>(maps.channels)};
-  return Status{launch(kernel, dim3(unsigned(regions * job.groups)), kThreads, align_shared<A>(), target.stream, job),
-                name};
+Status launch_by_region(const char* name, Kernel kernel, const Pyramid& pyramid, const Table& proposals,
+                        int64_t regions, void* pooled, DType pooled_dtype, const RoiAlignSpec& align,
+                        const Target& target) {
+  if (!strides_fit(pyramid)) return Status{cudaErrorInvalidValue, name};
+  const int32_t groups = channel_groups<A>(pyramid.channels);
+  AlignJob<A> job{view_of(pyramid), proposals, pooled, pooled_dtype, align, {}};
+  if (groups > 0) job.groups = Divider(groups);
+  return launch_on(target, name, kernel, regions * groups, align_shared<A>(), job);
 }
 
 // ---- by tile of the map: gather ------------------------------------------------------------------------------------
@@ -125,16 +127,15 @@ template <class A>
 constexpr int kOwnPixels = kTile * kTile * kQuads<A> / kThreads;
 
 struct GatherJob {
-  PyramidView maps;
-  Table proposals;
+  PyramidView grad;
+  Table proposals;  // (R, 5)
   int64_t regions;
-  const bool* open;
-  const void* pooled;
+  const bool* open;    // (R, 3), or null
+  const void* pooled;  // (R, C, pooled_h, pooled_w)
   DType pooled_dtype;
-  int32_t* windows;  // [kWindow][regions]
+  int32_t* windows;  // (kWindow, R)
   RoiAlignSpec align;
-  int64_t first_block[kMaxLevels + 1];  // of each level
-  int32_t chunks;
+  TileGrid tiles;  // by chunks of channels
 };
 
 // Which pixels of which map a region can touch.
@@ -143,8 +144,8 @@ __global__ void __launch_bounds__(kThreads) roi_windows_kernel(const __grid_cons
   if (region >= job.regions) return;
   int32_t window[kWindow] = {0, -1, 0, -1, 0, -1};
   double box[4];
-  if ((!job.open || job.open[3 * region]) && read_region(job.proposals, region, job.maps.images, box, window[0])) {
-    const RegionPlace place = place_region(job.maps, box, job.align);
+  if ((!job.open || job.open[3 * region]) && read_region(job.proposals, region, job.grad.images, box, window[0])) {
+    const RegionPlace place = place_region(job.grad, box, job.align);
     window[1] = place.level;
     const auto pixels = [](const AxisPlace& axis, int32_t pooled, int32_t& first, int32_t& last) {
       const double end = axis.roi.start + pooled * axis.roi.bin, size = axis.roi.size;
@@ -180,15 +181,15 @@ __device__ inline double pixel_weight(const AxisPlace& axis, int32_t bin, int32_
 
 template <class A>
 struct alignas(16) GatherShared {
-  SharedArray<A, kGroupCells * kChunk<A>> bins;   // [bin][channel]
+  Bins<A> bins;
   SharedArray<A, 2 * kGroupBins * kTile> weight;  // [axis][bin][pixel of the tile]
   SharedArray<int32_t, kThreads> found;           // regions that touch the tile, ascending
   SharedArray<int32_t, kThreads / kWarp> counts;  // of them, by warp
   RegionPlace place;
 };
 
-struct Tile {
-  int32_t level, image, y, x, channel;
+struct GatherTile {
+  __host__ __device__ TileSize operator()(const MapView&) const { return TileSize{kTile, kTile}; }
 };
 
 // Adds one region's part to the pixels this thread owns: a quad of channels of kOwnPixels pixels.
@@ -198,20 +199,15 @@ __device__ void gather_region(const GatherJob& job, const Tile& tile, int64_t re
   if (threadIdx.x == 0) {
     double box[4];
     int32_t image;
-    read_region(job.proposals, region, job.maps.images, box, image);
-    shared.place = place_region(job.maps, box, job.align);
+    read_region(job.proposals, region, job.grad.images, box, image);
+    shared.place = place_region(job.grad, box, job.align);
   }
-  const int32_t left = job.maps.channels - tile.channel, channels = left < kChunk<A> ? left : kChunk<A>;
-  const int64_t first = region * job.maps.channels + tile.channel;
+  const int32_t channels = chunk_channels<A>(job.grad.channels, tile.channel);
+  const int64_t first = region * job.grad.channels + tile.channel;
   for_each_group(job.align, [&](const BinGroup& group) {
-    for (int32_t task = threadIdx.x; task < kChunk<A> * group.bins(); task += kThreads) {
-      const int32_t c = task / group.bins(), bin = task % group.bins();
-      const int32_t i = group.y + bin / group.columns, j = group.x + bin % group.columns;
-      shared.bins[bin_at<A>(bin, c / 4) + c % 4] =
-          c < channels ? load_any<A>(job.pooled, job.pooled_dtype,
-                                     ((first + c) * job.align.pooled_h + i) * job.align.pooled_w + j)
-                       : A(0);
-    }
+    for_pooled<A>(first, kChunk<A>, job.align, group, shared.bins, [&](int32_t channel, int64_t at, A& bin) {
+      bin = channel < channels ? load_any<A>(job.pooled, job.pooled_dtype, at) : A(0);
+    });
     __syncthreads();  // the place is known
     const AxisPlace &along_y = shared.place.y, &along_x = shared.place.x;
     for (int32_t task = threadIdx.x; task < (group.rows + group.columns) * kTile; task += kThreads) {
@@ -250,21 +246,9 @@ __global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
   SharedArena arena;
   GatherShared<A>& shared = *arena.rest<GatherShared<A>>();
 
-  Tile tile;
-  tile.level = 0;
-  while (int64_t(blockIdx.x) >= job.first_block[tile.level + 1]) ++tile.level;
-  const MapView& view = job.maps.level[tile.level];
-  const int32_t tiles_x = (view.map.width + kTile - 1) / kTile, tiles_y = (view.map.height + kTile - 1) / kTile;
-  int64_t rest = blockIdx.x - job.first_block[tile.level];
-  tile.channel = int32_t(rest % job.chunks) * kChunk<A>;
-  rest /= job.chunks;
-  tile.x = int32_t(rest % tiles_x) * kTile;
-  rest /= tiles_x;
-  tile.y = int32_t(rest % tiles_y) * kTile;
-  tile.image = int32_t(rest / tiles_y);
-
+  const Tile tile = tile_of(job.tiles, job.grad, kChunk<A>, GatherTile());
+  const MapView& view = job.grad.level[tile.level];
   Four<A> own[kOwnPixels<A>] = {};
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   for (int64_t begin = 0; begin < job.regions; begin += kThreads) {
     const int64_t region = begin + threadIdx.x;
     bool touches = false;
@@ -274,15 +258,9 @@ __global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
       touches = window[next] == tile.level && window[0] == tile.image && window[2 * next] < tile.y + kTile &&
                 window[3 * next] >= tile.y && window[4 * next] < tile.x + kTile && window[5 * next] >= tile.x;
     }
-    const unsigned votes = __ballot_sync(kAllLanes, touches);
-    if (lane == 0) shared.counts[warp] = __popc(votes);
-    __syncthreads();
-    int32_t before = 0, all = 0;
-    for (int w = 0; w < kThreads / kWarp; ++w) {
-      if (w < warp) before += shared.counts[w];
-      all += shared.counts[w];
-    }
-    if (touches) shared.found[before + __popc(votes & ((1u << lane) - 1u))] = threadIdx.x;
+    int32_t all;
+    const int32_t rank = block_rank(touches, shared.counts, all);
+    if (touches) shared.found[rank] = threadIdx.x;
     __syncthreads();
     for (int32_t k = 0; k < all; ++k) gather_region(job, tile, begin + shared.found[k], shared, own);
     __syncthreads();
@@ -294,17 +272,16 @@ __global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
     const int32_t pixel = threadIdx.x / kQuads<A> + n * (kThreads / kQuads<A>);
     const int32_t y = tile.y + pixel / kTile, x = tile.x + pixel % kTile;
     if (y >= view.map.height || x >= view.map.width) continue;
-    const int64_t at =
-        tile.image * view.map.stride_n + channel * view.map.stride_c + y * view.map.stride_h + x * view.map.stride_w;
-    with_stored<A>(job.maps.dtype, [&](auto stored) {
+    const int64_t at = offset_in(view.map, tile.image, channel, y, x);
+    with_stored<A>(job.grad.dtype, [&](auto stored) {
       using T = decltype(stored);
       T* data = static_cast<T*>(view.map.data) + at;
-      if (!view.planar && view.vector && channel + 4 <= job.maps.channels) {
+      if (!view.planar && view.vector && channel + 4 <= job.grad.channels) {
         store_four(data, own[n]);
       } else {
 #pragma unroll
         for (int k = 0; k < 4; ++k)
-          if (channel + k < job.maps.channels) data[k * view.map.stride_c] = Stored<T>::from(own[n].at[k]);
+          if (channel + k < job.grad.channels) data[k * view.map.stride_c] = Stored<T>::from(own[n].at[k]);
       }
     });
   }
@@ -312,20 +289,12 @@ __global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
 
 template <class A>
 Status launch_gather(GatherJob job, const Target& target) {
-  const DeviceGuard guard(target.device);
-  if (guard.error() != cudaSuccess) return Status{guard.error(), "roi_align_gather"};
-  job.chunks = (job.maps.channels + kChunk<A> - 1) / kChunk<A>;
-  for (int32_t level = 0; level < job.maps.levels; ++level) {
-    const FeatureMap& map = job.maps.level[level].map;
-    const int64_t tiles = int64_t((map.height + kTile - 1) / kTile) * ((map.width + kTile - 1) / kTile);
-    job.first_block[level + 1] = job.first_block[level] + tiles * job.maps.images * job.chunks;
-  }
-  const int64_t windows = (job.regions + kThreads - 1) / kThreads, blocks = job.first_block[job.maps.levels];
-  const cudaError_t error = launch(roi_windows_kernel, dim3(unsigned(windows)), kThreads, 0, target.stream, job);
-  if (error != cudaSuccess) return Status{error, "roi_windows"};
-  return Status{
-      launch(roi_align_gather_kernel<A>, dim3(unsigned(blocks)), kThreads, sizeof(GatherShared<A>), target.stream, job),
-      "roi_align_gather"};
+  job.tiles = tile_grid(job.grad, kChunk<A>, GatherTile());
+  const Status status =
+      launch_on(target, "roi_windows", roi_windows_kernel, (job.regions + kThreads - 1) / kThreads, 0, job);
+  if (status.error) return status;
+  return launch_on(target, "roi_align_gather", roi_align_gather_kernel<A>, job.tiles.first_block[job.grad.levels],
+                   sizeof(GatherShared<A>), job);
 }
 
 }  // namespace
@@ -355,7 +324,7 @@ Status roi_align_gather(const Pyramid& grad, const Table& proposals, int64_t reg
                         const void* grad_pooled, DType pooled_dtype, int32_t* windows, const RoiAlignSpec& align,
                         const Target& target) {
   GatherJob job{};
-  job.maps = view_of(grad);
+  job.grad = view_of(grad);
   job.proposals = proposals;
   job.regions = regions;
   job.open = open;

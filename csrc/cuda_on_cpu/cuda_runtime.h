@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "scheduler.h"
 #include "vector_types.h"
@@ -112,15 +113,31 @@ using std::min;
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
-// ---- runtime: one device, everything is done when launch() returns --------------------------------------------------
+// ---- runtime: everything is done when launch() returns --------------------------------------------------------------
 
 using cudaStream_t = struct CUstream_st*;
 
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
-inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+namespace cuda_on_cpu {
+// What the runtime knows of the devices: one, unless a test says otherwise. No kernel asks for any of it.
+struct Devices {
+  int count = 1, current = 0;
+  bool has_context[8] = {};  // of which device
+  cudaError_t last_error = cudaSuccess;
+};
+inline Devices devices;
+}  // namespace cuda_on_cpu
+
+inline cudaError_t cudaGetDevice(int* device) { return *device = cuda_on_cpu::devices.current, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) {
+  cuda_on_cpu::Devices& devices = cuda_on_cpu::devices;
+  if (device < 0 || device >= devices.count) return devices.last_error = cudaErrorInvalidDevice;
+  devices.current = device;
+  devices.has_context[device] = true;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = cuda_on_cpu::devices.count, cudaSuccess; }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 0, cudaSuccess; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::devices.last_error, cudaSuccess); }
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
