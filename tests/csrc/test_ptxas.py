@@ -26,10 +26,14 @@ arch = sm_80
 arch = sm_90
 \t\tFunction : _ZN6tardkd4cuda14scatter_kernelIfEEvPf
         /*0100*/                   LD.E.128 R4, desc[UR6][R4.64] ;            /* 0x0000000604047981 */
+        /*0108*/                   ST.E [R4], R8 ;
+        /*010c*/                   LDG.E.128 R4, desc[UR6][R4.64] ;
         /*0110*/                   LDG.E.64 R8, desc[UR6][R8.64] ;
         /*0120*/                   LDG.E R9, desc[UR6][R8.64] ;
         /*0130*/                   STL.64 [R1+0x50], R8 ;
         /*01f0*/               @P1 REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU desc[UR6][R2.64], R4 ;
+        /*0200*/               @P1 ATOMG.E.ADD.F32x4.FTZ.RN.STRONG.GPU PT, R4, desc[UR6][R2.64], R4 ;
+        /*0210*/               @P1 ATOMG.E.ADD.F32.FTZ.RN.STRONG.GPU PT, RZ, desc[UR6][R2.64], R4 ;
 
 Fatbin ptx code:
 ================
@@ -96,7 +100,16 @@ def test_disassembly():
     kernel = "_ZN6tardkd4cuda14scatter_kernelIfEEvPf"
     assert counts == {
         (kernel, "sm_80"): {"16-byte loads": 1, "scalar adds": 2},
-        (kernel, "sm_90"): {"16-byte loads": 1, "8-byte loads": 1, "local": 1, "vector adds": 1},
+        (kernel, "sm_90"): {
+            "16-byte loads": 1,
+            "8-byte loads": 1,
+            "generic 16-byte accesses": 1,
+            "generic accesses": 2,
+            "local": 1,
+            "vector adds": 1,
+            "vector adds that return": 1,
+            "scalar adds that return": 1,
+        },
     }
 
 
