@@ -12,51 +12,15 @@ using namespace tardkd;
 
 namespace {
 
-// regions = (proposals, student_logits, teacher_logits, student_deltas, teacher_deltas, labels, gt_boxes,
-//            region_weights | None, upstream | None); all contiguous, boxes float64, the rest of type A.
-template <class A>
-RegionInputs<A> region_inputs(const py::tuple& regions, int32_t images) {
-  const Tensor proposals = tensor(regions[0]), student_logits = tensor(regions[1]), student_deltas = tensor(regions[3]),
-               teacher_deltas = tensor(regions[4]);
-  RegionInputs<A> in{};
-  in.regions = proposals.shape[0];
-  in.images = images;
-  in.logit_columns = static_cast<int32_t>(student_logits.shape[1]);
-  in.student_delta_columns = static_cast<int32_t>(student_deltas.shape[1]);
-  in.teacher_delta_columns = static_cast<int32_t>(teacher_deltas.shape[1]);
-  in.proposals = proposals.as<const double>();
-  in.student_logits = student_logits.as<const A>();
-  in.teacher_logits = tensor(regions[2]).as<const A>();
-  in.student_deltas = student_deltas.as<const A>();
-  in.teacher_deltas = teacher_deltas.as<const A>();
-  in.labels = tensor(regions[5]).as<const int64_t>();
-  in.gt_boxes = tensor(regions[6]).as<const double>();
-  in.region_weights = tensor(regions[7]).as<const A>();
-  in.upstream = tensor(regions[8]).as<const A>();
-  return in;
-}
-
-// results = (feature, classification, regression, gates, scores, factors, grad_logits | None, grad_deltas | None)
-template <class A>
-RegionOutputs<A> region_outputs(const py::tuple& results) {
-  return RegionOutputs<A>{{tensor(results[0]).as<A>(), tensor(results[1]).as<A>(), tensor(results[2]).as<A>()},
-                          tensor(results[3]).as<bool>(),
-                          tensor(results[4]).as<A>(),
-                          tensor(results[5]).as<A>(),
-                          tensor(results[6]).as<A>(),
-                          tensor(results[7]).as<A>()};
-}
-
-void region_distill(const py::list& student_levels, const py::list& teacher_levels, const py::list& grad_levels,
-                    const Scales& student_scales, const Scales& teacher_scales, const py::tuple& regions,
-                    const py::tuple& results, const py::tuple& align, const py::tuple& loss, int threads) {
-  const Pyramid student = pyramid(student_levels, student_scales), teacher = pyramid(teacher_levels, teacher_scales),
-                grad = pyramid(grad_levels, student_scales);
+void region_distill(const py::object& student_pyramid, const py::object& teacher_pyramid,
+                    const py::object& grad_pyramid, const py::object& inputs, const py::object& upstream,
+                    const py::object& results, const py::object& align, const py::object& loss, int threads) {
+  const Pyramid student = pyramid(student_pyramid), teacher = pyramid(teacher_pyramid), grad = pyramid(grad_pyramid);
+  const RegionInputs in = region_inputs(inputs, tensor(upstream), student.images);
   const RoiAlignSpec roi = align_spec(align);
   const LossSpec spec = loss_spec(loss);
   accumulate_as(student.dtype, [&](auto a) {
     using A = decltype(a);
-    const auto in = region_inputs<A>(regions, student.images);
     const auto out = region_outputs<A>(results);
     py::gil_scoped_release release;
     cpu::region_distill<A>(student, teacher, grad.levels ? &grad : nullptr, in, out, roi, spec, threads);
@@ -64,60 +28,72 @@ void region_distill(const py::list& student_levels, const py::list& teacher_leve
 }
 
 void pooled_distill(const py::object& student_pooled, const py::object& teacher_pooled, const py::object& grad_pooled,
-                    const py::tuple& regions, const py::tuple& results, const py::tuple& loss, int threads) {
-  const Tensor student = tensor(student_pooled), teacher = tensor(teacher_pooled), grad = tensor(grad_pooled);
+                    const py::object& inputs, const py::object& upstream, const py::object& results,
+                    const py::object& loss, int threads) {
+  const PooledTensor student = pooled_tensor(tensor(student_pooled)), teacher = pooled_tensor(tensor(teacher_pooled)),
+                     grad = pooled_tensor(tensor(grad_pooled));
+  const RegionInputs in = region_inputs(inputs, tensor(upstream), -1);
   const LossSpec spec = loss_spec(loss);
-  accumulate_as(student.dtype, [&](auto a) {
+  accumulate_as(tensor(student_pooled).dtype, [&](auto a) {
     using A = decltype(a);
-    const auto in = region_inputs<A>(regions, -1);
     const auto out = region_outputs<A>(results);
-    const int32_t channels = static_cast<int32_t>(student.shape[1]), h = static_cast<int32_t>(student.shape[2]),
-                  w = static_cast<int32_t>(student.shape[3]);
     py::gil_scoped_release release;
-    const auto pooled = pooled_tensor<cpu::PooledTensor>;
-    cpu::pooled_distill<A>(pooled(student), pooled(teacher), pooled(grad), channels, h, w, in, out, spec, threads);
+    cpu::pooled_distill<A>(student, teacher, grad, in, out, spec, threads);
   });
 }
 
-void roi_align(const py::list& levels, const Scales& scales, const py::object& proposals_object,
-               const py::object& pooled_object, const py::tuple& align, bool backward, int threads) {
-  const Pyramid features = pyramid(levels, scales);
-  const Tensor proposals = tensor(proposals_object), pooled = tensor(pooled_object);
+// `proposals` (R, 5), `pooled` (R, C, pooled_h, pooled_w).
+void roi_align(const py::object& features_pyramid, const py::object& proposals, const py::object& pooled_object,
+               const py::object& align, int threads) {
+  const Pyramid features = pyramid(features_pyramid);
+  const Table regions = table(tensor(proposals));
+  const Tensor pooled = tensor(pooled_object);
   const RoiAlignSpec spec = align_spec(align);
   accumulate_as(pooled.dtype, [&](auto a) {
     using A = decltype(a);
     py::gil_scoped_release release;
-    if (backward)
-      cpu::roi_align_backward<A>(features, proposals.as<double>(), proposals.shape[0], pooled.as<A>(), spec, threads);
-    else
-      cpu::roi_align<A>(features, proposals.as<double>(), proposals.shape[0], pooled.as<A>(), spec, threads);
+    cpu::roi_align<A>(features, regions, pooled.shape[0], pooled.as<A>(), spec, threads);
   });
 }
 
-void gaussian_feature_loss(const py::list& student_levels, const py::list& teacher_levels, const Scales& scales,
+// `proposals` (R, 5), `grad_pooled` (R, C, pooled_h, pooled_w).
+void roi_align_backward(const py::object& grad_pyramid, const py::object& proposals, const py::object& grad_pooled,
+                        const py::object& align, int threads) {
+  const Pyramid grad = pyramid(grad_pyramid);
+  const Table regions = table(tensor(proposals));
+  const Tensor pooled = tensor(grad_pooled);
+  const RoiAlignSpec spec = align_spec(align);
+  accumulate_as(pooled.dtype, [&](auto a) {
+    using A = decltype(a);
+    py::gil_scoped_release release;
+    cpu::roi_align_backward<A>(grad, regions, pooled.shape[0], pooled.as<A>(), spec, threads);
+  });
+}
+
+// `boxes` (G, 5), `loss` (), `mask_sums` (L,).
+void gaussian_feature_loss(const py::object& student_pyramid, const py::object& teacher_pyramid,
                            const py::object& boxes_object, double sigma_squared, const py::object& loss_object,
                            const py::object& mask_sums_object, int threads) {
-  const Pyramid student = pyramid(student_levels, scales), teacher = pyramid(teacher_levels, scales);
+  const Pyramid student = pyramid(student_pyramid), teacher = pyramid(teacher_pyramid);
   const Tensor boxes = tensor(boxes_object), loss = tensor(loss_object), mask_sums = tensor(mask_sums_object);
   accumulate_as(student.dtype, [&](auto a) {
     using A = decltype(a);
     py::gil_scoped_release release;
-    cpu::gaussian_feature_loss<A>(student, teacher, boxes.as<double>(), boxes.shape[0], sigma_squared, loss.as<A>(),
+    cpu::gaussian_feature_loss<A>(student, teacher, table(boxes), boxes.shape[0], sigma_squared, loss.as<A>(),
                                   mask_sums.as<double>(), threads);
   });
 }
 
-void gaussian_feature_loss_backward(const py::list& student_levels, const py::list& teacher_levels,
-                                    const py::list& grad_levels, const Scales& scales, const py::object& boxes_object,
+void gaussian_feature_loss_backward(const py::object& student_pyramid, const py::object& teacher_pyramid,
+                                    const py::object& grad_pyramid, const py::object& boxes_object,
                                     double sigma_squared, const py::object& mask_sums_object, double upstream,
                                     int threads) {
-  const Pyramid student = pyramid(student_levels, scales), teacher = pyramid(teacher_levels, scales),
-                grad = pyramid(grad_levels, scales);
+  const Pyramid student = pyramid(student_pyramid), teacher = pyramid(teacher_pyramid), grad = pyramid(grad_pyramid);
   const Tensor boxes = tensor(boxes_object), mask_sums = tensor(mask_sums_object);
   accumulate_as(student.dtype, [&](auto a) {
     using A = decltype(a);
     py::gil_scoped_release release;
-    cpu::gaussian_feature_loss_backward<A>(student, teacher, grad, boxes.as<double>(), boxes.shape[0], sigma_squared,
+    cpu::gaussian_feature_loss_backward<A>(student, teacher, grad, table(boxes), boxes.shape[0], sigma_squared,
                                            mask_sums.as<double>(), upstream, threads);
   });
 }
@@ -149,6 +125,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("region_distill", &region_distill);
   m.def("pooled_distill", &pooled_distill);
   m.def("roi_align", &roi_align);
+  m.def("roi_align_backward", &roi_align_backward);
   m.def("gaussian_feature_loss", &gaussian_feature_loss);
   m.def("gaussian_feature_loss_backward", &gaussian_feature_loss_backward);
 #ifdef TARDKD_CUDA_ARCHITECTURES

@@ -1,5 +1,7 @@
-// What the bindings of both back ends share. Tensors arrive as (data_ptr, dtype code, shape, strides) tuples that
-// tardkd/ops/native.py makes; Python allocates every result.
+// What the bindings of both back ends share: Python's named tuples as the structs of core/common.h.
+//
+// Python allocates every result. A tensor arrives as what describe() in tardkd/ops/native.py makes of it, everything
+// else as a named tuple of tardkd/ops/spec.py or tardkd/ops/inputs.py whose fields are read here by their names.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -17,6 +19,18 @@ namespace tardkd {
 
 namespace py = pybind11;
 
+// A field of a named tuple. Each place in the code keeps its field's name as Python's own interned string, for to make
+// one anew takes longer than to look the field up.
+#define TARDKD_FIELD(tuple, name)                                  \
+  ([&] {                                                           \
+    static PyObject* const key = PyUnicode_InternFromString(name); \
+    PyObject* const value = PyObject_GetAttr((tuple).ptr(), key);  \
+    if (!value) throw py::error_already_set();                     \
+    return py::reinterpret_steal<py::object>(value);               \
+  }())
+
+// --- tensors -------------------------------------------------------------------------------------------------------
+
 struct Tensor {
   void* data = nullptr;
   DType dtype = DType::float32;
@@ -26,15 +40,16 @@ struct Tensor {
   T* as() const {
     return static_cast<T*>(data);
   }
+  int32_t size(int axis) const { return static_cast<int32_t>(shape[axis]); }
   explicit operator bool() const { return data != nullptr; }
 };
 
-// None becomes a null tensor: an optional input, or a result that is not wanted.
-inline Tensor tensor(const py::object& object) {
+// None becomes a null tensor: an optional input that is absent. A result that is not wanted is empty, thus null too.
+inline Tensor tensor(const py::handle& description) {
   Tensor t;
-  if (object.is_none()) return t;
+  if (description.is_none()) return t;
   const auto [data, dtype, shape, strides] =
-      object.cast<std::tuple<uintptr_t, int, std::vector<int64_t>, std::vector<int64_t>>>();
+      description.cast<std::tuple<uintptr_t, int, std::vector<int64_t>, std::vector<int64_t>>>();
   t.data = reinterpret_cast<void*>(data);
   t.dtype = static_cast<DType>(dtype);
   t.shape = shape;
@@ -42,10 +57,10 @@ inline Tensor tensor(const py::object& object) {
   return t;
 }
 
-using Scales = std::vector<double>;
-
-// No levels: a gradient that is not wanted.
-inline Pyramid pyramid(const py::list& levels, const Scales& scales) {
+// DescribedPyramid. Without levels: a gradient that is not wanted.
+inline Pyramid pyramid(const py::object& described) {
+  const py::list levels = TARDKD_FIELD(described, "levels");
+  const auto scales = TARDKD_FIELD(described, "scales").cast<std::vector<double>>();
   if (levels.size() > kMaxLevels)
     throw std::invalid_argument("a pyramid has at most " + std::to_string(kMaxLevels) + " levels, got " +
                                 std::to_string(levels.size()));
@@ -53,49 +68,112 @@ inline Pyramid pyramid(const py::list& levels, const Scales& scales) {
   p.levels = static_cast<int32_t>(levels.size());
   for (int32_t level = 0; level < p.levels; ++level) {
     const Tensor t = tensor(levels[level]);
-    p.images = static_cast<int32_t>(t.shape[0]);
-    p.channels = static_cast<int32_t>(t.shape[1]);
+    p.images = t.size(0);
+    p.channels = t.size(1);
     p.dtype = t.dtype;
-    p.level[level] = FeatureMap{t.data,
-                                t.strides[0],
-                                t.strides[1],
-                                t.strides[2],
-                                t.strides[3],
-                                static_cast<int32_t>(t.shape[2]),
-                                static_cast<int32_t>(t.shape[3]),
-                                scales[level]};
+    p.level[level] =
+        FeatureMap{t.data, t.strides[0], t.strides[1], t.strides[2], t.strides[3], t.size(2), t.size(3), scales[level]};
   }
   return p;
 }
 
-// (R, C, h, w) as (R, C, bins), a PooledTensor of either back end. Python sees to it that h and w are one axis.
-template <class Pooled>
-Pooled pooled_tensor(const Tensor& t) {
-  if (!t) return Pooled{};
-  return Pooled{t.data, t.dtype, {t.strides[0], t.strides[1], t.strides[t.shape[3] > 1 ? 3 : 2]}};
+// (R, C, h, w); Python sees to it that h and w can be walked as one axis. A null tensor becomes an absent one.
+inline PooledTensor pooled_tensor(const Tensor& t) {
+  if (!t) return PooledTensor{};
+  const int64_t bins = t.strides[t.shape[3] > 1 ? 3 : 2];
+  return PooledTensor{t.data, t.dtype, t.size(1), t.size(2), t.size(3), {t.strides[0], t.strides[1], bins}};
 }
 
-// (pooled_h, pooled_w, sampling_ratio, aligned, canonical_scale, canonical_level)
-inline RoiAlignSpec align_spec(const py::tuple& align) {
-  return RoiAlignSpec{align[0].cast<int>(),  align[1].cast<int>(),    align[2].cast<int>(),
-                      align[3].cast<bool>(), align[4].cast<double>(), align[5].cast<double>()};
+// Tensors of one or two axes. A null tensor becomes an absent table.
+inline Table table(const Tensor& t) {
+  if (t.shape.empty()) return Table{};
+  return Table{t.data, t.dtype, t.strides[0], t.strides.size() > 1 ? t.strides[1] : 0};
 }
 
-// (choices, temperature, beta, box_weights)
-inline LossSpec loss_spec(const py::tuple& loss) {
-  const auto choices = loss[0].cast<std::array<int, 8>>();
-  const auto box_weights = loss[3].cast<std::array<double, 4>>();
-  return LossSpec{static_cast<FeatureLoss>(choices[0]),
-                  static_cast<BinWeight>(choices[1]),
-                  static_cast<FeatureGate>(choices[2]),
-                  static_cast<ClassificationGate>(choices[3]),
-                  static_cast<RegressionGate>(choices[4]),
-                  static_cast<Background>(choices[5]),
-                  static_cast<Activation>(choices[6]),
-                  static_cast<Reduction>(choices[7]),
-                  loss[1].cast<double>(),
-                  loss[2].cast<double>(),
-                  {box_weights[0], box_weights[1], box_weights[2], box_weights[3]}};
+// --- settings ------------------------------------------------------------------------------------------------------
+
+// The enumerator that `given` names; `names` in the order of the enumerators.
+template <class Enum, size_t n>
+Enum choice(const py::object& given, const std::array<const char*, n>& names) {
+  for (size_t i = 0; i < n; ++i)
+    if (PyUnicode_CompareWithASCIIString(given.ptr(), names[i]) == 0) return static_cast<Enum>(i);
+  throw std::invalid_argument("unknown to the kernels: " + std::string(py::str(given)));
+}
+
+inline RoiAlignSpec align_spec(const py::object& align) {
+  const auto [pooled_h, pooled_w] = TARDKD_FIELD(align, "output_size").cast<std::pair<int32_t, int32_t>>();
+  RoiAlignSpec spec{};
+  spec.pooled_h = pooled_h;
+  spec.pooled_w = pooled_w;
+  spec.sampling_ratio = TARDKD_FIELD(align, "sampling_ratio").cast<int32_t>();
+  spec.aligned = TARDKD_FIELD(align, "aligned").cast<bool>();
+  spec.canonical_scale = TARDKD_FIELD(align, "canonical_scale").cast<double>();
+  spec.canonical_level = TARDKD_FIELD(align, "canonical_level").cast<double>();
+  return spec;
+}
+
+inline LossSpec loss_spec(const py::object& loss) {
+  LossSpec spec{};
+  spec.feature_loss = choice<FeatureLoss, 3>(TARDKD_FIELD(loss, "feature_loss"), {"squared", "absolute", "smooth_l1"});
+  spec.bin_weight = choice<BinWeight, 2>(TARDKD_FIELD(loss, "bin_weight"), {"uniform", "gaussian"});
+  spec.feature_gate = choice<FeatureGate, 5>(TARDKD_FIELD(loss, "feature_gate"),
+                                             {"all", "foreground", "classification", "regression", "either"});
+  spec.classification_gate =
+      choice<ClassificationGate, 3>(TARDKD_FIELD(loss, "classification_gate"), {"all", "foreground", "teacher_better"});
+  spec.regression_gate =
+      choice<RegressionGate, 3>(TARDKD_FIELD(loss, "regression_gate"), {"foreground", "vs_proposal", "vs_student"});
+  spec.background = choice<Background, 2>(TARDKD_FIELD(loss, "background"), {"first", "last"});
+  spec.activation = choice<Activation, 2>(TARDKD_FIELD(loss, "activation"), {"softmax", "sigmoid"});
+  spec.reduction = choice<Reduction, 3>(TARDKD_FIELD(loss, "reduction"), {"mean", "sum", "none"});
+  spec.temperature = TARDKD_FIELD(loss, "temperature").cast<double>();
+  spec.beta = TARDKD_FIELD(loss, "beta").cast<double>();
+  const auto box_weights = TARDKD_FIELD(loss, "box_weights").cast<std::array<double, 4>>();
+  for (int i = 0; i < 4; ++i) spec.box_weights[i] = box_weights[i];
+  return spec;
+}
+
+// --- regions -------------------------------------------------------------------------------------------------------
+
+// `images` negative: the proposals' image index is not looked at. `upstream` (3, R), or null for ones.
+inline RegionInputs region_inputs(const py::object& inputs, const Tensor& upstream, int32_t images) {
+  const Tensor student_logits = tensor(TARDKD_FIELD(inputs, "student_logits")),
+               student_deltas = tensor(TARDKD_FIELD(inputs, "student_deltas")),
+               teacher_deltas = tensor(TARDKD_FIELD(inputs, "teacher_deltas")),
+               labels = tensor(TARDKD_FIELD(inputs, "labels"));
+  RegionInputs in{};
+  in.regions = labels.shape[0];
+  in.images = images;
+  in.logit_columns = student_logits.size(1);
+  in.student_delta_columns = student_deltas.size(1);
+  in.teacher_delta_columns = teacher_deltas.size(1);
+  in.proposals = table(tensor(TARDKD_FIELD(inputs, "proposals")));
+  in.student_logits = table(student_logits);
+  in.teacher_logits = table(tensor(TARDKD_FIELD(inputs, "teacher_logits")));
+  in.student_deltas = table(student_deltas);
+  in.teacher_deltas = table(teacher_deltas);
+  in.gt_boxes = table(tensor(TARDKD_FIELD(inputs, "gt_boxes")));
+  in.region_weights = table(tensor(TARDKD_FIELD(inputs, "region_weights")));
+  in.upstream = table(upstream);
+  in.labels = labels.as<const int64_t>();
+  in.label_stride = labels.strides[0];
+  return in;
+}
+
+// RegionResults, but for the features' gradient, which the kernels take as a pyramid or as pooled features.
+template <class A>
+RegionOutputs<A> region_outputs(const py::object& results) {
+  const Tensor feature = tensor(TARDKD_FIELD(results, "feature")),
+               classification = tensor(TARDKD_FIELD(results, "classification")),
+               regression = tensor(TARDKD_FIELD(results, "regression")), gates = tensor(TARDKD_FIELD(results, "gates")),
+               scores = tensor(TARDKD_FIELD(results, "scores")), factors = tensor(TARDKD_FIELD(results, "factors")),
+               grad_logits = tensor(TARDKD_FIELD(results, "grad_logits")),
+               grad_deltas = tensor(TARDKD_FIELD(results, "grad_deltas"));
+  return RegionOutputs<A>{{feature.as<A>(), classification.as<A>(), regression.as<A>()},
+                          gates.as<bool>(),
+                          scores.as<A>(),
+                          factors.as<A>(),
+                          grad_logits.as<A>(),
+                          grad_deltas.as<A>()};
 }
 
 // Calls f(A()) with the accumulation type that goes with a stored type.

@@ -1,31 +1,22 @@
 """Argument checks, shared by the native ops and the reference.
 
-Everything but :func:`check_region_values` and :func:`check_box_values` looks at shapes, dtypes and devices
-only: no device synchronisation and no control flow on data, so a call stays compilable and capturable.
+Shapes, dtypes and devices alone are looked at: no device is waited for and no control flow depends on data, so that a
+call can be compiled and captured. The checks that do read the data stand at the end, and run on request only.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .inputs import RegionInputs
+from .spec import Activation, Background, LossSpec, class_count, is_foreground
+
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BOX_DTYPES = (torch.float32, torch.float64)
-
-CHOICES = {
-    "feature_loss": ("squared", "absolute", "smooth_l1"),
-    "bin_weight": ("uniform", "gaussian"),
-    "feature_gate": ("all", "foreground", "classification", "regression", "either"),
-    "classification_gate": ("all", "foreground", "teacher_better"),
-    "regression_gate": ("foreground", "vs_proposal", "vs_student"),
-    "background": ("first", "last"),
-    "activation": ("softmax", "sigmoid"),
-    "reduction": ("mean", "sum", "none"),
-}
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -33,72 +24,33 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def output_pair(output_size: int | Sequence[int]) -> tuple[int, int]:
-    """``output_size`` as (height, width) in bins."""
-    pair = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"output_size must be a positive int or (height, width), got {output_size!r}")
-    return pair
-
-
-# --- options --------------------------------------------------------------------------------------
-
-
-def check_choices(**options: str) -> None:
-    """Refuse an option that is not one of its names in :data:`CHOICES`."""
-    for key, value in options.items():
-        if value not in CHOICES[key]:
-            raise ValueError(f"{key} must be one of {', '.join(CHOICES[key])}; got {value!r}")
-
-
-def check_loss_numbers(temperature: float, beta: float, box_weights: Sequence[float]) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    if not beta >= 0:
-        raise ValueError(f"beta must not be negative, got {beta}")
-    if len(box_weights) != 4 or not min(box_weights) > 0:
-        raise ValueError(f"box_weights must be four positive numbers (wx, wy, ww, wh), got {tuple(box_weights)}")
-
-
-def check_level_rule(canonical_scale: float, canonical_level: int) -> None:
-    if not canonical_scale > 0:
-        raise ValueError(f"canonical_scale must be positive, got {canonical_scale}")
-    if not isinstance(canonical_level, int):
-        raise TypeError(f"canonical_level must be an int, got {canonical_level!r}")
-
-
 # --- tensors --------------------------------------------------------------------------------------
 
 
-def check_tensor(name: str, tensor: Tensor, shape: str, dtypes: Sequence[torch.dtype]) -> None:
-    """``shape`` names the axes, as in "R, C, h, w"; only their number is checked."""
+def check_tensor(name: str, tensor: Tensor, axes: tuple[str, ...], dtypes: Sequence[torch.dtype]) -> None:
+    """``axes`` names what the tensor's axes are; only their number is checked."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor ({shape}), got {type(tensor).__name__}")
-    if tensor.dim() != shape.count(",") + 1:
-        raise ValueError(f"{name} must have shape ({shape}), got {tuple(tensor.shape)}")
+        raise TypeError(f"{name} must be a tensor ({', '.join(axes)}), got {type(tensor).__name__}")
+    if tensor.dim() != len(axes):
+        raise ValueError(f"{name} must have shape ({', '.join(axes)}), got {tuple(tensor.shape)}")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must be one of {', '.join(map(str, dtypes))}; got {tensor.dtype}")
 
 
-def check_same_device(**named: Tensor) -> None:
-    (first_name, first), *others = named.items()
-    for name, tensor in others:
-        if tensor.device != first.device:
-            raise ValueError(f"{name} is on {tensor.device} but {first_name} is on {first.device}")
+def check_same_device(first_name: str, first: Tensor, name: str, tensor: Tensor) -> None:
+    if tensor.device != first.device:
+        raise ValueError(f"{name} is on {tensor.device} but {first_name} is on {first.device}")
 
 
-def check_same_precision(**named: Tensor) -> None:
+def check_same_precision(first_name: str, first: Tensor, name: str, tensor: Tensor) -> None:
     """The narrower dtypes mix freely (all accumulate in float32); float64 mixes with nothing."""
-    (first_name, first), *others = named.items()
-    for name, tensor in others:
-        if (tensor.dtype == torch.float64) != (first.dtype == torch.float64):
-            raise TypeError(f"{name} is {tensor.dtype} but {first_name} is {first.dtype}: float64 mixes with no other")
+    if (tensor.dtype == torch.float64) != (first.dtype == torch.float64):
+        raise TypeError(f"{name} is {tensor.dtype} but {first_name} is {first.dtype}: float64 mixes with no other")
 
 
-def check_detached(**named: Tensor) -> None:
-    for name, tensor in named.items():
-        if tensor.requires_grad:
-            raise ValueError(f"{name} requires grad, but no gradient flows into it; pass a detached tensor (.detach())")
+def check_detached(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad:
+        raise ValueError(f"{name} requires grad, but no gradient flows into it; pass a detached tensor (.detach())")
 
 
 # --- pyramids -------------------------------------------------------------------------------------
@@ -110,20 +62,23 @@ def check_pyramid(name: str, features: Sequence[Tensor]) -> None:
         raise TypeError(f"{name} must be a list of tensors, one per level, got {type(features).__name__}")
     if len(features) == 0:
         raise ValueError(f"{name} must hold at least one level")
-    first = features[0]
+    check_tensor(f"{name}[0]", features[0], ("N", "C", "H", "W"), FEATURE_DTYPES)
+    images, channels, _, _ = features[0].shape
+    dtype, device = features[0].dtype, features[0].device
     for level, feature in enumerate(features):
-        check_tensor(f"{name}[{level}]", feature, "N, C, H, W", FEATURE_DTYPES)
-        if feature.shape[2] < 1 or feature.shape[3] < 1:
+        check_tensor(f"{name}[{level}]", feature, ("N", "C", "H", "W"), FEATURE_DTYPES)
+        n, c, h, w = feature.shape
+        if h < 1 or w < 1:
             raise ValueError(f"{name}[{level}] is an empty map of shape {tuple(feature.shape)}")
-        if feature.shape[:2] != first.shape[:2]:
+        if n != images or c != channels:
             raise ValueError(
-                f"{name}[{level}] has {feature.shape[0]} images and {feature.shape[1]} channels "
-                f"but {name}[0] has {first.shape[0]} images and {first.shape[1]} channels"
+                f"{name}[{level}] has {n} images and {c} channels "
+                f"but {name}[0] has {images} images and {channels} channels"
             )
-        if feature.dtype != first.dtype:
-            raise TypeError(f"{name}[{level}] is {feature.dtype} but {name}[0] is {first.dtype}")
-        if feature.device != first.device:
-            raise ValueError(f"{name}[{level}] is on {feature.device} but {name}[0] is on {first.device}")
+        if feature.dtype != dtype:
+            raise TypeError(f"{name}[{level}] is {feature.dtype} but {name}[0] is {dtype}")
+        if feature.device != device:
+            raise ValueError(f"{name}[{level}] is on {feature.device} but {name}[0] is on {device}")
 
 
 def check_scales(name: str, scales: Sequence[float], features_name: str, features: Sequence[Tensor]) -> None:
@@ -151,7 +106,7 @@ def check_pyramids(
         check_scales("teacher_scales", teacher_scales, "teacher_features", teacher_features)
     check_sides(student_features[0], teacher_features[0], "student_features", "teacher_features", "images")
     for level, feature in enumerate(teacher_features):
-        check_detached(**{f"teacher_features[{level}]": feature})
+        check_detached(f"teacher_features[{level}]", feature)
     return teacher_scales
 
 
@@ -170,7 +125,7 @@ def check_same_pyramids(
                 f"student_features[{level}] has shape {tuple(student.shape)} "
                 f"but teacher_features[{level}] has shape {tuple(teacher.shape)}"
             )
-        check_detached(**{f"teacher_features[{level}]": teacher})
+        check_detached(f"teacher_features[{level}]", teacher)
 
 
 def check_gaussian(gt_boxes: Sequence[Tensor], like: Tensor, sigma_squared: float) -> None:
@@ -179,20 +134,20 @@ def check_gaussian(gt_boxes: Sequence[Tensor], like: Tensor, sigma_squared: floa
         raise ValueError(f"sigma_squared must be positive, got {sigma_squared}")
     check_box_list("gt_boxes", gt_boxes, like.shape[0])
     for boxes in gt_boxes[:1]:
-        check_same_device(student_features=like, gt_boxes=boxes)
+        check_same_device("student_features", like, "gt_boxes", boxes)
 
 
 def check_pooled(student_pooled: Tensor, teacher_pooled: Tensor) -> None:
     """Both (R, C, h, w)."""
-    check_tensor("student_pooled", student_pooled, "R, C, h, w", FEATURE_DTYPES)
-    check_tensor("teacher_pooled", teacher_pooled, "R, C, h, w", FEATURE_DTYPES)
+    check_tensor("student_pooled", student_pooled, ("R", "C", "h", "w"), FEATURE_DTYPES)
+    check_tensor("teacher_pooled", teacher_pooled, ("R", "C", "h", "w"), FEATURE_DTYPES)
     check_sides(student_pooled, teacher_pooled, "student_pooled", "teacher_pooled", "regions")
     if student_pooled.shape != teacher_pooled.shape:
         raise ValueError(
             f"student_pooled has shape {tuple(student_pooled.shape)} but teacher_pooled has shape "
             f"{tuple(teacher_pooled.shape)}"
         )
-    check_detached(teacher_pooled=teacher_pooled)
+    check_detached("teacher_pooled", teacher_pooled)
 
 
 def check_sides(student: Tensor, teacher: Tensor, student_name: str, teacher_name: str, rows: str) -> None:
@@ -204,8 +159,8 @@ def check_sides(student: Tensor, teacher: Tensor, student_name: str, teacher_nam
         )
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(f"{student_name} have {student.shape[0]} {rows} but {teacher_name} have {teacher.shape[0]}")
-    check_same_device(**{student_name: student, teacher_name: teacher})
-    check_same_precision(**{student_name: student, teacher_name: teacher})
+    check_same_device(student_name, student, teacher_name, teacher)
+    check_same_precision(student_name, student, teacher_name, teacher)
 
 
 # --- regions --------------------------------------------------------------------------------------
@@ -218,7 +173,7 @@ def as_regions(proposals: Tensor | Sequence[Tensor], num_images: int | None, dev
     not known and not checked.
     """
     if isinstance(proposals, Tensor):
-        check_tensor("proposals", proposals, "R, 5", BOX_DTYPES)
+        check_tensor("proposals", proposals, ("R", "5"), BOX_DTYPES)
         if proposals.shape[1] != 5:
             raise ValueError(f"proposals must have shape (R, 5) [image, x1, y1, x2, y2], got {tuple(proposals.shape)}")
         regions = proposals
@@ -240,25 +195,26 @@ def check_box_list(name: str, boxes: Sequence[Tensor], num_images: int | None) -
     if num_images is not None and len(boxes) != num_images:
         raise ValueError(f"{name} has boxes for {len(boxes)} images but the features have {num_images}")
     for image, box in enumerate(boxes):
-        check_tensor(f"{name}[{image}]", box, "R, 4", BOX_DTYPES)
+        check_tensor(f"{name}[{image}]", box, ("R", "4"), BOX_DTYPES)
         if box.shape[1] != 4:
             raise ValueError(f"{name}[{image}] must have shape (R, 4), got {tuple(box.shape)}")
         if box.device != boxes[0].device:
             raise ValueError(f"{name}[{image}] is on {box.device} but {name}[0] is on {boxes[0].device}")
 
 
-def check_rows(name: str, tensor: Tensor, regions: Tensor) -> None:
+def check_per_region(
+    name: str, tensor: Tensor, axes: tuple[str, ...], dtypes: Sequence[torch.dtype], regions: Tensor
+) -> None:
+    """One row a region, on the device of the ``regions`` (R, 5)."""
+    check_tensor(name, tensor, axes, dtypes)
     if tensor.shape[0] != regions.shape[0]:
         raise ValueError(f"{name} has {tensor.shape[0]} rows but proposals hold {regions.shape[0]} regions")
+    if tensor.device != regions.device:
+        raise ValueError(f"{name} is on {tensor.device} but student_features is on {regions.device}")
 
 
-def class_count(logits_width: int, activation: str) -> int:
-    """K, the number of foreground classes."""
-    return logits_width - 1 if activation == "softmax" else logits_width
-
-
-def check_region_inputs(
-    regions: Tensor,
+def checked_region_inputs(
+    proposals: Tensor | Sequence[Tensor],
     student_logits: Tensor,
     teacher_logits: Tensor,
     student_deltas: Tensor,
@@ -267,77 +223,65 @@ def check_region_inputs(
     gt_boxes: Tensor,
     region_weights: Tensor | None,
     *,
-    activation: str,
-    like: Tensor,
-) -> int:
-    """Check what comes with each of the R regions; returns K.
-
-    ``like`` is a student feature: the heads share its device and precision.
-    """
-    heads = {
-        "student_logits": student_logits,
-        "teacher_logits": teacher_logits,
-        "student_deltas": student_deltas,
-        "teacher_deltas": teacher_deltas,
-    }
-    for name, tensor in heads.items():
-        check_tensor(name, tensor, "R, K" if name.endswith("logits") else "R, 4K", FEATURE_DTYPES)
-    check_tensor("labels", labels, "R", (torch.int64,))
-    check_tensor("gt_boxes", gt_boxes, "R, 4", BOX_DTYPES)
-    per_region = {**heads, "labels": labels, "gt_boxes": gt_boxes}
-    if region_weights is not None:
-        check_tensor("region_weights", region_weights, "R", FEATURE_DTYPES)
-        check_detached(region_weights=region_weights)
-        per_region["region_weights"] = region_weights
-    for name, tensor in per_region.items():
-        check_rows(name, tensor, regions)
-    check_same_device(student_features=like, **per_region)
-    check_same_precision(student_features=like, **heads)
-    check_detached(teacher_logits=teacher_logits, teacher_deltas=teacher_deltas)
-
-    if student_logits.shape[1] != teacher_logits.shape[1]:
-        raise ValueError(
-            f"student_logits have {student_logits.shape[1]} columns but teacher_logits have "
-            f"{teacher_logits.shape[1]}: both must tell the same classes apart"
-        )
-    num_classes = class_count(student_logits.shape[1], activation)
-    if num_classes < 1:
-        raise ValueError(f"{activation} logits of shape {tuple(student_logits.shape)} hold no foreground class")
-    for name in ("student_deltas", "teacher_deltas"):
-        width = heads[name].shape[1]
-        if width not in (4, 4 * num_classes, 4 * (num_classes + 1)):
-            raise ValueError(
-                f"{name} have {width} columns, but logits with {num_classes} foreground classes go with "
-                f"4, {4 * num_classes} or {4 * (num_classes + 1)}"
-            )
-    if gt_boxes.shape[1] != 4:
-        raise ValueError(f"gt_boxes must have shape (R, 4), got {tuple(gt_boxes.shape)}")
-    return num_classes
-
-
-def check_region_loss(
+    loss: LossSpec,
     like: Tensor,
     num_images: int | None,
-    proposals: Tensor | Sequence[Tensor],
-    per_region: Sequence[Tensor | None],
-    options: Mapping[str, str],
-    numbers: Mapping[str, Any],
-) -> Tensor:
-    """Everything a region loss is given but its features; returns the regions (R, 5).
+) -> RegionInputs:
+    """What a region loss is given beside its features, each (R, ...) checked against the others.
 
-    ``like``: a student feature. ``per_region``: student and teacher logits, student and teacher deltas, labels,
-    gt boxes, region weights or None.
+    Args:
+        proposals: (R, 5), or one (R_n, 4) an image; see :func:`as_regions`.
+        loss: how the heads' outputs are to be read.
+        like: a student's feature, with whose device and precision the heads must agree.
+        num_images: N; None where the image index of the proposals has no meaning.
     """
-    check_choices(**options)
-    check_loss_numbers(**numbers)
     regions = as_regions(proposals, num_images, like.device)
-    num_classes = check_region_inputs(regions, *per_region, activation=options["activation"], like=like)
+    inputs = RegionInputs(
+        regions, student_logits, teacher_logits, student_deltas, teacher_deltas, labels, gt_boxes, region_weights
+    )
+    heads = {
+        "student_logits": (student_logits, ("R", "K")),
+        "teacher_logits": (teacher_logits, ("R", "K")),
+        "student_deltas": (student_deltas, ("R", "4K")),
+        "teacher_deltas": (teacher_deltas, ("R", "4K")),
+    }
+    for name, (tensor, axes) in heads.items():
+        check_per_region(name, tensor, axes, FEATURE_DTYPES, regions)
+        check_same_precision("student_features", like, name, tensor)
+    check_per_region("labels", labels, ("R",), (torch.int64,), regions)
+    check_per_region("gt_boxes", gt_boxes, ("R", "4"), BOX_DTYPES, regions)
+    if region_weights is not None:
+        check_per_region("region_weights", region_weights, ("R",), FEATURE_DTYPES, regions)
+        check_detached("region_weights", region_weights)
+    check_detached("teacher_logits", teacher_logits)
+    check_detached("teacher_deltas", teacher_deltas)
+    if gt_boxes.shape[1] != 4:
+        raise ValueError(f"gt_boxes must have shape (R, 4), got {tuple(gt_boxes.shape)}")
+    num_classes = check_head_widths(inputs, loss.activation)
     if checking_values():
-        *_, labels, gt_boxes, _ = per_region
-        check_region_values(
-            regions, num_images, labels, gt_boxes, num_classes=num_classes, background=options["background"]
+        check_region_values(region_faults(regions, num_images) + label_faults(inputs, loss.background, num_classes))
+    return inputs
+
+
+def check_head_widths(inputs: RegionInputs, activation: Activation) -> int:
+    """Both heads tell the same classes apart, and have deltas for them; returns K."""
+    width = inputs.student_logits.shape[1]
+    if width != inputs.teacher_logits.shape[1]:
+        raise ValueError(
+            f"student_logits have {width} columns but teacher_logits have {inputs.teacher_logits.shape[1]}: "
+            "both must tell the same classes apart"
         )
-    return regions
+    num_classes = class_count(width, activation)
+    if num_classes < 1:
+        raise ValueError(f"{activation} logits of shape {tuple(inputs.student_logits.shape)} hold no foreground class")
+    known = (4, 4 * num_classes, 4 * (num_classes + 1))
+    for name, deltas in (("student_deltas", inputs.student_deltas), ("teacher_deltas", inputs.teacher_deltas)):
+        if deltas.shape[1] not in known:
+            raise ValueError(
+                f"{name} have {deltas.shape[1]} columns, but logits with {num_classes} foreground classes go with "
+                f"{known[0]}, {known[1]} or {known[2]}"
+            )
+    return num_classes
 
 
 # --- values, on request ---------------------------------------------------------------------------
@@ -348,16 +292,11 @@ def checking_values() -> bool:
     return not torch.compiler.is_compiling() and os.environ.get("TARDKD_CHECK") == "1"
 
 
-def check_region_values(
-    regions: Tensor,
-    num_images: int | None,
-    labels: Tensor | None = None,
-    gt_boxes: Tensor | None = None,
-    *,
-    num_classes: int = 0,
-    background: str = "first",
-) -> None:
-    """Raise a ValueError that names the first region the ops would leave out, and why.
+Faults = list[tuple[str, Tensor, Tensor]]  # what is wrong, (R,) bool where it is, the values to show
+
+
+def region_faults(regions: Tensor, num_images: int | None) -> Faults:
+    """What makes the ops leave out one of the ``regions`` (R, 5).
 
     With ``num_images`` None the image index has no meaning and only the box is looked at.
     """
@@ -366,14 +305,24 @@ def check_region_values(
         image = regions[:, 0].floor()
         in_range = (image >= 0) & (image < num_images)
         faults.append((f"the image index is not in [0, {num_images})", ~in_range, regions))
-    if labels is not None and gt_boxes is not None:
-        foreground = labels != (0 if background == "first" else num_classes)
-        faults.append((f"the label is not in [0, {num_classes}]", (labels < 0) | (labels > num_classes), labels))
-        faults.append(("its gt box is not finite", foreground & ~gt_boxes.isfinite().all(1), gt_boxes))
+    return faults
 
-    found = [(int(bad.nonzero()[0]), what, values) for what, bad, values in faults if bool(bad.any())]
-    if found:
-        index, what, values = min(found, key=lambda fault: fault[0])
+
+def label_faults(inputs: RegionInputs, background: Background, num_classes: int) -> Faults:
+    """The same for what belongs to each region."""
+    labels, gt_boxes = inputs.labels, inputs.gt_boxes
+    is_object = is_foreground(labels, background, num_classes)
+    return [
+        (f"the label is not in [0, {num_classes}]", (labels < 0) | (labels > num_classes), labels),
+        ("its gt box is not finite", is_object & ~gt_boxes.isfinite().all(1), gt_boxes),
+    ]
+
+
+def check_region_values(faults: Faults) -> None:
+    """Raise a ValueError that names the first region with a fault."""
+    first = [(int(where.nonzero()[0]), what, values) for what, where, values in faults if bool(where.any())]
+    if first:
+        index, what, values = min(first, key=lambda fault: fault[0])
         raise ValueError(f"region {index}: {what}: {values[index].tolist()}")
 
 

@@ -1,15 +1,13 @@
-"""Gaussian-mask loss over whole feature maps; the mask is never materialised."""
+"""What the Gaussian-mask loss is called with: its signature, checked."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from . import checks, reference
-from .fallback import has_kernels
-from .gradients import once_differentiable
+from . import checks
+from .inputs import GaussianCall
 
 
 def gaussian_feature_loss(
@@ -19,7 +17,7 @@ def gaussian_feature_loss(
     *,
     scales: Sequence[float],
     sigma_squared: float = 2.0,
-) -> Tensor:
+) -> GaussianCall:
     """Squared distance of two pyramids, weighted by a Gaussian at every ground-truth box.
 
     The backbone level of arXiv 2006.13108, the formula by readers' accounts, its constants our choice. On a level's
@@ -43,42 +41,11 @@ def gaussian_feature_loss(
         ValueError, TypeError: shapes, dtypes or devices that do not fit, or teacher features that require grad.
     """
     checks.check_same_pyramids(student_features, teacher_features, scales)
-    first = student_features[0]
-    checks.check_gaussian(gt_boxes, first, sigma_squared)
-    if not has_kernels(first.device):
-        return reference.gaussian_feature_loss(
-            student_features, teacher_features, gt_boxes, scales=scales, sigma_squared=sigma_squared
-        )
+    checks.check_gaussian(gt_boxes, student_features[0], sigma_squared)
     if checks.checking_values():
         checks.check_box_values("gt_boxes", gt_boxes)
-    boxes = checks.as_regions(gt_boxes, first.shape[0], first.device)
-    scales = list(map(float, scales))
-    tensors = (boxes, *student_features, *teacher_features)
-    return _GaussianLoss.apply(scales, float(sigma_squared), *tensors)
-
-
-class _GaussianLoss(torch.autograd.Function):
-    """The gradient is made in the backward pass, from the inputs.
-
-    To make it with the loss and scale it later takes longer, and would keep a pyramid in between.
-    """
-
-    @staticmethod
-    def forward(ctx, scales, sigma_squared, boxes, *features):
-        levels = len(scales)
-        loss, mask_sums = torch.ops.tardkd.gaussian_feature_loss(
-            features[:levels], features[levels:], boxes, scales, sigma_squared
-        )
-        ctx.save_for_backward(mask_sums, boxes, *features)
-        ctx.scales, ctx.sigma_squared = scales, sigma_squared
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        mask_sums, boxes, *features = ctx.saved_tensors
-        levels = len(ctx.scales)
-        gradients = torch.ops.tardkd.gaussian_feature_loss_backward(
-            features[:levels], features[levels:], boxes, ctx.scales, ctx.sigma_squared, mask_sums, upstream
-        )
-        return None, None, None, *gradients, *[None] * levels
+    num_images, device = student_features[0].shape[0], student_features[0].device
+    boxes = checks.as_regions(gt_boxes, num_images, device)
+    return GaussianCall(
+        list(student_features), list(teacher_features), boxes, list(map(float, scales)), float(sigma_squared)
+    )

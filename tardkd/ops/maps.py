@@ -35,7 +35,7 @@ def flat_size(sizes: Sequence[int]) -> int:
 def maps_of(flat: Tensor, sizes: Sequence[int], channels_last: Sequence[bool]) -> list[Tensor]:
     """The flat tensor's (N, C, H, W) maps. They are as well aligned as it is where four divides the channels."""
     levels = _levels(sizes)
-    parts = flat.split([n * c * h * w for n, c, h, w in levels])
+    parts = flat.split_with_sizes([n * c * h * w for n, c, h, w in levels])
     return [
         part.view(n, h, w, c).permute(0, 3, 1, 2) if last else part.view(n, c, h, w)
         for part, (n, c, h, w), last in zip(parts, levels, channels_last)

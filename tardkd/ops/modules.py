@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks
-from .gaussian import gaussian_feature_loss
-from .region import pooled_distill_loss, region_distill_loss
-from .roi_align import multiscale_roi_align
-from .types import RegionLosses
+from .functional import gaussian_feature_loss, multiscale_roi_align, pooled_distill_loss, region_distill_loss
+from .inputs import RegionLosses
+from .spec import output_pair
 
 
 class MultiScaleRoIAlign(nn.Module):
@@ -40,7 +38,7 @@ class MultiScaleRoIAlign(nn.Module):
     ) -> None:
         super().__init__()
         self.featmap_names = featmap_names
-        self.output_size = checks.output_pair(output_size)
+        self.output_size = output_pair(output_size)
         self.sampling_ratio = sampling_ratio
         self.canonical_scale = canonical_scale
         self.canonical_level = canonical_level

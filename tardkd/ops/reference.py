@@ -14,8 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks
-from .types import RegionLosses as RegionLosses
+from . import gaussian, region
+from . import roi_align as roi_align_calls
+from .checks import accumulation_dtype
+from .inputs import AlignCall, GaussianCall, RegionCall, RegionInputs, RegionLosses
+from .signature import function_of
+from .spec import (
+    Activation,
+    Background,
+    FeatureLoss,
+    LossSpec,
+    Reduction,
+    RoIAlignSpec,
+    class_count,
+    first_class_label,
+    is_foreground,
+)
 
 LEVEL_EPSILON = 1e-6  # torchvision's, added before the floor
 MAX_SIZE_DELTA = math.log(1000.0 / 16)  # torchvision's clamp of dw and dh
@@ -66,21 +80,19 @@ def roi_align_level(
     feature: Tensor,  # (N, C, H, W)
     regions: Tensor,  # (r, 5) float64, all valid
     scale: float,
-    output_size: tuple[int, int],
-    sampling_ratio: int,
-    aligned: bool,
+    align: RoIAlignSpec,
 ) -> Tensor:  # (r, C, h, w)
     """Torchvision's ``roi_align`` on one map."""
-    bins_y, bins_x = output_size
+    bins_y, bins_x = align.output_size
     image = regions[:, 0].floor().long()
-    corners = regions[:, 1:] * scale - (0.5 if aligned else 0.0)
+    corners = regions[:, 1:] * scale - (0.5 if align.aligned else 0.0)
     start_x, start_y = corners[:, 0], corners[:, 1]
     extent_x, extent_y = corners[:, 2] - start_x, corners[:, 3] - start_y
-    if not aligned:
+    if not align.aligned:
         extent_x, extent_y = extent_x.clamp(min=1), extent_y.clamp(min=1)
 
-    if sampling_ratio > 0:
-        grids = torch.full((len(regions), 2), sampling_ratio, device=regions.device)
+    if align.sampling_ratio > 0:
+        grids = torch.full((len(regions), 2), align.sampling_ratio, device=regions.device)
     else:
         grids = torch.stack([(extent_y / bins_y).ceil(), (extent_x / bins_x).ceil()], 1).clamp(min=0).long()
 
@@ -112,89 +124,26 @@ def roi_align_level(
 def pool_regions(
     features: Sequence[Tensor],  # L x (N, C, H_l, W_l)
     regions: Tensor,  # (r, 5), all valid
-    *,
     scales: Sequence[float],
-    output_size: tuple[int, int],
-    sampling_ratio: int,
-    aligned: bool,
-    canonical_scale: float,
-    canonical_level: int,
+    align: RoIAlignSpec,
 ) -> Tensor:  # (r, C, h, w), accumulation dtype
     """Each region from its level. Every level joins the graph, also one that holds no region."""
     regions = regions.double()
-    levels = region_levels(regions[:, 1:], scales, canonical_scale, canonical_level)
-    dtype = checks.accumulation_dtype(features[0].dtype)
-    pooled = features[0].new_zeros((len(regions), features[0].shape[1], *output_size), dtype=dtype)
+    levels = region_levels(regions[:, 1:], scales, align.canonical_scale, align.canonical_level)
+    dtype = accumulation_dtype(features[0].dtype)
+    pooled = features[0].new_zeros((len(regions), features[0].shape[1], *align.output_size), dtype=dtype)
     for level, (feature, scale) in enumerate(zip(features, scales)):
         rows = (levels == level).nonzero()[:, 0]
-        part = roi_align_level(feature.to(dtype), regions[rows], scale, output_size, sampling_ratio, aligned)
-        pooled = pooled.index_add(0, rows, part)
+        pooled = pooled.index_add(0, rows, roi_align_level(feature.to(dtype), regions[rows], scale, align))
     return pooled
 
 
-def multiscale_roi_align(
-    features: Sequence[Tensor],
-    proposals: Tensor | Sequence[Tensor],
-    *,
-    scales: Sequence[float],
-    output_size: int | Sequence[int] = 7,
-    sampling_ratio: int = 2,
-    aligned: bool = False,
-    canonical_scale: float = 224,
-    canonical_level: int = 4,
-) -> Tensor:
-    """Pool every proposal from the level its size asks for; returns (R, C, h, w) in the features' dtype.
-
-    Arguments as in :func:`tardkd.ops.multiscale_roi_align`. Invalid regions give zeros.
-    """
-    output_size = checks.output_pair(output_size)
-    checks.check_level_rule(canonical_scale, canonical_level)
-    checks.check_pyramid("features", features)
-    checks.check_scales("scales", scales, "features", features)
-    num_images = features[0].shape[0]
-    regions = checks.as_regions(proposals, num_images, features[0].device)
-    if checks.checking_values():
-        checks.check_region_values(regions, num_images)
-
-    valid = valid_regions(regions, num_images).nonzero()[:, 0]
-    pooled = pool_regions(
-        features,
-        regions[valid],
-        scales=scales,
-        output_size=output_size,
-        sampling_ratio=sampling_ratio,
-        aligned=aligned,
-        canonical_scale=canonical_scale,
-        canonical_level=canonical_level,
-    )
+def roi_align(call: AlignCall) -> Tensor:
+    """(R, C, h, w) in the features' dtype; invalid regions give zeros."""
+    features, regions, scales, align = call
+    valid = valid_regions(regions, features[0].shape[0]).nonzero()[:, 0]
+    pooled = pool_regions(features, regions[valid], scales, align)
     return pooled.new_zeros(len(regions), *pooled.shape[1:]).index_add(0, valid, pooled).to(features[0].dtype)
-
-
-def shared_roi_align(
-    student_features: Sequence[Tensor],
-    teacher_features: Sequence[Tensor],
-    proposals: Tensor | Sequence[Tensor],
-    *,
-    student_scales: Sequence[float],
-    teacher_scales: Sequence[float] | None = None,
-    output_size: int | Sequence[int] = 7,
-    sampling_ratio: int = 2,
-    aligned: bool = False,
-    canonical_scale: float = 224,
-    canonical_level: int = 4,
-) -> tuple[Tensor, Tensor]:
-    """Pool the same proposals from both pyramids, each by its own scales and level rule."""
-    teacher_scales = checks.check_pyramids(student_features, teacher_features, student_scales, teacher_scales)
-    options = dict(
-        output_size=output_size,
-        sampling_ratio=sampling_ratio,
-        aligned=aligned,
-        canonical_scale=canonical_scale,
-        canonical_level=canonical_level,
-    )
-    student_pooled = multiscale_roi_align(student_features, proposals, scales=student_scales, **options)
-    teacher_pooled = multiscale_roi_align(teacher_features, proposals, scales=teacher_scales, **options)
-    return student_pooled, teacher_pooled
 
 
 # --- boxes and classes ----------------------------------------------------------------------------
@@ -220,21 +169,23 @@ def pairwise_iou(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(union <= 0, torch.zeros_like(union), intersection / union)
 
 
-def select_deltas(deltas: Tensor, labels: Tensor, num_classes: int, background: str) -> Tensor:
+def select_deltas(deltas: Tensor, labels: Tensor, num_classes: int, background: Background) -> Tensor:
     """The (r, 4) deltas of each foreground region's own class."""
     if deltas.shape[1] == 4:
         return deltas
     has_background = deltas.shape[1] == 4 * (num_classes + 1)
-    column = labels - 1 if background == "first" and not has_background else labels
+    column = labels if has_background else labels - first_class_label(background)
     return deltas.reshape(len(deltas), deltas.shape[1] // 4, 4)[torch.arange(len(deltas), device=deltas.device), column]
 
 
-def class_scores(logits: Tensor, labels: Tensor, foreground: Tensor, activation: str, background: str) -> Tensor:
+def class_scores(
+    logits: Tensor, labels: Tensor, foreground: Tensor, activation: Activation, background: Background
+) -> Tensor:
     """(r,) p(y) at temperature 1. A sigmoid head has no column for the background: 0 there."""
     rows = torch.arange(len(logits), device=logits.device)
     if activation == "softmax":
         return logits.softmax(1)[rows, labels]
-    column = labels - 1 if background == "first" else labels
+    column = labels - first_class_label(background)
     score = logits.sigmoid()[rows, torch.where(foreground, column, torch.zeros_like(column))]
     return torch.where(foreground, score, torch.zeros_like(score))
 
@@ -244,44 +195,36 @@ def class_scores(logits: Tensor, labels: Tensor, foreground: Tensor, activation:
 
 @torch.no_grad()
 def gates_and_scores(
-    regions: Tensor,  # (R, 5)
-    student_logits: Tensor,  # (R, K+1) or (R, K), accumulation dtype, as the other heads' outputs
-    teacher_logits: Tensor,
-    student_deltas: Tensor,
-    teacher_deltas: Tensor,
-    labels: Tensor,  # (R,)
-    gt_boxes: Tensor,  # (R, 4)
-    *,
+    inputs: RegionInputs,  # the heads' outputs in the accumulation dtype
+    spec: LossSpec,
     num_images: int | None,
-    num_classes: int,
-    feature_gate: str,
-    classification_gate: str,
-    regression_gate: str,
-    box_weights: Sequence[float],
-    background: str,
-    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gates (R, 3) bool, scores (R, 4) and foreground (R,) bool; invalid regions are closed and score 0."""
-    not_background = labels != (0 if background == "first" else num_classes)
+    regions, labels, gt_boxes = inputs.proposals, inputs.labels, inputs.gt_boxes
+    num_classes = class_count(inputs.student_logits.shape[1], spec.activation)
+    is_object = is_foreground(labels, spec.background, num_classes)
     valid = valid_regions(regions, num_images) & (labels >= 0) & (labels <= num_classes)
-    valid = valid & (~not_background | gt_boxes.isfinite().all(1))
-    foreground = valid & not_background
+    valid = valid & (~is_object | gt_boxes.isfinite().all(1))
+    foreground = valid & is_object
 
-    scores = student_logits.new_zeros(len(regions), 4)
+    scores = inputs.student_logits.new_zeros(len(regions), 4)
     rows = valid.nonzero()[:, 0]
-    for column, logits in enumerate((teacher_logits, student_logits)):
-        scores[rows, column] = class_scores(logits[rows], labels[rows], foreground[rows], activation, background)
+    for column, logits in enumerate((inputs.teacher_logits, inputs.student_logits)):
+        scores[rows, column] = class_scores(
+            logits[rows], labels[rows], foreground[rows], spec.activation, spec.background
+        )
 
     # IoUs are compared in float64, before the scores round them.
     rows = foreground.nonzero()[:, 0]
     boxes, truth, classes = regions[rows, 1:], gt_boxes[rows], labels[rows]
 
     def iou_of_decoded(deltas: Tensor) -> Tensor:
-        own = select_deltas(deltas[rows], classes, num_classes, background)
-        return pairwise_iou(decode(own, boxes, box_weights), truth)
+        own = select_deltas(deltas[rows], classes, num_classes, spec.background)
+        return pairwise_iou(decode(own, boxes, spec.box_weights), truth)
 
-    teacher_iou = iou_of_decoded(teacher_deltas)
-    other_iou = iou_of_decoded(student_deltas) if regression_gate == "vs_student" else pairwise_iou(boxes, truth)
+    teacher_iou = iou_of_decoded(inputs.teacher_deltas)
+    against_student = spec.regression_gate == "vs_student"
+    other_iou = iou_of_decoded(inputs.student_deltas) if against_student else pairwise_iou(boxes, truth)
     scores[rows, 2] = teacher_iou.to(scores.dtype)
     scores[rows, 3] = other_iou.to(scores.dtype)
 
@@ -289,9 +232,9 @@ def gates_and_scores(
         "all": valid,
         "foreground": foreground,
         "teacher_better": foreground & (scores[:, 0] > scores[:, 1]),
-    }[classification_gate]
+    }[spec.classification_gate]
     regression = foreground.clone()
-    if regression_gate != "foreground":
+    if spec.regression_gate != "foreground":
         regression[rows] = teacher_iou > other_iou
     feature = {
         "all": valid,
@@ -299,14 +242,14 @@ def gates_and_scores(
         "classification": classification,
         "regression": regression,
         "either": foreground & (classification | regression),
-    }[feature_gate]
+    }[spec.feature_gate]
     return torch.stack([feature, classification, regression], 1), scores, foreground
 
 
 # --- losses of the open regions -------------------------------------------------------------------
 
 
-def penalty(difference: Tensor, kind: str, beta: float) -> Tensor:
+def penalty(difference: Tensor, kind: FeatureLoss, beta: float) -> Tensor:
     """rho, elementwise."""
     magnitude = difference.abs()
     if kind == "squared":
@@ -341,7 +284,7 @@ def gaussian_exponent(position: Tensor, low: Tensor, high: Tensor, sigma_squared
     return -((position - (low + high) / 2) ** 2) / (sigma_squared * half * half)
 
 
-def divergence(teacher_logits: Tensor, student_logits: Tensor, temperature: float, activation: str) -> Tensor:
+def divergence(teacher_logits: Tensor, student_logits: Tensor, temperature: float, activation: Activation) -> Tensor:
     """(r,) T^2 KL(teacher || student) at temperature T; for sigmoid heads the sum of the K binary ones."""
     teacher, student = teacher_logits / temperature, student_logits / temperature
     if activation == "softmax":
@@ -357,7 +300,7 @@ def divergence(teacher_logits: Tensor, student_logits: Tensor, temperature: floa
     return temperature**2 * terms.sum(1)
 
 
-def reduce_regions(losses: Tensor, rows: Tensor, weights: Tensor, num_regions: int, reduction: str) -> Tensor:
+def reduce_regions(losses: Tensor, rows: Tensor, weights: Tensor, num_regions: int, reduction: Reduction) -> Tensor:
     """losses: (r,) of the open regions ``rows``; weights: (R,)."""
     losses = losses * weights[rows]
     if reduction == "none":
@@ -365,210 +308,60 @@ def reduce_regions(losses: Tensor, rows: Tensor, weights: Tensor, num_regions: i
     return losses.sum() / (max(1, len(rows)) if reduction == "mean" else 1)
 
 
-def _losses(
-    pooled_pair,  # rows -> (student, teacher), each (r, C, h, w) in the accumulation dtype
-    regions: Tensor,
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    student_deltas: Tensor,
-    teacher_deltas: Tensor,
-    labels: Tensor,
-    gt_boxes: Tensor,
-    region_weights: Tensor | None,
-    *,
-    dtype: torch.dtype,
-    num_images: int | None,
-    num_classes: int,
-    feature_loss: str,
-    bin_weight: str,
-    feature_gate: str,
-    classification_gate: str,
-    regression_gate: str,
-    temperature: float,
-    beta: float,
-    box_weights: Sequence[float],
-    background: str,
-    activation: str,
-    reduction: str,
-) -> RegionLosses:
-    heads = [x.to(dtype) for x in (student_logits, teacher_logits, student_deltas, teacher_deltas)]
-    student_logits, teacher_logits, student_deltas, teacher_deltas = heads
-    weights = student_logits.new_ones(len(regions)) if region_weights is None else region_weights.to(dtype)
-    gates, scores, foreground = gates_and_scores(
-        regions,
-        *heads,
-        labels,
-        gt_boxes,
-        num_images=num_images,
-        num_classes=num_classes,
-        feature_gate=feature_gate,
-        classification_gate=classification_gate,
-        regression_gate=regression_gate,
-        box_weights=box_weights,
-        background=background,
-        activation=activation,
+def pooled_pair(call: RegionCall, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(r, C, h, w) of student and teacher in the accumulation dtype: the regions ``rows`` (r,) alone are pooled."""
+    if call.pooling is None:
+        [student], [teacher] = call.student_features, call.teacher_features
+        dtype = accumulation_dtype(student.dtype)
+        return student[rows].to(dtype), teacher[rows].to(dtype)
+    student_scales, teacher_scales, align = call.pooling
+    regions = call.inputs.proposals[rows]
+    return (
+        pool_regions(call.student_features, regions, student_scales, align),
+        pool_regions(call.teacher_features, regions, teacher_scales, align),
     )
 
+
+def region_losses(call: RegionCall) -> RegionLosses:
+    """Gates and the three losses of shared regions."""
+    first, spec = call.student_features[0], call.loss
+    dtype, num_images = accumulation_dtype(first.dtype), None if call.pooling is None else first.shape[0]
+    inputs = call.inputs._replace(
+        student_logits=call.inputs.student_logits.to(dtype),
+        teacher_logits=call.inputs.teacher_logits.to(dtype),
+        student_deltas=call.inputs.student_deltas.to(dtype),
+        teacher_deltas=call.inputs.teacher_deltas.to(dtype),
+    )
+    count, num_classes = len(inputs.labels), class_count(inputs.student_logits.shape[1], spec.activation)
+    weights = inputs.region_weights
+    weights = inputs.student_logits.new_ones(count) if weights is None else weights.to(dtype)
+    gates, scores, foreground = gates_and_scores(inputs, spec, num_images)
+
     rows = gates[:, 0].nonzero()[:, 0]
-    student_pooled, teacher_pooled = pooled_pair(rows)
-    bins = penalty(student_pooled - teacher_pooled, feature_loss, beta)
-    if bin_weight == "gaussian":
-        weight = gaussian_bin_weights(regions[rows, 1:], gt_boxes[rows], tuple(bins.shape[2:]))
+    student, teacher = pooled_pair(call, rows)
+    bins = penalty(student - teacher, spec.feature_loss, spec.beta)
+    if spec.bin_weight == "gaussian":
+        weight = gaussian_bin_weights(inputs.proposals[rows, 1:], inputs.gt_boxes[rows], tuple(bins.shape[2:]))
         weight = torch.where(foreground[rows, None, None], weight, torch.zeros_like(weight))
         bins = bins * weight[:, None].to(dtype)
-    feature = reduce_regions(bins.mean((1, 2, 3)), rows, weights, len(regions), reduction)
+    feature = reduce_regions(bins.mean((1, 2, 3)), rows, weights, count, spec.reduction)
 
     rows = gates[:, 1].nonzero()[:, 0]
-    divergences = divergence(teacher_logits[rows], student_logits[rows], temperature, activation)
-    classification = reduce_regions(divergences, rows, weights, len(regions), reduction)
+    student, teacher = inputs.student_logits[rows], inputs.teacher_logits[rows]
+    divergences = divergence(teacher, student, spec.temperature, spec.activation)
+    classification = reduce_regions(divergences, rows, weights, count, spec.reduction)
 
     rows = gates[:, 2].nonzero()[:, 0]
     student, teacher = (
-        select_deltas(deltas[rows], labels[rows], num_classes, background)
-        for deltas in (student_deltas, teacher_deltas)
+        select_deltas(deltas[rows], inputs.labels[rows], num_classes, spec.background)
+        for deltas in (inputs.student_deltas, inputs.teacher_deltas)
     )
-    distances = penalty(student - teacher, "smooth_l1", beta).sum(1)
-    regression = reduce_regions(distances, rows, weights, len(regions), reduction)
+    distances = penalty(student - teacher, "smooth_l1", spec.beta).sum(1)
+    regression = reduce_regions(distances, rows, weights, count, spec.reduction)
     return RegionLosses(feature, classification, regression, gates, scores)
 
 
-# --- the losses -----------------------------------------------------------------------------------
-
-
-def region_distill_loss(
-    student_features: Sequence[Tensor],
-    teacher_features: Sequence[Tensor],
-    proposals: Tensor | Sequence[Tensor],
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    student_deltas: Tensor,
-    teacher_deltas: Tensor,
-    labels: Tensor,
-    gt_boxes: Tensor,
-    *,
-    student_scales: Sequence[float],
-    teacher_scales: Sequence[float] | None = None,
-    output_size: int | Sequence[int] = 7,
-    sampling_ratio: int = 2,
-    aligned: bool = False,
-    canonical_scale: float = 224,
-    canonical_level: int = 4,
-    feature_loss: str = "squared",
-    bin_weight: str = "uniform",
-    feature_gate: str = "either",
-    classification_gate: str = "teacher_better",
-    regression_gate: str = "vs_proposal",
-    temperature: float = 1.0,
-    beta: float = 1 / 9,
-    box_weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
-    background: str = "first",
-    activation: str = "softmax",
-    region_weights: Tensor | None = None,
-    reduction: str = "mean",
-) -> RegionLosses:
-    """Gates and the three losses of shared regions, from the two pyramids.
-
-    Arguments, results and errors as in :func:`tardkd.ops.region_distill_loss`.
-    """
-    options = dict(
-        feature_loss=feature_loss,
-        bin_weight=bin_weight,
-        feature_gate=feature_gate,
-        classification_gate=classification_gate,
-        regression_gate=regression_gate,
-        background=background,
-        activation=activation,
-        reduction=reduction,
-    )
-    numbers = dict(temperature=temperature, beta=beta, box_weights=box_weights)
-    checks.check_level_rule(canonical_scale, canonical_level)
-    output_size = checks.output_pair(output_size)
-    teacher_scales = checks.check_pyramids(student_features, teacher_features, student_scales, teacher_scales)
-    like, num_images = student_features[0], student_features[0].shape[0]
-    per_region = (student_logits, teacher_logits, student_deltas, teacher_deltas, labels, gt_boxes, region_weights)
-    regions = checks.check_region_loss(like, num_images, proposals, per_region, options, numbers)
-
-    def pooled_pair(rows: Tensor) -> list[Tensor]:
-        return [
-            pool_regions(
-                features,
-                regions[rows],
-                scales=scales,
-                output_size=output_size,
-                sampling_ratio=sampling_ratio,
-                aligned=aligned,
-                canonical_scale=canonical_scale,
-                canonical_level=canonical_level,
-            )
-            for features, scales in ((student_features, student_scales), (teacher_features, teacher_scales))
-        ]
-
-    return _losses(
-        pooled_pair,
-        regions,
-        *per_region,
-        dtype=checks.accumulation_dtype(like.dtype),
-        num_images=num_images,
-        num_classes=checks.class_count(student_logits.shape[1], activation),
-        **numbers,
-        **options,
-    )
-
-
-def pooled_distill_loss(
-    student_pooled: Tensor,
-    teacher_pooled: Tensor,
-    proposals: Tensor | Sequence[Tensor],
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    student_deltas: Tensor,
-    teacher_deltas: Tensor,
-    labels: Tensor,
-    gt_boxes: Tensor,
-    *,
-    feature_loss: str = "squared",
-    bin_weight: str = "uniform",
-    feature_gate: str = "either",
-    classification_gate: str = "teacher_better",
-    regression_gate: str = "vs_proposal",
-    temperature: float = 1.0,
-    beta: float = 1 / 9,
-    box_weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
-    background: str = "first",
-    activation: str = "softmax",
-    region_weights: Tensor | None = None,
-    reduction: str = "mean",
-) -> RegionLosses:
-    """:func:`region_distill_loss` from (R, C, h, w) regions that are pooled already.
-
-    The proposals serve the gates and the bin weights only, so the image index is not looked at.
-    """
-    options = dict(
-        feature_loss=feature_loss,
-        bin_weight=bin_weight,
-        feature_gate=feature_gate,
-        classification_gate=classification_gate,
-        regression_gate=regression_gate,
-        background=background,
-        activation=activation,
-        reduction=reduction,
-    )
-    numbers = dict(temperature=temperature, beta=beta, box_weights=box_weights)
-    checks.check_pooled(student_pooled, teacher_pooled)
-    per_region = (student_logits, teacher_logits, student_deltas, teacher_deltas, labels, gt_boxes, region_weights)
-    regions = checks.check_region_loss(student_pooled, None, proposals, per_region, options, numbers)
-    checks.check_rows("student_pooled", student_pooled, regions)
-    dtype = checks.accumulation_dtype(student_pooled.dtype)
-    return _losses(
-        lambda rows: (student_pooled[rows].to(dtype), teacher_pooled[rows].to(dtype)),
-        regions,
-        *per_region,
-        dtype=dtype,
-        num_images=None,
-        num_classes=checks.class_count(student_logits.shape[1], activation),
-        **numbers,
-        **options,
-    )
+# --- Gaussian-mask loss ---------------------------------------------------------------------------
 
 
 def gaussian_mask(boxes: Tensor, height: int, width: int, sigma_squared: float) -> Tensor:
@@ -585,33 +378,34 @@ def gaussian_mask(boxes: Tensor, height: int, width: int, sigma_squared: float) 
     return mask
 
 
-def gaussian_feature_loss(
-    student_features: Sequence[Tensor],
-    teacher_features: Sequence[Tensor],
-    gt_boxes: Sequence[Tensor],
-    *,
-    scales: Sequence[float],
-    sigma_squared: float = 2.0,
-) -> Tensor:
-    """Squared distance of the pyramids under a Gaussian at every ground-truth box; a scalar.
-
-    Arguments, results and errors as in :func:`tardkd.ops.gaussian_feature_loss`.
-    """
-    checks.check_same_pyramids(student_features, teacher_features, scales)
-    checks.check_gaussian(gt_boxes, student_features[0], sigma_squared)
-    if checks.checking_values():
-        checks.check_box_values("gt_boxes", gt_boxes)
-
-    dtype = checks.accumulation_dtype(student_features[0].dtype)
+def gaussian_loss(call: GaussianCall) -> Tensor:
+    """Squared distance of the pyramids under a Gaussian at every ground-truth box; a scalar."""
+    dtype = accumulation_dtype(call.student_features[0].dtype)
+    image, boxes = call.gt_boxes[:, 0], call.gt_boxes[:, 1:].double()
     level_losses = []
-    for student, teacher, scale in zip(student_features, teacher_features, scales):
-        height, width = student.shape[2:]
-        masks = [gaussian_mask(boxes.detach().double() * scale, height, width, sigma_squared) for boxes in gt_boxes]
-        mask = torch.stack(masks) if masks else student.new_zeros((0, height, width), dtype=torch.float64)
+    for student, teacher, scale in zip(call.student_features, call.teacher_features, call.scales):
+        images, _, height, width = student.shape
+        mask = student.new_zeros((images, 1, height, width), dtype=torch.float64)
+        for n in range(images):
+            mask[n, 0] = gaussian_mask(boxes[image == n] * scale, height, width, call.sigma_squared)
         # Selecting before the subtraction keeps a NaN outside every box out of the gradient.
-        mask = mask[:, None]
         difference = student.to(dtype) - teacher.to(dtype)
         difference = torch.where(mask > 0, difference, torch.zeros_like(difference))
         weighted = (mask.to(dtype) * difference * difference).sum()
         level_losses.append(weighted / (2 * mask.sum().clamp(min=1).to(dtype)))
     return torch.stack(level_losses).mean()
+
+
+# --- the twins of the public functions ------------------------------------------------------------
+
+
+def shared_roi_align_pair(calls: tuple[AlignCall, AlignCall]) -> tuple[Tensor, Tensor]:
+    student, teacher = calls
+    return roi_align(student), roi_align(teacher)
+
+
+region_distill_loss = function_of(region.region_distill_loss, region_losses, __name__)
+pooled_distill_loss = function_of(region.pooled_distill_loss, region_losses, __name__)
+multiscale_roi_align = function_of(roi_align_calls.multiscale_roi_align, roi_align, __name__)
+shared_roi_align = function_of(roi_align_calls.shared_roi_align, shared_roi_align_pair, __name__)
+gaussian_feature_loss = function_of(gaussian.gaussian_feature_loss, gaussian_loss, __name__)

@@ -1,19 +1,25 @@
-"""Losses over shared regions: from the pyramids (:func:`region_distill_loss`) or from pooled regions."""
+"""What the losses over shared regions are called with: their signatures, checked."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from . import checks, reference
-from .fallback import has_kernels
-from .gradients import once_differentiable, scale_gradient, wanted
-from .maps import Layout, layout_of, maps_of
-from .registry import defers
-from .types import RegionLosses
+from . import checks
+from .inputs import Pooling, RegionCall
+from .spec import (
+    Activation,
+    Background,
+    BinWeight,
+    ClassificationGate,
+    FeatureGate,
+    FeatureLoss,
+    LossSpec,
+    Reduction,
+    RegressionGate,
+    RoIAlignSpec,
+)
 
 
 def region_distill_loss(
@@ -34,19 +40,19 @@ def region_distill_loss(
     aligned: bool = False,
     canonical_scale: float = 224,
     canonical_level: int = 4,
-    feature_loss: str = "squared",
-    bin_weight: str = "uniform",
-    feature_gate: str = "either",
-    classification_gate: str = "teacher_better",
-    regression_gate: str = "vs_proposal",
+    feature_loss: FeatureLoss = "squared",
+    bin_weight: BinWeight = "uniform",
+    feature_gate: FeatureGate = "either",
+    classification_gate: ClassificationGate = "teacher_better",
+    regression_gate: RegressionGate = "vs_proposal",
     temperature: float = 1.0,
     beta: float = 1 / 9,
     box_weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
-    background: str = "first",
-    activation: str = "softmax",
+    background: Background = "first",
+    activation: Activation = "softmax",
     region_weights: Tensor | None = None,
-    reduction: str = "mean",
-) -> RegionLosses:
+    reduction: Reduction = "mean",
+) -> RegionCall:
     """Gates and the three distillation losses of R shared regions, fused, from the two feature pyramids.
 
     After "Distilling Object Detectors with Task Adaptive Regularization" (arXiv 2006.13108). For region i with
@@ -102,49 +108,35 @@ def region_distill_loss(
             requires grad.
     """
     teacher_scales = checks.check_pyramids(student_features, teacher_features, student_scales, teacher_scales)
-    checks.check_level_rule(canonical_scale, canonical_level)
-    like = student_features[0]
-    per_region = (student_logits, teacher_logits, student_deltas, teacher_deltas, labels, gt_boxes, region_weights)
-    options = dict(
-        feature_loss=feature_loss,
-        bin_weight=bin_weight,
-        feature_gate=feature_gate,
-        classification_gate=classification_gate,
-        regression_gate=regression_gate,
-        background=background,
-        activation=activation,
-        reduction=reduction,
+    align = RoIAlignSpec.checked(output_size, sampling_ratio, aligned, canonical_scale, canonical_level)
+    loss = LossSpec(
+        feature_loss,
+        bin_weight,
+        feature_gate,
+        classification_gate,
+        regression_gate,
+        temperature,
+        beta,
+        box_weights,
+        background,
+        activation,
+        reduction,
+    ).checked()
+    inputs = checks.checked_region_inputs(
+        proposals,
+        student_logits,
+        teacher_logits,
+        student_deltas,
+        teacher_deltas,
+        labels,
+        gt_boxes,
+        region_weights,
+        loss=loss,
+        like=student_features[0],
+        num_images=student_features[0].shape[0],
     )
-    numbers = dict(temperature=temperature, beta=beta, box_weights=box_weights)
-    align = dict(
-        sampling_ratio=sampling_ratio,
-        aligned=aligned,
-        canonical_scale=canonical_scale,
-        canonical_level=canonical_level,
-    )
-    if not has_kernels(like.device):
-        return reference.region_distill_loss(
-            student_features,
-            teacher_features,
-            proposals,
-            *per_region[:-1],
-            student_scales=student_scales,
-            teacher_scales=teacher_scales,
-            output_size=output_size,
-            region_weights=region_weights,
-            **align,
-            **options,
-            **numbers,
-        )
-    regions = checks.check_region_loss(like, like.shape[0], proposals, per_region, options, numbers)
-    settings = (
-        list(map(float, student_scales)),
-        list(map(float, teacher_scales)),
-        list(checks.output_pair(output_size)),
-        *align.values(),
-        *_loss_settings(options, numbers),
-    )
-    return _call("region_distill", student_features, teacher_features, regions, per_region, settings)
+    pooling = Pooling(list(map(float, student_scales)), list(map(float, teacher_scales)), align)
+    return RegionCall(list(student_features), list(teacher_features), inputs, loss, pooling)
 
 
 def pooled_distill_loss(
@@ -158,19 +150,19 @@ def pooled_distill_loss(
     labels: Tensor,
     gt_boxes: Tensor,
     *,
-    feature_loss: str = "squared",
-    bin_weight: str = "uniform",
-    feature_gate: str = "either",
-    classification_gate: str = "teacher_better",
-    regression_gate: str = "vs_proposal",
+    feature_loss: FeatureLoss = "squared",
+    bin_weight: BinWeight = "uniform",
+    feature_gate: FeatureGate = "either",
+    classification_gate: ClassificationGate = "teacher_better",
+    regression_gate: RegressionGate = "vs_proposal",
     temperature: float = 1.0,
     beta: float = 1 / 9,
     box_weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
-    background: str = "first",
-    activation: str = "softmax",
+    background: Background = "first",
+    activation: Activation = "softmax",
     region_weights: Tensor | None = None,
-    reduction: str = "mean",
-) -> RegionLosses:
+    reduction: Reduction = "mean",
+) -> RegionCall:
     """:func:`region_distill_loss` on regions that the detectors' own box heads have pooled already.
 
     Args:
@@ -180,159 +172,33 @@ def pooled_distill_loss(
     The other arguments, the results and the errors are those of :func:`region_distill_loss`.
     """
     checks.check_pooled(student_pooled, teacher_pooled)
-    per_region = (student_logits, teacher_logits, student_deltas, teacher_deltas, labels, gt_boxes, region_weights)
-    options = dict(
-        feature_loss=feature_loss,
-        bin_weight=bin_weight,
-        feature_gate=feature_gate,
-        classification_gate=classification_gate,
-        regression_gate=regression_gate,
-        background=background,
-        activation=activation,
-        reduction=reduction,
+    loss = LossSpec(
+        feature_loss,
+        bin_weight,
+        feature_gate,
+        classification_gate,
+        regression_gate,
+        temperature,
+        beta,
+        box_weights,
+        background,
+        activation,
+        reduction,
+    ).checked()
+    inputs = checks.checked_region_inputs(
+        proposals,
+        student_logits,
+        teacher_logits,
+        student_deltas,
+        teacher_deltas,
+        labels,
+        gt_boxes,
+        region_weights,
+        loss=loss,
+        like=student_pooled,
+        num_images=None,
     )
-    numbers = dict(temperature=temperature, beta=beta, box_weights=box_weights)
-    if not has_kernels(student_pooled.device):
-        return reference.pooled_distill_loss(
-            student_pooled,
-            teacher_pooled,
-            proposals,
-            *per_region[:-1],
-            region_weights=region_weights,
-            **options,
-            **numbers,
-        )
-    regions = checks.check_region_loss(student_pooled, None, proposals, per_region, options, numbers)
-    checks.check_rows("student_pooled", student_pooled, regions)
-    settings = _loss_settings(options, numbers)
-    return _call("pooled_distill", [student_pooled], [teacher_pooled], regions, per_region, settings)
-
-
-def _loss_settings(options: dict[str, str], numbers: dict[str, Any]) -> tuple:
-    choices = [names.index(options[key]) for key, names in checks.CHOICES.items()]
-    return choices, float(numbers["temperature"]), float(numbers["beta"]), list(map(float, numbers["box_weights"]))
-
-
-# --- autograd -----------------------------------------------------------------------------------------------------
-
-_NONE = checks.CHOICES["reduction"].index("none")
-
-
-def _call(
-    op: str,
-    student_features: Sequence[Tensor],
-    teacher_features: Sequence[Tensor],
-    regions: Tensor,
-    per_region: Sequence[Tensor | None],
-    settings: tuple,
-) -> RegionLosses:
-    student_logits, _, student_deltas, *_ = per_region
-    wants = (wanted(*student_features), wanted(student_logits), wanted(student_deltas))
-    tensors = (*student_features, *teacher_features, regions, *per_region)
-    levels = len(student_features)
-    if not any(wants):
-        return RegionLosses(*_run(op, settings, wants, levels, tensors, None)[:5])
-    unreduced = settings[-4][-1] == _NONE
-    loss = _DeferredRegionLoss if unreduced or defers(op, regions.device, settings[-4]) else _RegionLoss
-    return RegionLosses(*loss.apply(op, settings, wants, levels, *tensors))
-
-
-def _run(
-    op: str,
-    settings: tuple,
-    wants: Sequence[bool],
-    levels: int,
-    tensors: Sequence[Tensor | None],
-    upstream: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """The registered op: five results, the factors, then the gradients of logits, deltas and features."""
-    features, others, region_tensors = tensors[:levels], tensors[levels:-8], tensors[-8:]
-    sides = (features[0], others[0]) if op == "pooled_distill" else (list(features), list(others))
-    return getattr(torch.ops.tardkd, op)(*sides, *region_tensors, upstream, *settings, list(wants))
-
-
-def _layout(op: str, features: Sequence[Tensor]) -> Layout | None:
-    """Of the features' gradient; None: it is a tensor like the feature."""
-    return None if op == "pooled_distill" else layout_of(features)
-
-
-def _dtypes(tensors: Sequence[Tensor]) -> tuple[torch.dtype, ...]:
-    """Of the student's features, logits and deltas."""
-    return tensors[0].dtype, tensors[-7].dtype, tensors[-5].dtype
-
-
-def _input_gradients(
-    levels: int,
-    tensors: int,
-    layout: Layout | None,
-    features: Tensor | None,
-    logits: Tensor | None,
-    deltas: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """What a backward pass returns: in the order of the arguments of ``apply``, of which ``tensors`` are tensors."""
-    maps = [features] * levels if features is None or layout is None else maps_of(features, *layout)
-    teacher = [None] * (tensors - levels - 8)
-    return None, None, None, None, *maps, *teacher, None, logits, None, deltas, None, None, None, None
-
-
-class _RegionLoss(torch.autograd.Function):
-    """Gradients in the forward pass, for the scalar reductions, where the device prefers that."""
-
-    @staticmethod
-    def forward(ctx, op, settings, wants, levels, *tensors):
-        ctx.wants, ctx.levels, ctx.tensors = wants, levels, len(tensors)
-        ctx.layout, ctx.dtypes = _layout(op, tensors[:levels]), _dtypes(tensors)
-        *results, factors, grad_logits, grad_deltas, grad_features = _run(op, settings, wants, levels, tensors, None)
-        ctx.save_for_backward(factors, grad_features, grad_logits, grad_deltas)
-        ctx.mark_non_differentiable(results[3], results[4])
-        ctx.set_materialize_grads(False)
-        return tuple(results)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *upstream):
-        factors, *gradients = ctx.saved_tensors
-        scaled = [
-            scale_gradient(gradient, upstream[term] * factors[term], dtype)
-            if ctx.wants[term] and upstream[term] is not None
-            else None
-            for term, (gradient, dtype) in enumerate(zip(gradients, ctx.dtypes))
-        ]
-        return _input_gradients(ctx.levels, ctx.tensors, ctx.layout, *scaled)
-
-
-class _DeferredRegionLoss(torch.autograd.Function):
-    """Gradients in the backward pass: the op runs again, with the upstream gradient of every region's terms.
-
-    With "none" that is not known earlier, and the gradient of a pyramid sums over regions.
-    """
-
-    @staticmethod
-    def forward(ctx, op, settings, wants, levels, *tensors):
-        ctx.op, ctx.settings, ctx.wants, ctx.levels = op, settings, wants, levels
-        *results, factors, _, _, _ = _run(op, settings, (False,) * 3, levels, tensors, None)
-        ctx.save_for_backward(factors, *tensors)
-        ctx.mark_non_differentiable(results[3], results[4])
-        ctx.set_materialize_grads(False)
-        return tuple(results)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *upstream):
-        factors, *tensors = ctx.saved_tensors
-        op, levels, terms = ctx.op, ctx.levels, upstream[:3]
-        wants = [want and gradient is not None for want, gradient in zip(ctx.wants, terms)]
-        gradients = [None, None, None]
-        if any(wants):
-            given = next(gradient for gradient in terms if gradient is not None)
-            per_region = torch.stack([given if gradient is None else gradient for gradient in terms])
-            *options, choices, temperature, beta, box_weights = ctx.settings
-            if choices[-1] != _NONE:
-                per_region = (per_region * factors)[:, None].expand(-1, tensors[-8].shape[0])
-            settings = (*options, [*choices[:-1], _NONE], temperature, beta, box_weights)
-            *_, logits, deltas, features = _run(op, settings, wants, levels, tensors, per_region)
-            gradients = [
-                gradient.to(dtype) if want else None
-                for want, gradient, dtype in zip(wants, (features, logits, deltas), _dtypes(tensors))
-            ]
-        return _input_gradients(levels, len(tensors), _layout(op, tensors[:levels]), *gradients)
+    checks.check_per_region(
+        "student_pooled", student_pooled, ("R", "C", "h", "w"), checks.FEATURE_DTYPES, inputs.proposals
+    )
+    return RegionCall([student_pooled], [teacher_pooled], inputs, loss, None)

@@ -1,64 +1,82 @@
 """The ops as torch sees them: schemas, implementations, shapes for tracing. The only file that talks to the dispatcher.
 
-They take and return plain tensors and numbers and know nothing of autograd; ``region.py``, ``roi_align.py`` and
-``gaussian.py`` wrap them. Options travel as integers, the index of their name in :data:`checks.CHOICES`.
+The registered ops take and return plain tensors, numbers and names, and know nothing of autograd; ``autograd.py`` calls
+them. Their schemas follow from the named tuples that pack their arguments, so that a new field needs no word here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
+from torch import Tensor
 
-from . import native
 from .checks import accumulation_dtype
+from .cpu import CpuKernels
 from .cuda import CudaKernels
+from .extension import native_module
+from .inputs import AlignBackward, AlignCall, GaussianBackward, RegionCall, RegionInputs
+from .kernels import Kernels
 from .maps import flat_size, layout_of
+from .results import gradient_like, region_results
+from .spec import LossSpec, RoIAlignSpec
 
 # What runs the ops, by dispatch key. Looked up at every call: tests put other kernels in the place of these.
-IMPLEMENTATIONS: dict[str, Any] = {"CPU": native}
-if native.cuda_module is not None:
+IMPLEMENTATIONS: dict[str, Kernels] = {"CPU": CpuKernels(native_module)}
+if hasattr(native_module, "cuda"):  # else built without CUDA kernels
     IMPLEMENTATIONS["CUDA"] = CudaKernels(
-        native.cuda_module, lambda device: torch.cuda.current_stream(device).cuda_stream
+        native_module.cuda, lambda device: torch.cuda.current_stream(device).cuda_stream
     )
 
 
-def defers(op: str, device: torch.device, choices: Sequence[int]) -> bool:
-    """Whether that device makes the gradients of a region loss in the backward pass, also where it need not."""
-    return IMPLEMENTATIONS[device.type.upper()].defers(op, choices)
+def kernels_of(device: torch.device) -> Kernels:
+    return IMPLEMENTATIONS[device.type.upper()]
 
+
+# --- schemas ----------------------------------------------------------------------------------------------------------
+
+SCALARS = {int: "int", bool: "bool", float: "float", Tensor: "Tensor"}
+
+
+def schema_of(fields: type) -> str:
+    """The fields of a named tuple as arguments of an op."""
+    return ", ".join(f"{schema_type(hint)} {name}" for name, hint in get_type_hints(fields).items())
+
+
+def schema_type(hint: Any) -> str:
+    """A type as torch's schemas write it: names are strings, tuples are lists, None makes a tensor optional."""
+    if hint in SCALARS:
+        return SCALARS[hint]
+    if get_origin(hint) is Literal:
+        return "str"
+    if get_origin(hint) is tuple:
+        return f"{SCALARS[get_args(hint)[0]]}[]"
+    [present] = [kind for kind in get_args(hint) if kind is not NoneType]
+    return f"{schema_type(present)}?"
+
+
+_INPUTS, _LOSS, _ALIGN = schema_of(RegionInputs), schema_of(LossSpec), schema_of(RoIAlignSpec)
+_REGION = f"{_INPUTS}, Tensor? upstream, bool[] wants, {_LOSS}"
+_GAUSSIAN = "Tensor[] student_features, Tensor[] teacher_features, Tensor gt_boxes, float[] scales, float sigma_squared"
+_RESULTS = f"({', '.join(['Tensor'] * 9)})"  # RegionResults
+
+SCHEMAS = {
+    "region_distill": f"(Tensor[] student_features, Tensor[] teacher_features, {_REGION}, float[] student_scales, "
+    f"float[] teacher_scales, {_ALIGN}) -> {_RESULTS}",
+    "pooled_distill": f"(Tensor student_pooled, Tensor teacher_pooled, {_REGION}) -> {_RESULTS}",
+    "roi_align": f"(Tensor[] features, Tensor proposals, float[] scales, {_ALIGN}) -> Tensor",
+    "roi_align_backward": "(Tensor grad_pooled, Tensor proposals, SymInt[] sizes, bool[] channels_last, "
+    f"float[] scales, {_ALIGN}) -> Tensor",
+    "gaussian_feature_loss": f"({_GAUSSIAN}) -> (Tensor, Tensor)",
+    "gaussian_feature_loss_backward": f"({_GAUSSIAN}, Tensor mask_sums, Tensor upstream) -> Tensor[]",
+}
 
 _library = torch.library.Library("tardkd", "DEF")
 
-# The regions and what the two models' heads say of them; `upstream` (3, R) is the gradient of the unreduced losses.
-_REGIONS = (
-    "Tensor regions, Tensor student_logits, Tensor teacher_logits, Tensor student_deltas, Tensor teacher_deltas, "
-    "Tensor labels, Tensor gt_boxes, Tensor? region_weights, Tensor? upstream"
-)
-_ALIGN = "int sampling_ratio, bool aligned, float canonical_scale, int canonical_level"
-_LOSS = "int[] choices, float temperature, float beta, float[] box_weights, bool[] wants"
-# losses (feature, classification, regression), gates, scores, factors, gradients of logits, deltas and features; those
-# of a pyramid as maps.py lays them out. Gradients are to be multiplied by their term's factor.
-_RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-
-SCHEMAS = {
-    "region_distill": f"(Tensor[] student_features, Tensor[] teacher_features, {_REGIONS}, float[] student_scales, "
-    f"float[] teacher_scales, int[] output_size, {_ALIGN}, {_LOSS}) -> {_RESULTS}",
-    "pooled_distill": f"(Tensor student_pooled, Tensor teacher_pooled, {_REGIONS}, {_LOSS}) -> {_RESULTS}",
-    "roi_align": f"(Tensor[] features, Tensor regions, float[] scales, int[] output_size, {_ALIGN}) -> Tensor",
-    "roi_align_backward": "(Tensor grad_pooled, Tensor regions, SymInt[] sizes, bool[] channels_last, float[] scales, "
-    f"{_ALIGN}) -> Tensor",
-    # loss, sums of the masks
-    "gaussian_feature_loss": "(Tensor[] student_features, Tensor[] teacher_features, Tensor boxes, float[] scales, "
-    "float sigma_squared) -> (Tensor, Tensor)",
-    "gaussian_feature_loss_backward": "(Tensor[] student_features, Tensor[] teacher_features, Tensor boxes, "
-    "float[] scales, float sigma_squared, Tensor mask_sums, Tensor upstream) -> Tensor[]",
-}
-
 
 def _implement(name: str, key: str) -> None:
-    _library.impl(name, lambda *arguments: getattr(IMPLEMENTATIONS[key], name)(*arguments), key)
+    _library.impl(name, lambda *packed: getattr(IMPLEMENTATIONS[key], name)(*packed), key)
 
 
 for _name, _schema in SCHEMAS.items():
@@ -67,42 +85,46 @@ for _name, _schema in SCHEMAS.items():
         _implement(_name, _key)
 
 
+# --- shapes for tracing -----------------------------------------------------------------------------------------------
+
+
 @torch.library.register_fake("tardkd::region_distill", lib=_library)
-def _(student_features, teacher_features, regions, student_logits, teacher_logits, student_deltas, *rest):
-    choices, wants = rest[-5], rest[-1]
-    dtype = accumulation_dtype(student_features[0].dtype)
-    reduce = choices[-1] != native.NONE
-    results = native.region_results(regions, student_logits, student_deltas, dtype, reduce, wants)
-    layout = layout_of(student_features if wants[0] else [])
-    return *results, regions.new_empty((flat_size(layout.sizes),), dtype=dtype)
+def _(*packed):
+    call, wants, _ = RegionCall.unpack(packed)
+    first, layout = call.student_features[0], layout_of(call.student_features if wants.features else [])
+    return region_results(
+        call, wants, first.new_empty((flat_size(layout.sizes),), dtype=accumulation_dtype(first.dtype))
+    )
 
 
 @torch.library.register_fake("tardkd::pooled_distill", lib=_library)
-def _(student_pooled, teacher_pooled, regions, student_logits, teacher_logits, student_deltas, *rest):
-    choices, wants = rest[-5], rest[-1]
-    dtype = accumulation_dtype(student_pooled.dtype)
-    reduce = choices[-1] != native.NONE
-    results = native.region_results(regions, student_logits, student_deltas, dtype, reduce, wants)
-    gradient = native.gradient_like(student_pooled, dtype) if wants[0] else student_pooled.new_empty((0,), dtype=dtype)
-    return *results, gradient
+def _(*packed):
+    call, wants, _ = RegionCall.unpack(packed)
+    [student], dtype = call.student_features, accumulation_dtype(call.student_features[0].dtype)
+    gradient = gradient_like(student, dtype) if wants.features else student.new_empty((0,), dtype=dtype)
+    return region_results(call, wants, gradient)
 
 
 @torch.library.register_fake("tardkd::roi_align", lib=_library)
-def _(features, regions, scales, output_size, *align):
-    return features[0].new_empty((regions.shape[0], features[0].shape[1], *output_size))
+def _(*packed):
+    call = AlignCall.unpack(packed)
+    shape = (call.proposals.shape[0], call.features[0].shape[1], *call.align.output_size)
+    return call.features[0].new_empty(shape)
 
 
 @torch.library.register_fake("tardkd::roi_align_backward", lib=_library)
-def _(grad_pooled, regions, sizes, channels_last, *rest):
-    return grad_pooled.new_empty((flat_size(sizes),))
+def _(*packed):
+    backward = AlignBackward.unpack(packed)
+    return backward.grad_pooled.new_empty((flat_size(backward.layout.sizes),))
 
 
 @torch.library.register_fake("tardkd::gaussian_feature_loss", lib=_library)
-def _(student_features, teacher_features, boxes, scales, sigma_squared):
-    loss = boxes.new_empty((), dtype=accumulation_dtype(student_features[0].dtype))
-    return loss, boxes.new_empty((len(scales),), dtype=torch.float64)
+def _(student_features, teacher_features, gt_boxes, scales, sigma_squared):
+    loss = gt_boxes.new_empty((), dtype=accumulation_dtype(student_features[0].dtype))
+    return loss, gt_boxes.new_empty((len(scales),), dtype=torch.float64)
 
 
 @torch.library.register_fake("tardkd::gaussian_feature_loss_backward", lib=_library)
-def _(student_features, *rest):
-    return [native.gradient_like(feature, feature.dtype) for feature in student_features]
+def _(*packed):
+    call = GaussianBackward.unpack(packed).call
+    return [gradient_like(feature, feature.dtype) for feature in call.student_features]

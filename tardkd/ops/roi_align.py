@@ -1,16 +1,14 @@
-"""RoIAlign over a feature pyramid: all levels in one launch, forward and backward."""
+"""What RoIAlign over feature pyramids is called with: the signatures, checked."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from . import checks, reference
-from .fallback import has_kernels
-from .gradients import once_differentiable, wanted
-from .maps import layout_of, maps_of
+from . import checks
+from .inputs import AlignCall
+from .spec import RoIAlignSpec
 
 
 def multiscale_roi_align(
@@ -23,7 +21,7 @@ def multiscale_roi_align(
     aligned: bool = False,
     canonical_scale: float = 224,
     canonical_level: int = 4,
-) -> Tensor:
+) -> AlignCall:
     """Pool each region from the pyramid level that fits its size, exactly as torchvision's ``MultiScaleRoIAlign``.
 
     RoIAlign after Mask R-CNN (He et al. 2017), level rule after FPN (Lin et al. 2017, eq. 1). Gradients flow into the
@@ -47,28 +45,8 @@ def multiscale_roi_align(
     """
     checks.check_pyramid("features", features)
     checks.check_scales("scales", scales, "features", features)
-    checks.check_level_rule(canonical_scale, canonical_level)
-    if not has_kernels(features[0].device):
-        return reference.multiscale_roi_align(
-            features,
-            proposals,
-            scales=scales,
-            output_size=output_size,
-            sampling_ratio=sampling_ratio,
-            aligned=aligned,
-            canonical_scale=canonical_scale,
-            canonical_level=canonical_level,
-        )
-    num_images = features[0].shape[0]
-    regions = checks.as_regions(proposals, num_images, features[0].device)
-    if checks.checking_values():
-        checks.check_region_values(regions, num_images)
-    scales = list(map(float, scales))
-    align = (sampling_ratio, aligned, float(canonical_scale), canonical_level)
-    output_size = list(checks.output_pair(output_size))
-    if wanted(*features):
-        return _RoIAlign.apply(regions, scales, output_size, align, *features)
-    return torch.ops.tardkd.roi_align(list(features), regions, scales, output_size, *align)
+    align = RoIAlignSpec.checked(output_size, sampling_ratio, aligned, canonical_scale, canonical_level)
+    return AlignCall(list(features), _checked_regions(proposals, features), list(map(float, scales)), align)
 
 
 def shared_roi_align(
@@ -83,7 +61,7 @@ def shared_roi_align(
     aligned: bool = False,
     canonical_scale: float = 224,
     canonical_level: int = 4,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[AlignCall, AlignCall]:
     """The same regions pooled from both models' pyramids, each with its own scales and level rule.
 
     Arguments as in :func:`multiscale_roi_align` and :func:`region_distill_loss`; both pyramids have N images and C
@@ -93,36 +71,18 @@ def shared_roi_align(
         ``(student_pooled, teacher_pooled)``, each (R, C, p_h, p_w).
     """
     teacher_scales = checks.check_pyramids(student_features, teacher_features, student_scales, teacher_scales)
-    num_images, device = student_features[0].shape[0], student_features[0].device
-    regions = checks.as_regions(proposals, num_images, device)
-    student, teacher = (
-        multiscale_roi_align(
-            features,
-            regions,
-            scales=scales,
-            output_size=output_size,
-            sampling_ratio=sampling_ratio,
-            aligned=aligned,
-            canonical_scale=canonical_scale,
-            canonical_level=canonical_level,
-        )
-        for features, scales in ((student_features, student_scales), (teacher_features, teacher_scales))
+    align = RoIAlignSpec.checked(output_size, sampling_ratio, aligned, canonical_scale, canonical_level)
+    regions = _checked_regions(proposals, student_features)
+    return (
+        AlignCall(list(student_features), regions, list(map(float, student_scales)), align),
+        AlignCall(list(teacher_features), regions, list(map(float, teacher_scales)), align),
     )
-    return student, teacher
 
 
-class _RoIAlign(torch.autograd.Function):
-    """Keeps only the regions: the gradient does not depend on the features."""
-
-    @staticmethod
-    def forward(ctx, regions, scales, output_size, align, *features):
-        ctx.save_for_backward(regions)
-        ctx.scales, ctx.align, ctx.layout = scales, align, layout_of(features)
-        return torch.ops.tardkd.roi_align(list(features), regions, scales, output_size, *align)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_pooled):
-        (regions,) = ctx.saved_tensors
-        gradient = torch.ops.tardkd.roi_align_backward(grad_pooled, regions, *ctx.layout, ctx.scales, *ctx.align)
-        return None, None, None, None, *maps_of(gradient, *ctx.layout)
+def _checked_regions(proposals: Tensor | Sequence[Tensor], features: Sequence[Tensor]) -> Tensor:
+    """(R, 5) regions of the images that ``features``, L x (N, C, H_l, W_l), were made of."""
+    num_images = features[0].shape[0]
+    regions = checks.as_regions(proposals, num_images, features[0].device)
+    if checks.checking_values():
+        checks.check_region_values(checks.region_faults(regions, num_images))
+    return regions

@@ -120,10 +120,12 @@ class LossSpec(NamedTuple):
                 f"box_weights must be four positive numbers (wx, wy, ww, wh), got {tuple(self.box_weights)}"
             )
         x, y, w, h = self.box_weights
-        return self._replace(
-            temperature=float(self.temperature),
-            beta=float(self.beta),
-            box_weights=(float(x), float(y), float(w), float(h)),
+        return LossSpec(
+            *self[:5],
+            float(self.temperature),
+            float(self.beta),
+            (float(x), float(y), float(w), float(h)),
+            *self[8:],
         )
 
 

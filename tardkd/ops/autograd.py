@@ -1,0 +1,186 @@
+"""Gradients of the registered ops: what is kept from the forward pass, and what the backward pass makes of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .gradients import once_differentiable, scale_gradient, wanted
+from .inputs import (
+    NO_GRADIENTS,
+    AlignBackward,
+    AlignCall,
+    GaussianBackward,
+    GaussianCall,
+    RegionCall,
+    RegionLosses,
+    RegionResults,
+    Wants,
+)
+from .maps import Layout, layout_of, maps_of
+from .registry import kernels_of
+
+# --- losses over shared regions ---------------------------------------------------------------------------------------
+
+
+def region_losses(call: RegionCall) -> RegionLosses:
+    """The losses of a call, part of the graph where a gradient is wanted."""
+    inputs = call.inputs
+    wants = Wants(wanted(*call.student_features), wanted(inputs.student_logits), wanted(inputs.student_deltas))
+    if not any(wants):
+        return run_regions(call, NO_GRADIENTS).losses()
+    # The gradient of a pyramid sums over regions, so that with "none" it must know what each of them is worth.
+    defers = call.loss.reduction == "none" or kernels_of(inputs.proposals.device).defers(call)
+    function = _DeferredRegionLoss if defers else _RegionLoss
+    return RegionLosses(*function.apply(call.without_tensors(), wants, *call.tensors()))
+
+
+def run_regions(call: RegionCall, wants: Wants, upstream: Tensor | None = None) -> RegionResults:
+    """The registered op; ``upstream`` (3, R): gradients of every region's terms."""
+    op = torch.ops.tardkd.pooled_distill if call.pooling is None else torch.ops.tardkd.region_distill
+    return RegionResults(*op(*call.pack(wants, upstream)))
+
+
+class _Student(NamedTuple):
+    """What a backward pass has to know of the student's tensors: dtypes, and where a pyramid's gradient is to lie."""
+
+    features: torch.dtype
+    logits: torch.dtype
+    deltas: torch.dtype
+    layout: Layout | None  # None: pooled features, of which the gradient is one tensor
+
+    @classmethod
+    def of(cls, call: RegionCall) -> _Student:
+        layout = None if call.pooling is None else layout_of(call.student_features)
+        inputs = call.inputs
+        return cls(call.student_features[0].dtype, inputs.student_logits.dtype, inputs.student_deltas.dtype, layout)
+
+
+def _input_gradients(
+    settings: RegionCall, student: _Student, features: Tensor | None, logits: Tensor | None, deltas: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """What a backward pass returns, one for each argument of ``apply``: None for all but the student's tensors."""
+    maps = settings.student_features
+    if features is not None:
+        maps = [features] if student.layout is None else maps_of(features, *student.layout)
+    inputs = settings.inputs._replace(student_logits=logits, student_deltas=deltas)
+    return None, None, *maps, *settings.teacher_features, *inputs
+
+
+class _RegionLoss(torch.autograd.Function):
+    """Gradients in the forward pass, for the scalar reductions, where the device prefers that."""
+
+    @staticmethod
+    def forward(ctx, settings: RegionCall, wants: Wants, *tensors: Tensor | None):
+        call = settings.with_tensors(tensors)
+        ctx.settings, ctx.wants, ctx.student = settings, wants, _Student.of(call)
+        results = run_regions(call, wants)
+        ctx.save_for_backward(results.factors, *results.gradients())
+        ctx.mark_non_differentiable(results.gates, results.scores)
+        ctx.set_materialize_grads(False)
+        return tuple(results.losses())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *upstream: Tensor | None):
+        factors, *gradients = ctx.saved_tensors
+        scaled = [
+            scale_gradient(gradient, upstream[term] * factors[term], ctx.student[term])
+            if ctx.wants[term] and upstream[term] is not None
+            else None
+            for term, gradient in enumerate(gradients)
+        ]
+        return _input_gradients(ctx.settings, ctx.student, *scaled)
+
+
+class _DeferredRegionLoss(torch.autograd.Function):
+    """Gradients in the backward pass: the op runs again, with the upstream gradient of every region's terms."""
+
+    @staticmethod
+    def forward(ctx, settings: RegionCall, wants: Wants, *tensors: Tensor | None):
+        ctx.settings, ctx.wants = settings, wants
+        results = run_regions(settings.with_tensors(tensors), NO_GRADIENTS)
+        ctx.save_for_backward(results.factors, *tensors)
+        ctx.mark_non_differentiable(results.gates, results.scores)
+        ctx.set_materialize_grads(False)
+        return tuple(results.losses())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *upstream: Tensor | None):
+        factors, *tensors = ctx.saved_tensors
+        call, terms = ctx.settings.with_tensors(tensors), upstream[:3]
+        student = _Student.of(call)
+        wants = Wants(*(want and gradient is not None for want, gradient in zip(ctx.wants, terms)))
+        gradients = [None, None, None]
+        if any(wants):
+            given = next(gradient for gradient in terms if gradient is not None)
+            per_region = torch.stack([given if gradient is None else gradient for gradient in terms])
+            if call.loss.reduction != "none":
+                per_region = (per_region * factors)[:, None].expand(-1, call.inputs.proposals.shape[0])
+            unreduced = call._replace(loss=call.loss._replace(reduction="none"))
+            results = run_regions(unreduced, wants, per_region)
+            gradients = [
+                gradient.to(dtype) if want else None
+                for want, gradient, dtype in zip(wants, results.gradients(), student)
+            ]
+        return _input_gradients(ctx.settings, student, *gradients)
+
+
+# --- RoIAlign ---------------------------------------------------------------------------------------------------------
+
+
+def roi_align(call: AlignCall) -> Tensor:
+    """(R, C, p_h, p_w), part of the graph where the features' gradient is wanted."""
+    if wanted(*call.features):
+        return _RoIAlign.apply(call._replace(features=[], proposals=None), call.proposals, *call.features)
+    return torch.ops.tardkd.roi_align(*call.pack())
+
+
+class _RoIAlign(torch.autograd.Function):
+    """Keeps only the regions: the gradient does not depend on the features."""
+
+    @staticmethod
+    def forward(ctx, settings: AlignCall, proposals: Tensor, *features: Tensor):
+        ctx.save_for_backward(proposals)
+        ctx.settings, ctx.layout = settings, layout_of(features)
+        return torch.ops.tardkd.roi_align(*settings._replace(features=list(features), proposals=proposals).pack())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_pooled: Tensor):
+        (proposals,) = ctx.saved_tensors
+        backward = AlignBackward(grad_pooled, proposals, ctx.layout, ctx.settings.scales, ctx.settings.align)
+        return None, None, *maps_of(torch.ops.tardkd.roi_align_backward(*backward.pack()), *ctx.layout)
+
+
+# --- Gaussian-mask loss -----------------------------------------------------------------------------------------------
+
+
+def gaussian_loss(call: GaussianCall) -> Tensor:
+    """The loss () of a call."""
+    return _GaussianLoss.apply(call.without_tensors(), *call.tensors())
+
+
+class _GaussianLoss(torch.autograd.Function):
+    """The gradient is made in the backward pass, from the inputs.
+
+    To make it with the loss and scale it later takes longer, and would keep a pyramid in between.
+    """
+
+    @staticmethod
+    def forward(ctx, settings: GaussianCall, *tensors: Tensor):
+        loss, mask_sums = torch.ops.tardkd.gaussian_feature_loss(*settings.with_tensors(tensors).pack())
+        ctx.save_for_backward(mask_sums, *tensors)
+        ctx.settings = settings
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor):
+        mask_sums, *tensors = ctx.saved_tensors
+        backward = GaussianBackward(ctx.settings.with_tensors(tensors), mask_sums, upstream)
+        gradients = torch.ops.tardkd.gaussian_feature_loss_backward(*backward.pack())
+        return None, *ctx.settings._replace(student_features=gradients).tensors()

@@ -1,0 +1,162 @@
+"""The registered ops on the CPU: allocate the results, hand everything to the native module.
+
+Small per-region tensors (logits, deltas, boxes) are brought to the kernels' types here; feature maps are read where
+they lie, in any dtype, layout and stride. Threads: ``torch.get_num_threads()``.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import accumulation_dtype
+from .inputs import AlignBackward, AlignCall, GaussianBackward, GaussianCall, RegionCall, RegionInputs, RegionResults
+from .maps import flat_size, layout_of, maps_of
+from .memory import empty, empty_like
+from .native import describe, describe_fields, describe_pyramid
+from .results import region_results
+
+
+class CpuKernels:
+    """Implements :class:`tardkd.ops.kernels.Kernels` by the functions of ``module`` (csrc/bindings.cpp)."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+
+    def defers(self, call: RegionCall) -> bool:
+        """Making the gradient from the inputs again reads the open regions once more.
+
+        It saves the pass that multiplies the gradient by the upstream one. Over whole pyramids that pass takes longer
+        than to pool the few regions that gates leave open, but not longer than to pool all.
+        """
+        return call.pooling is None or call.loss.feature_gate != "all"
+
+    def region_distill(self, *packed: Any) -> RegionResults:
+        call, wants, upstream = RegionCall.unpack(packed)
+        dtype = accumulation_dtype(call.student_features[0].dtype)
+        layout = layout_of(call.student_features if wants.features else [])
+        results = region_results(call, wants, empty((flat_size(layout.sizes),), dtype))
+        inputs, upstream = _converted(call.inputs, dtype), _dense(upstream, dtype)
+        pooling = call.pooling
+        self._module.region_distill(
+            describe_pyramid(call.student_features, pooling.student_scales),
+            describe_pyramid(call.teacher_features, pooling.teacher_scales),
+            describe_pyramid(maps_of(results.grad_features, *layout), pooling.student_scales),
+            describe_fields(inputs),
+            describe(upstream),
+            describe_fields(results),
+            pooling.align,
+            call.loss,
+            torch.get_num_threads(),
+        )
+        return results
+
+    def pooled_distill(self, *packed: Any) -> RegionResults:
+        call, wants, upstream = RegionCall.unpack(packed)
+        [student], [teacher] = call.student_features, call.teacher_features
+        dtype = accumulation_dtype(student.dtype)
+        gradient = empty_like(student, dtype) if wants.features else student.new_empty((0,), dtype=dtype)
+        results = region_results(call, wants, gradient)
+        # One layout on all three sides: the kernel walks a region's elements in memory order.
+        is_last = (gradient if wants.features else student).stride(-1) != 1
+        memory_format = torch.channels_last if is_last else torch.contiguous_format
+        student, teacher = (
+            student.contiguous(memory_format=memory_format),
+            teacher.contiguous(memory_format=memory_format),
+        )
+        inputs, upstream = _converted(call.inputs, dtype), _dense(upstream, dtype)
+        self._module.pooled_distill(
+            describe(student),
+            describe(teacher),
+            describe(gradient) if wants.features else None,
+            describe_fields(inputs),
+            describe(upstream),
+            describe_fields(results),
+            call.loss,
+            torch.get_num_threads(),
+        )
+        return results
+
+    def roi_align(self, *packed: Any) -> Tensor:
+        call = AlignCall.unpack(packed)
+        first, proposals = call.features[0], _dense(call.proposals, torch.float64)
+        shape = (proposals.shape[0], first.shape[1], *call.align.output_size)
+        pooled = empty(shape, accumulation_dtype(first.dtype))
+        self._module.roi_align(
+            describe_pyramid(call.features, call.scales),
+            describe(proposals),
+            describe(pooled),
+            call.align,
+            torch.get_num_threads(),
+        )
+        return pooled.to(first.dtype)
+
+    def roi_align_backward(self, *packed: Any) -> Tensor:
+        grad_pooled, proposals, layout, scales, align = AlignBackward.unpack(packed)
+        dtype = accumulation_dtype(grad_pooled.dtype)
+        gradient = empty((flat_size(layout.sizes),), dtype)
+        upstream, proposals = _dense(grad_pooled, dtype), _dense(proposals, torch.float64)
+        self._module.roi_align_backward(
+            describe_pyramid(maps_of(gradient, *layout), scales),
+            describe(proposals),
+            describe(upstream),
+            align,
+            torch.get_num_threads(),
+        )
+        return gradient.to(grad_pooled.dtype)
+
+    def gaussian_feature_loss(self, *packed: Any) -> tuple[Tensor, Tensor]:
+        call = GaussianCall.unpack(packed)
+        boxes = _dense(call.gt_boxes, torch.float64)
+        loss = boxes.new_empty((), dtype=accumulation_dtype(call.student_features[0].dtype))
+        mask_sums = boxes.new_empty((len(call.scales),))
+        self._module.gaussian_feature_loss(
+            describe_pyramid(call.student_features, call.scales),
+            describe_pyramid(call.teacher_features, call.scales),
+            describe(boxes),
+            call.sigma_squared,
+            describe(loss),
+            describe(mask_sums),
+            torch.get_num_threads(),
+        )
+        return loss, mask_sums
+
+    def gaussian_feature_loss_backward(self, *packed: Any) -> list[Tensor]:
+        call, mask_sums, upstream = GaussianBackward.unpack(packed)
+        boxes = _dense(call.gt_boxes, torch.float64)
+        dtype = accumulation_dtype(call.student_features[0].dtype)
+        gradients = [empty_like(feature, dtype) for feature in call.student_features]
+        self._module.gaussian_feature_loss_backward(
+            describe_pyramid(call.student_features, call.scales),
+            describe_pyramid(call.teacher_features, call.scales),
+            describe_pyramid(gradients, call.scales),
+            describe(boxes),
+            call.sigma_squared,
+            describe(mask_sums),
+            upstream.item(),
+            torch.get_num_threads(),
+        )
+        return [gradient.to(feature.dtype) for gradient, feature in zip(gradients, call.student_features)]
+
+
+def _dense(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if tensor is None or (tensor.dtype == dtype and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(dtype).contiguous()
+
+
+def _converted(inputs: RegionInputs, dtype: torch.dtype) -> RegionInputs:
+    """Boxes in float64, what the heads say in the accumulation dtype, all of it contiguous."""
+    return RegionInputs(
+        proposals=_dense(inputs.proposals, torch.float64),
+        student_logits=_dense(inputs.student_logits, dtype),
+        teacher_logits=_dense(inputs.teacher_logits, dtype),
+        student_deltas=_dense(inputs.student_deltas, dtype),
+        teacher_deltas=_dense(inputs.teacher_deltas, dtype),
+        labels=_dense(inputs.labels, torch.int64),
+        gt_boxes=_dense(inputs.gt_boxes, torch.float64),
+        region_weights=_dense(inputs.region_weights, dtype),
+    )

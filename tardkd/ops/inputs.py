@@ -1,0 +1,233 @@
+"""What the ops take and give: named tensors with their shapes.
+
+N images, R regions of all images together, K classes, C channels, L levels. A *call* is everything that one call of an
+op was given, checked: its tensors and its settings. ``pack`` and ``unpack`` alone know the order of the flat arguments
+that torch's dispatcher takes, ``tensors`` and ``with_tensors`` alone the order in which autograd sees the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .maps import Layout
+from .spec import LossSpec, RoIAlignSpec
+
+
+class RegionInputs(NamedTuple):
+    """Everything about the regions except their features; boxes are xyxy in student-input pixels."""
+
+    proposals: Tensor  # (R, 5) image index, x1, y1, x2, y2; float32 or float64
+    student_logits: Tensor  # (R, K + 1), or (R, K) of a sigmoid head
+    teacher_logits: Tensor  # (R, K + 1) or (R, K), as the student's
+    student_deltas: Tensor  # (R, 4), (R, 4 K) or (R, 4 (K + 1))
+    teacher_deltas: Tensor  # (R, 4), (R, 4 K) or (R, 4 (K + 1)), not necessarily as the student's
+    labels: Tensor  # (R,) int64
+    gt_boxes: Tensor  # (R, 4) float32 or float64
+    region_weights: Tensor | None = None  # (R,); None: ones
+
+
+class RegionLosses(NamedTuple):
+    """The three losses of a set of shared regions, and the decisions behind them.
+
+    ``R`` is the number of regions. The losses are scalars, or ``(R,)`` with ``reduction="none"``; they and
+    ``scores`` have the accumulation dtype (float64 for float64 inputs, float32 otherwise). ``gates`` and
+    ``scores`` carry no gradient.
+    """
+
+    feature: Tensor  # () or (R,)
+    classification: Tensor  # () or (R,)
+    regression: Tensor  # () or (R,)
+    gates: Tensor  # (R, 3) bool: feature, classification, regression
+    scores: Tensor  # (R, 4): p_T(y), p_S(y), IoU of the teacher's box, IoU it was compared with
+
+
+class RegionResults(NamedTuple):
+    """What the kernels of the region losses write.
+
+    The gradients are those for an upstream gradient of one, still to be multiplied by their term's factor. A gradient
+    that was not wanted is empty.
+    """
+
+    feature: Tensor  # () or (R,), as in RegionLosses
+    classification: Tensor  # () or (R,)
+    regression: Tensor  # () or (R,)
+    gates: Tensor  # (R, 3) bool
+    scores: Tensor  # (R, 4)
+    factors: Tensor  # (3,) of the gradients of features, logits and deltas
+    grad_logits: Tensor  # (R, columns of the student's logits)
+    grad_deltas: Tensor  # (R, columns of the student's deltas)
+    grad_features: Tensor  # the pyramid's in one flat tensor, see maps.py; of pooled features (R, C, p_h, p_w)
+
+    def losses(self) -> RegionLosses:
+        return RegionLosses(self.feature, self.classification, self.regression, self.gates, self.scores)
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of features, logits and deltas, in the order of the terms and of :class:`Wants`."""
+        return self.grad_features, self.grad_logits, self.grad_deltas
+
+
+class Wants(NamedTuple):
+    """Which of the student's tensors are to get a gradient."""
+
+    features: bool
+    logits: bool
+    deltas: bool
+
+
+NO_GRADIENTS = Wants(False, False, False)
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+
+class Pooling(NamedTuple):
+    """How regions are pooled from the two pyramids."""
+
+    student_scales: list[float]  # (L_student,) map pixels per student-input pixel
+    teacher_scales: list[float]  # (L_teacher,) map pixels per student-input pixel
+    align: RoIAlignSpec
+
+
+class RegionCall(NamedTuple):
+    """A call of ``region_distill_loss`` or, where the features are pooled already, of ``pooled_distill_loss``."""
+
+    student_features: list[Tensor]  # L x (N, C, H_l, W_l), or the one tensor (R, C, p_h, p_w) of pooled features
+    teacher_features: list[Tensor]  # L x (N, C, H_l, W_l), or the one tensor (R, C, p_h, p_w) of pooled features
+    inputs: RegionInputs
+    loss: LossSpec
+    pooling: Pooling | None  # None: the features are pooled already
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All tensors in one row, as autograd wants them."""
+        return (*self.student_features, *self.teacher_features, *self.inputs)
+
+    def with_tensors(self, tensors: Sequence[Any]) -> RegionCall:
+        """The same settings with ``tensors``, in the order of :meth:`tensors`."""
+        students = len(self.student_features)
+        teachers = students + len(self.teacher_features)
+        return RegionCall(
+            list(tensors[:students]),
+            list(tensors[students:teachers]),
+            RegionInputs(*tensors[teachers:]),
+            self.loss,
+            self.pooling,
+        )
+
+    def without_tensors(self) -> RegionCall:
+        """The settings alone, for autograd, which must see all tensors itself."""
+        return self.with_tensors([None] * len(self.tensors()))
+
+    def pack(self, wants: Wants, upstream: Tensor | None = None) -> tuple[Any, ...]:
+        """The registered op's arguments.
+
+        Args:
+            wants: the gradients that it is to make.
+            upstream: (3, R) gradients of every region's three terms; None: ones.
+        """
+        common = (*self.inputs, upstream, wants, *self.loss)
+        if self.pooling is None:
+            return (self.student_features[0], self.teacher_features[0], *common)
+        student_scales, teacher_scales, align = self.pooling
+        return (self.student_features, self.teacher_features, *common, student_scales, teacher_scales, *align)
+
+    @classmethod
+    def unpack(cls, packed: Sequence[Any]) -> tuple[RegionCall, Wants, Tensor | None]:
+        """Call, ``wants`` and ``upstream`` from the registered op's arguments."""
+        student, teacher = packed[:2]
+        inputs = RegionInputs(*packed[2:_UPSTREAM])
+        upstream, wants = packed[_UPSTREAM], Wants(*packed[_UPSTREAM + 1])
+        loss = LossSpec(*packed[_UPSTREAM + 2 : _POOLING])
+        if len(packed) == _POOLING:
+            return cls([student], [teacher], inputs, loss, None), wants, upstream
+        student_scales, teacher_scales, *align = packed[_POOLING:]
+        pooling = Pooling(student_scales, teacher_scales, RoIAlignSpec(*align))
+        return cls(student, teacher, inputs, loss, pooling), wants, upstream
+
+
+# Where a packed RegionCall has the upstream gradient and the first of what only pyramids need.
+_UPSTREAM = 2 + len(RegionInputs._fields)
+_POOLING = _UPSTREAM + 2 + len(LossSpec._fields)
+
+
+class AlignCall(NamedTuple):
+    """A call of ``multiscale_roi_align``."""
+
+    features: list[Tensor]  # L x (N, C, H_l, W_l)
+    proposals: Tensor  # (R, 5) image index, x1, y1, x2, y2; input pixels
+    scales: list[float]  # (L,) map pixels per input pixel
+    align: RoIAlignSpec
+
+    def pack(self) -> tuple[Any, ...]:
+        return (self.features, self.proposals, self.scales, *self.align)
+
+    @classmethod
+    def unpack(cls, packed: Sequence[Any]) -> AlignCall:
+        features, proposals, scales, *align = packed
+        return cls(features, proposals, scales, RoIAlignSpec(*align))
+
+
+class AlignBackward(NamedTuple):
+    """What the gradient of ``multiscale_roi_align`` is made of."""
+
+    grad_pooled: Tensor  # (R, C, p_h, p_w)
+    proposals: Tensor  # (R, 5) image index, x1, y1, x2, y2; input pixels
+    layout: Layout  # of the features' gradient
+    scales: list[float]  # (L,) map pixels per input pixel
+    align: RoIAlignSpec
+
+    def pack(self) -> tuple[Any, ...]:
+        return (self.grad_pooled, self.proposals, *self.layout, self.scales, *self.align)
+
+    @classmethod
+    def unpack(cls, packed: Sequence[Any]) -> AlignBackward:
+        grad_pooled, proposals, sizes, channels_last, scales, *align = packed
+        return cls(grad_pooled, proposals, Layout(sizes, channels_last), scales, RoIAlignSpec(*align))
+
+
+class GaussianCall(NamedTuple):
+    """A call of ``gaussian_feature_loss``."""
+
+    student_features: list[Tensor]  # L x (N, C, H_l, W_l)
+    teacher_features: list[Tensor]  # L x (N, C, H_l, W_l)
+    gt_boxes: Tensor  # (G, 5) image index, x1, y1, x2, y2; input pixels
+    scales: list[float]  # (L,) map pixels per input pixel
+    sigma_squared: float
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.student_features, *self.teacher_features, self.gt_boxes)
+
+    def with_tensors(self, tensors: Sequence[Any]) -> GaussianCall:
+        """The same settings with ``tensors``, in the order of :meth:`tensors`."""
+        levels = len(self.scales)
+        *features, gt_boxes = tensors
+        return self._replace(student_features=features[:levels], teacher_features=features[levels:], gt_boxes=gt_boxes)
+
+    def without_tensors(self) -> GaussianCall:
+        """The settings alone, for autograd, which must see all tensors itself."""
+        return self.with_tensors([None] * len(self.tensors()))
+
+    def pack(self) -> tuple[Any, ...]:
+        return tuple(self)
+
+    @classmethod
+    def unpack(cls, packed: Sequence[Any]) -> GaussianCall:
+        return cls(*packed)
+
+
+class GaussianBackward(NamedTuple):
+    """What the gradient of ``gaussian_feature_loss`` is made of."""
+
+    call: GaussianCall
+    mask_sums: Tensor  # (L,) float64, what the forward pass returned
+    upstream: Tensor  # () gradient of the loss
+
+    def pack(self) -> tuple[Any, ...]:
+        return (*self.call.pack(), self.mask_sums, self.upstream)
+
+    @classmethod
+    def unpack(cls, packed: Sequence[Any]) -> GaussianBackward:
+        *call, mask_sums, upstream = packed
+        return cls(GaussianCall.unpack(call), mask_sums, upstream)

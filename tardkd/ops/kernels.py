@@ -1,0 +1,37 @@
+"""What the registered ops need of a device's kernels. ``cpu.py`` and ``cuda.py`` each provide it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from .inputs import RegionCall, RegionResults
+
+
+class Kernels(Protocol):
+    """One implementation of every registered op, under its name.
+
+    The arguments come as the calls in ``inputs.py`` pack them.
+    """
+
+    def defers(self, call: RegionCall) -> bool:
+        """Whether the gradients of a reduced loss are made in the backward pass, although they need not be."""
+
+    def region_distill(self, *packed: Any) -> RegionResults:
+        """:class:`RegionCall`, from the pyramids."""
+
+    def pooled_distill(self, *packed: Any) -> RegionResults:
+        """:class:`RegionCall`, from features that are pooled already."""
+
+    def roi_align(self, *packed: Any) -> Tensor:
+        """:class:`AlignCall`; returns (R, C, p_h, p_w) in the features' dtype."""
+
+    def roi_align_backward(self, *packed: Any) -> Tensor:
+        """:class:`AlignBackward`; returns the maps' gradient, flat, in the dtype of ``grad_pooled``."""
+
+    def gaussian_feature_loss(self, *packed: Any) -> tuple[Tensor, Tensor]:
+        """:class:`GaussianCall`; returns the loss () and the sums of the levels' masks (L,) in float64."""
+
+    def gaussian_feature_loss_backward(self, *packed: Any) -> list[Tensor]:
+        """:class:`GaussianBackward`; returns the gradients of the student's features, L x (N, C, H_l, W_l)."""

@@ -1,0 +1,39 @@
+"""Uninitialised results of the ops, with the shapes, dtypes and strides that kernels and tracing agree on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import accumulation_dtype
+from .inputs import RegionCall, RegionResults, Wants
+from .maps import is_channels_last
+
+
+def gradient_like(feature: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, C, H, W), dense, in the feature's memory format."""
+    memory_format = torch.channels_last if is_channels_last(feature) else torch.contiguous_format
+    return torch.empty_like(feature, dtype=dtype, memory_format=memory_format)
+
+
+def region_results(call: RegionCall, wants: Wants, grad_features: Tensor) -> RegionResults:
+    """Everything that a region loss writes, of which the features' gradient is given."""
+    inputs = call.inputs
+    count = inputs.proposals.shape[0]
+    dtype = accumulation_dtype(call.student_features[0].dtype)
+    loss_shape = (count,) if call.loss.reduction == "none" else ()
+
+    def empty(shape: tuple[int, ...], dtype: torch.dtype = dtype) -> Tensor:
+        return inputs.proposals.new_empty(shape, dtype=dtype)
+
+    return RegionResults(
+        feature=empty(loss_shape),
+        classification=empty(loss_shape),
+        regression=empty(loss_shape),
+        gates=empty((count, 3), torch.bool),
+        scores=empty((count, 4)),
+        factors=empty((3,)),
+        grad_logits=empty(inputs.student_logits.shape if wants.logits else (0,)),
+        grad_deltas=empty(inputs.student_deltas.shape if wants.deltas else (0,)),
+        grad_features=grad_features,
+    )
