@@ -141,7 +141,7 @@ def export(options: argparse.Namespace) -> None:
 
 
 def demo(options: argparse.Namespace) -> None:
-    from tardkd.train.demo import run_demo
+    from tardkd.demo.demo import run_demo
 
     run_demo(Path(options.out), seeds=options.seeds, quick=options.quick, overwrite=options.overwrite)
 

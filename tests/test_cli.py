@@ -11,7 +11,8 @@ import yaml
 from train.recipe import tree
 
 from tardkd import cli
-from tardkd.train import checkpoint, demo
+from tardkd.demo import demo
+from tardkd.train import checkpoint
 
 
 @pytest.fixture(scope="module")

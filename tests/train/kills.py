@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from tardkd.demo.demo import demo_recipe
 from tardkd.train import checkpoint
 from tardkd.train.config import Config, parse_config
-from tardkd.train.demo import demo_recipe
 from tardkd.train.interrupt import Interrupted
 from tardkd.train.loop import train
 

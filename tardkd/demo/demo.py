@@ -98,7 +98,7 @@ def demo_config(out: Path, seed: int, *, quick: bool) -> Config:
 
 
 def demo_recipe() -> dict[str, Any]:
-    return yaml.safe_load(resources.files("tardkd.train").joinpath("demo.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load(resources.files("tardkd.demo").joinpath("demo.yaml").read_text(encoding="utf-8"))
 
 
 def gates_by_epoch(folder: Path) -> list[dict[str, float]]:
