@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tardkd.detectors.base import HeadSettings
-
-from .device import HostCopy
+from tardkd.device import HostCopy
 
 SHOWN = 5
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from tardkd.detectors import for_model
 from tardkd.detectors.base import InputBatch, Regions, StudentPass, TeacherPass
+from tardkd.device import join_beside
 from tardkd.ops import RegionLosses
 
 from . import checks
 from .adapters import make_adapter
-from .device import join_beside
 from .normalise import share_of_all
 from .schedule import Schedule
 from .settings import DistillSettings

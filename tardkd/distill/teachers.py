@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from tardkd import ops
 from tardkd.detectors import DetectorAdapter, for_model
 from tardkd.detectors.base import HeadOutputs, InputBatch, Regions, StudentPass, TeacherPass
+from tardkd.device import run_beside
 
 from . import checks
 from .classes import ClassMap, match_classes
-from .device import run_beside
 from .settings import DistillSettings
 from .sharing import rescale_deltas
 

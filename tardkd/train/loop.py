@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import nn
 
 from tardkd.data.loader import aspect_groups, build_loader
-from tardkd.distill.device import HostCopy
+from tardkd.device import HostCopy
 from tardkd.train import checkpoint
 from tardkd.train.build import build_dataset, build_distiller, start_from, stored_config
 from tardkd.train.config import Config, ConfigError, Teacher

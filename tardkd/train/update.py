@@ -18,8 +18,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tardkd.data import to_float
 from tardkd.data.seeds import mix
+from tardkd.device import HostCopy
 from tardkd.distill import Distiller
-from tardkd.distill.device import HostCopy
 from tardkd.train.config import Config, ConfigError
 from tardkd.train.distributed import Processes
 from tardkd.train.optim import build_optimizer, set_learning_rate
