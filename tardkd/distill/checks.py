@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tardkd import weights
 from tardkd.detectors.base import HeadSettings
 from tardkd.device import HostCopy
 
@@ -22,41 +23,17 @@ def load_teacher_weights(model: nn.Module, source: StateSource) -> None:
 
     Args:
         model: the teacher, unwrapped.
-        source: a state dict or the path of one; a checkpoint that holds the state dict under ``"model"`` is
-            read too. No code in the file is executed (``weights_only=True``).
+        source: a state dict or the path of one, as torch.save or safetensors wrote it; a checkpoint that holds the
+            state dict under ``"model"`` is read too. No code in the file is executed (``weights_only=True``).
 
     Raises:
-        ValueError: keys are missing, unexpected or of another shape; says how many matched and names the
-            first.
+        CheckpointError: the file cannot be read; see :mod:`tardkd.weights`.
+        ValueError: keys are missing, unexpected or of another shape; says how many matched and names the first. Or
+            there is no state dict.
     """
-    where = "the given state dict"
-    state: Any = source
-    if not isinstance(source, Mapping):
-        where = str(source)
-        state = torch.load(source, map_location="cpu", weights_only=True)
-    if isinstance(state, Mapping) and isinstance(state.get("model"), Mapping):
-        state = state["model"]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{where} holds no state dict (names to tensors, at the top or under 'model')")
-
-    wanted = model.state_dict()
-    problems = {
-        "missing": [key for key in wanted if key not in state],
-        "unexpected": [key for key in state if key not in wanted],
-        "of another shape": [
-            f"{key} {tuple(state[key].shape)} for {tuple(value.shape)}"
-            for key, value in wanted.items()
-            if key in state and state[key].shape != value.shape
-        ],
-    }
-    if any(problems.values()):
-        matched = len(wanted) - len(problems["missing"]) - len(problems["of another shape"])
-        details = "; ".join(f"{len(keys)} {what}: {_first(keys)}" for what, keys in problems.items() if keys)
-        raise ValueError(
-            f"teacher weights from {where} do not fit {type(model).__name__}: "
-            f"{matched} of {len(wanted)} keys matched ({matched / len(wanted):.0%}); {details}"
-        )
-    model.load_state_dict(state)
+    is_state = isinstance(source, Mapping)
+    found = weights.from_content(source, "the given state dict") if is_state else weights.read(source)
+    weights.fill(model, found, called="teacher weights")
 
 
 def _first(keys: Sequence[str]) -> str:
