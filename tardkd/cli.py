@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tardkd.train.interrupt import Interrupted
+from tardkd.train.roles import ROLES
 
-ROLES = ("teacher", "baseline", "distilled")
 FORMATS = ("state_dict", "safetensors", "torchscript", "onnx")
 
 
@@ -84,11 +84,11 @@ def evaluate(options: argparse.Namespace) -> None:
     import json
 
     from tardkd.train import checkpoint
-    from tardkd.train.build import build_dataset, load_student, stored_config
+    from tardkd.train.batches import build_batches
+    from tardkd.train.build import build_dataset, check_classes, load_student, stored_config
     from tardkd.train.distributed import pick_device
     from tardkd.train.evaluate import evaluate as run
     from tardkd.train.logs import describe
-    from tardkd.train.loop import build_batches, check_classes
 
     path = _checkpoint(options.checkpoint)
     state = checkpoint.load(path)

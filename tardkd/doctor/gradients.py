@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from statistics import mean
 
 import torch
 from torch import Tensor, nn
 
-from tardkd.train.loop import build_batches
-from tardkd.train.optim import build_optimizer, learning_rate, set_learning_rate
+from tardkd.detectors.parts import backbone
+from tardkd.train.batches import Part, by_step
+from tardkd.train.optim import learning_rate
 
 from .report import Finding, first, ok, problem, warning
 from .subject import Subject
@@ -22,60 +23,79 @@ SHARE = 0.3  # of the detector's gradient norm: where we would start a term, by 
 STRONG, WEAK = 1.0, SHARE / 10  # shares that are worth a warning
 
 
+@dataclass
+class Measured:
+    """What some training steps showed."""
+
+    totals: list[float] = field(default_factory=list)  # the whole loss, by step
+    norms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # see _term_norms; by part
+    stats: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # the distiller's, by step
+    unreached: set[str] = field(default_factory=set)  # trained tensors that no gradient has reached
+    unmoved: set[str] = field(default_factory=set)  # those of which all gradients were 0
+
+
 def check_gradients(subject: Subject) -> Iterator[Finding]:
-    config, distiller = subject.config, subject.distiller
-    distiller.train()
-    optimizer = build_optimizer(config.optimizer, distiller)
+    """Take the first steps of the run, at the full weight of the distillation: its schedule is not started."""
+    distiller = subject.distiller.train()
     trained = {name: parameter for name, parameter in distiller.named_parameters() if parameter.requires_grad}
-    backbone = [parameter for parameter in distiller.student.backbone.parameters() if parameter.requires_grad]
-    batches = build_batches(config, subject.train_set, epoch=0)
-    unreached, unmoved, totals = set(trained), set(trained), []
-    norms: dict[str, list[float]] = defaultdict(list)  # of each term's gradient in the backbone, by step
-    stats: dict[str, list[float]] = defaultdict(list)
-    for step, batch in enumerate(islice(batches, STEPS)):
-        with subject.autocast():
-            losses = distiller(*subject.to_device(batch))  # the schedule is not started: lambda is 1
-        distiller.settle()
-        broken = [f"{name} is {value.item()}" for name, value in losses.items() if not torch.isfinite(value)]
+    measured = Measured(unreached=set(trained), unmoved=set(trained))
+    for number, parts in enumerate(islice(by_step(subject.batches(), subject.config.train.accumulate), STEPS)):
+        broken = _take_step(subject, number, parts, trained, measured)
         if broken:
+            images = [str(target["image_id"]) for _, targets in parts for target in targets]
             yield problem(
-                f"{'; '.join(broken)} in step {step + 1}, images "
-                f"{', '.join(str(target['image_id']) for target in batch[1])}",
+                f"{'; '.join(broken)} in step {number + 1}, images {', '.join(images)}",
                 "look at these images; a lower optimizer.lr or a longer optimizer.warmup may help",
             )
             return
-        for name, value in _parts(losses).items():
-            norms[name].append(_gradient_norm(value, backbone))
-        loss = sum(losses.values())
-        totals.append(float(loss.detach()))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        unreached -= {name for name, parameter in trained.items() if parameter.grad is not None}
-        unmoved -= {name for name, parameter in trained.items() if parameter.grad is not None and parameter.grad.any()}
-        for name, value in distiller.stats.items():
-            stats[name].append(float(value))
-        set_learning_rate(optimizer, learning_rate(config.optimizer, step, len(batches), config.train.epochs))
-        torch.nn.utils.clip_grad_norm_(trained.values(), config.optimizer.clip_norm or math.inf)
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    subject.update.optimizer.zero_grad(set_to_none=True)
     yield ok(
-        f"{len(totals)} training steps, all terms finite; loss {', '.join(f'{value:.3g}' for value in totals)}",
-        loss=totals,
+        f"{len(measured.totals)} training steps, all terms finite; "
+        f"loss {', '.join(f'{value:.3g}' for value in measured.totals)}",
+        loss=measured.totals,
     )
-    yield from _reach(distiller, trained, unreached, unmoved)
+    yield from _reach(distiller, trained, measured.unreached, measured.unmoved)
     if distiller.teachers:
-        yield from _gates(stats, distiller.settings.weights)
-        yield from _balance(norms, distiller.settings.weights)
+        yield from _gates(measured.stats, distiller.settings.weights)
+        yield from _balance(measured.norms, distiller.settings.weights)
 
 
-def _parts(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+def _take_step(
+    subject: Subject, number: int, parts: Sequence[Part], trained: dict[str, Tensor], measured: Measured
+) -> list[str]:
+    """Take the run's step of that number, from 0; returns which of its losses are not finite, if any."""
+    update, config = subject.update, subject.config
+    weights = [parameter for parameter in backbone(subject.distiller.student).parameters() if parameter.requires_grad]
+
+    def measure_terms(losses: dict[str, Tensor]) -> None:
+        for name, value in _terms(losses).items():
+            measured.norms[name].append(_gradient_norm(value, weights))
+
+    losses, stats = update.gradients(number, parts, measure_terms)
+    subject.distiller.settle()
+    broken = [f"{name} is {value.item()}" for name, value in losses.items() if not torch.isfinite(value)]
+    if broken:
+        return broken
+    measured.totals.append(float(losses["loss"]))
+    for name, value in stats.items():
+        measured.stats[name].append(float(value))
+    reached = {name: parameter.grad for name, parameter in trained.items() if parameter.grad is not None}
+    measured.unreached -= reached.keys()
+    measured.unmoved -= {name for name, gradient in reached.items() if gradient.any()}
+    update.clip()
+    update.apply(learning_rate(config.optimizer, number, subject.steps_per_epoch, config.train.epochs))
+    return []
+
+
+def _terms(losses: dict[str, Tensor]) -> dict[str, Tensor]:
     """The detector's losses as one, and each term of the distillation under its name in the settings."""
-    own = [value for name, value in losses.items() if not name.startswith("distill_")]
+    detector = [value for name, value in losses.items() if not name.startswith("distill_")]
     terms = {name: value for name, value in losses.items() if name.startswith("distill_")}
-    return {"detector": sum(own), **{name.removeprefix("distill_"): value for name, value in terms.items()}}
+    return {"detector": sum(detector), **{name.removeprefix("distill_"): value for name, value in terms.items()}}
 
 
 def _gradient_norm(value: Tensor, parameters: Sequence[Tensor]) -> float:
+    """The length of the gradient of `value` () by all `parameters` together; the graph is kept."""
     gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
     norms = [gradient.float().norm() for gradient in gradients if gradient is not None]
     return float(torch.stack(norms).norm()) if norms else 0.0

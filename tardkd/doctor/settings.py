@@ -11,7 +11,8 @@ import torch
 from tardkd.train.checkpoint import CheckpointError
 from tardkd.train.config import ConfigError, load_config
 from tardkd.train.distributed import pick_device
-from tardkd.train.loop import OUTPUTS, build_batches, resumed_state
+from tardkd.train.folder import outputs_in
+from tardkd.train.resume import resumed_state
 
 from .report import Finding, ok, problem, warning
 from .subject import Subject
@@ -35,7 +36,7 @@ def check_output(subject: Subject) -> Iterator[Finding]:
     if folder.exists() and not folder.is_dir():
         yield problem(f"output {folder} is a file, not a folder", "choose another output=")
         return
-    used = sorted(path.name for name in OUTPUTS for path in folder.glob(name))
+    used = [path.name for path in outputs_in(folder)]
     if not used:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if os.access(there, os.W_OK):
@@ -100,7 +101,7 @@ def check_optimizer(subject: Subject) -> Iterator[Finding]:
             "set optimizer.milestones within train.epochs",
         )
     if subject.train_set is not None:
-        steps = train.epochs * len(build_batches(subject.config, subject.train_set, epoch=0)) // train.accumulate
+        steps = train.epochs * subject.steps_per_epoch
         if settings.warmup > steps / 4:
             yield warning(
                 f"{settings.warmup} steps of warm-up in a run of {steps}",

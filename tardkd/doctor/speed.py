@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import mean, median
 from typing import Any
@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from tardkd.train.loop import build_batches
-from tardkd.train.optim import build_optimizer, set_learning_rate
+from tardkd.detectors.parts import backbone, box_head
+from tardkd.distill import Distiller
+from tardkd.train.batches import Part, by_step
+from tardkd.train.update import Update
 
 from .report import Finding, ok, warning
 from .subject import Subject
@@ -26,99 +28,93 @@ FULL = 0.9  # share of a GPU's memory
 
 
 def check_speed(subject: Subject) -> Iterator[Finding]:
-    config, distiller = subject.config, subject.distiller
-    distiller.train()
-    batches, loading = _load(subject)
-    student = _seconds(subject, batches, lambda batch: _backward(subject, distiller.student, batch))
-    teacher = _teacher_seconds(subject, batches) if distiller.teachers else 0.0
-    optimizer = build_optimizer(config.optimizer, distiller)
-    set_learning_rate(optimizer, 0.0)
+    """Take the run's step without moving a weight, whole and in parts."""
+    config, update = subject.config, subject.update
+    subject.distiller.train()
+    steps, loading = _load(subject)
+    student = _student_seconds(subject, steps)
+    teacher = _teacher_seconds(subject, steps) if subject.distiller.teachers else 0.0
 
-    def whole_step(batch: Any) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        _backward(subject, distiller, batch)
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm or math.inf)
-        optimizer.step()
+    def whole_step(parts: Sequence[Part]) -> None:
+        update.gradients(0, parts)
+        update.clip()
+        update.apply(0.0)
 
     if subject.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(subject.device)
-    step = _seconds(subject, batches, whole_step)
+    step = _seconds(subject, steps, whole_step)
     rest = max(0.0, step - student - teacher)  # 0 where a GPU runs the teacher beside the student
     text = f"the student {_duration(student)}"
     if teacher:
-        compiled = " (not compiled here)" if any(one.compile for one in config.teachers.values()) else ""
+        compiled = " (not compiled here)" if any(section.compile for section in config.teachers.values()) else ""
         text += f", the teacher {_duration(teacher)}{compiled}, the distillation and"
     else:
         text += ","
     workers = config.train.workers
-    what = "a step" if config.train.accumulate == 1 else "a part of a step"
-    found = (
-        f"{what} takes {_duration(step)}: {text} the rest {_duration(rest)}; loading its images "
+    text = (
+        f"a step takes {_duration(step)}: {text} the rest {_duration(rest)}; loading its images "
         f"{_duration(loading)} with {workers} workers"
     )
     numbers = {"step": step, "loading": loading, "student": student, "teacher": teacher, "rest": rest}
     if loading > step:
-        yield warning(found, _faster_loading(loading / step, workers), **numbers)
+        yield warning(text, _faster_loading(loading / step, workers), **numbers)
     else:
-        yield ok(found, **numbers)
+        yield ok(text, **numbers)
     yield _memory(subject)
     yield _estimate(subject, max(step, loading) if workers else step + loading)
 
 
-def _load(subject: Subject) -> tuple[list[Any], float]:
-    """A few batches on the device, and the seconds that each batch takes to load."""
+def _load(subject: Subject) -> tuple[list[tuple[Part, ...]], float]:
+    """The batches of a few steps, and the seconds that the images of a step take to load."""
     workers = subject.config.train.workers
-    wanted = 1 + max(STEPS, 4 * workers)  # workers have some ready before they are asked
-    batches, waits = [], []
+    wanted = 1 + max(STEPS, 4 * workers)  # workers have some batches ready before they are asked
+    steps, waits = [], []
     tick = time.perf_counter()
-    for batch in build_batches(subject.config, subject.train_set, epoch=0):
+    for parts in by_step(subject.batches(), subject.config.train.accumulate):
         waits.append(time.perf_counter() - tick)
-        if len(batches) < STEPS:
-            batches.append(subject.to_device(batch))
+        if len(steps) < STEPS:
+            steps.append(parts)
         if len(waits) == wanted:
             break
         tick = time.perf_counter()
     rest = waits[1:] or waits  # the first one also starts the workers
-    return batches, mean(rest) if workers else median(rest)
+    return steps, mean(rest) if workers else median(rest)
 
 
-def _backward(subject: Subject, model: nn.Module, batch: Any) -> None:
-    with subject.autocast():
-        losses = model(*batch)
-    sum(losses.values()).backward()
-
-
-def _seconds(subject: Subject, batches: list[Any], work: Callable[[Any], None]) -> float:
-    """The median over the batches, after one run to warm up."""
-    work(batches[0])
-    found = []
-    for batch in batches:
+def _seconds(subject: Subject, steps: Sequence[Any], work: Callable[[Any], Any]) -> float:
+    """The median over the steps, after one run to warm up."""
+    work(steps[0])
+    laps = []
+    for parts in steps:
         began = _now(subject)
-        work(batch)
-        found.append(_now(subject) - began)
-    return median(found)
+        work(parts)
+        laps.append(_now(subject) - began)
+    return median(laps)
 
 
-def _teacher_seconds(subject: Subject, batches: list[Any]) -> float:
-    """In what the distillation asks of it: its trunk, and its box head on the shared regions."""
-    modules = [
-        module
-        for teacher in subject.distiller.teachers
-        for module in (teacher.backbone, teacher.roi_heads.box_head, teacher.roi_heads.box_predictor)
-    ]
+def _student_seconds(subject: Subject, steps: Sequence[tuple[Part, ...]]) -> float:
+    """Forward and backward of the student without a teacher: what the step of a baseline would take."""
+    alone = Distiller(subject.distiller.student, None, enabled=False)
+    update = Update(subject.config, alone, subject.processes)
+    return _seconds(subject, steps, lambda parts: update.gradients(0, parts))
+
+
+def _teacher_seconds(subject: Subject, steps: Sequence[tuple[Part, ...]]) -> float:
+    """What the distillation asks of the teachers: their backbones, and their box heads on the shared regions."""
+    teachers = subject.distiller.teachers
+    modules = [module for teacher in teachers for module in (backbone(teacher), *box_head(teacher))]
     with _stopwatch(subject, *modules) as laps:
-        found = []
-        for batch in batches:
+        sums = []
+        for parts in steps:
             laps.clear()
-            _backward(subject, subject.distiller, batch)
-            found.append(sum(laps))
-    return median(found)
+            subject.update.gradients(0, parts)
+            sums.append(sum(laps))
+    return median(sums)
 
 
 @contextmanager
 def _stopwatch(subject: Subject, *modules: nn.Module) -> Iterator[list[float]]:
-    """The seconds of every call of these modules. It waits for the device before and after."""
+    """Collect the seconds of every call of these modules; the device is waited for before and after each."""
     began: list[float] = []
     laps: list[float] = []
     handles = [module.register_forward_pre_hook(lambda *_: began.append(_now(subject))) for module in modules]
@@ -165,12 +161,10 @@ def _resident_peak() -> int:
 
 
 def _estimate(subject: Subject, seconds: float) -> Finding:
-    """Of the whole run, from `seconds` a step."""
-    train = subject.config.train
-    parts = len(build_batches(subject.config, subject.train_set, epoch=0))
-    steps = parts // train.accumulate
-    total = train.epochs * parts * seconds
-    text = f"{steps} steps an epoch, {_duration(parts * seconds)}; {train.epochs} epochs {_duration(total)}"
+    """How long the whole run will take, from the `seconds` of a step."""
+    train, steps = subject.config.train, subject.steps_per_epoch
+    total = train.epochs * steps * seconds
+    text = f"{steps} steps an epoch, {_duration(steps * seconds)}; {train.epochs} epochs {_duration(total)}"
     if subject.evaluation is not None and subject.val_set is not None:
         count = math.ceil(train.epochs / train.eval_every)  # the last epoch always has one
         each = subject.evaluation * len(subject.val_set)

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from tardkd.detectors.parts import PREDICTOR
 from tardkd.distill import Distiller
 from tardkd.distill.classes import ClassMap
 from tardkd.distill.teachers import FrozenTeacher
-from tardkd.train import checkpoint
-from tardkd.train.build import build_distiller, stored_config
+from tardkd.train.batches import build_batches
+from tardkd.train.build import TeacherFile, build_distiller, place, read_teacher
 from tardkd.train.config import Config, ConfigError, Teacher
 from tardkd.train.evaluate import evaluate
-from tardkd.train.loop import build_batches
 from tardkd.train.models import build_model
+from tardkd.weights import Fit, compare
 
 from .report import Finding, describe_error, first, ok, problem, warning
 from .subject import Subject
@@ -29,27 +30,24 @@ LEAST_AP = 5.0  # percent; a teacher below it is untrained, or of other data
 
 
 def check_models(subject: Subject) -> Iterator[Finding]:
-    """Builds them, without the teacher where it cannot be had, so that the student can still be looked at."""
-    config = subject.config
+    """Build them, without the teacher where it cannot be had, so that the student can still be looked at."""
+    config, class_names = subject.config, _class_names(subject)
+    files: dict[str, TeacherFile] = {}  # each is read once, to be compared and to be loaded
     if config.distill.enabled:
-        fits = [_fit(key, section, _class_names(subject)) for key, section in config.teachers.items()]
+        fits = [_fit(key, section, class_names, files) for key, section in config.teachers.items()]
         yield from fits
         if any(finding.level == "problem" for finding in fits):
             config = _alone(config)
     try:
-        distiller = build_distiller(config, _class_names(subject))
+        distiller = build_distiller(config, class_names, files)
     except Exception as error:
         if not config.distill.enabled:
             raise
         yield problem(f"teacher and student cannot be paired: {describe_error(error)}")
         config = _alone(config)
-        distiller = build_distiller(config, _class_names(subject))
-    subject.distiller = distiller.to(subject.device)
-    for teacher in distiller.teachers:
-        teacher.to(subject.device)
-    if config.train.channels_last:
-        for model in (distiller, *distiller.teachers):
-            model.to(memory_format=torch.channels_last)
+        distiller = build_distiller(config, class_names)
+    subject.distiller = distiller
+    place(config, distiller, subject.device, compiled=False)
     sizes = [f"the student has {_millions(distiller.student)} parameters"]
     sizes += [f"{name} {_millions(teacher)}" for name, teacher in _named(distiller)]
     if subject.config.distill.enabled and not distiller.teachers:
@@ -72,68 +70,42 @@ def _alone(config: Config) -> Config:
     return config.model_copy(update={"distill": replace(config.distill, enabled=False), "teacher": None})
 
 
-def _fit(key: str, teacher: Teacher, class_names: list[str]) -> Finding:
-    """How much of the teacher of that section the weights file fills."""
+def _fit(key: str, teacher: Teacher, class_names: list[str], files: dict[str, TeacherFile]) -> Finding:
+    """How much of the teacher of the section `key` its file fills; the file is added to `files`."""
     try:
-        return _filled(key, teacher, class_names)
+        file = read_teacher(teacher, class_names, key)
+        if file is None:
+            return ok(
+                f"{key}.weights DEFAULT: torchvision's own, whole but for the head, of which the outputs of your "
+                f"{len(class_names)} classes are taken"
+            )
+        files[key] = file
+        with torch.device("meta"):  # names and shapes are all that is compared
+            model = build_model(file.spec.model_copy(update={"weights": None}), len(file.classes))
+        return _describe_fit(compare(model, file.weights))
     except Exception as error:
         return problem(describe_error(error), f"train the teacher first (--role teacher), or mend {key}.weights")
 
 
-def _filled(key: str, teacher: Teacher, class_names: list[str]) -> Finding:
-    weights = teacher.weights
-    if weights is None:
-        raise ConfigError(f"{key}.weights: required, a distilled run needs a trained teacher")
-    if weights == "DEFAULT":
-        return ok(
-            f"{key}.weights DEFAULT: torchvision's own, whole but for the head, of which the outputs of your "
-            f"{len(class_names)} classes are taken"
-        )
-    state = checkpoint.load_any(weights)
-    spec, classes = teacher.model, checkpoint.classes_of(state) or class_names
-    if state.get("format") == checkpoint.FORMAT:
-        spec = stored_config(state, weights).student
-    if spec is None:
-        raise ConfigError(f"{key}.model: required, because {weights} does not say what model it belongs to")
-    bare = spec.model_copy(update={"weights": None, "new_head": False, "backbone_weights": None})
-    with torch.device("meta"):  # names and shapes are all that is compared
-        wanted = build_model(bare, len(classes)).state_dict()
-    return _compare(wanted, state.get("model", state), weights)
-
-
-def _compare(wanted: dict[str, Any], given: dict[str, Any], weights: str) -> Finding:
-    # Files made with frozen BatchNorm lack this counter, which nothing reads.
-    wanted = {name: value for name, value in wanted.items() if not name.endswith("num_batches_tracked")}
-    given = {name: value for name, value in given.items() if not name.endswith("num_batches_tracked")}
-    missing = [name for name in wanted if name not in given]
-    unexpected = [name for name in given if name not in wanted]
-    shapes = [
-        f"{name} ({tuple(given[name].shape)} in the file, {tuple(value.shape)} in the model)"
-        for name, value in wanted.items()
-        if name in given and given[name].shape != value.shape
-    ]
-    matched = [value for name, value in wanted.items() if name in given and given[name].shape == value.shape]
-    tensors = len(matched) / len(wanted)
-    parameters = sum(value.numel() for value in matched) / sum(value.numel() for value in wanted.values())
-    count = f"{len(matched)} of the teacher's {len(wanted)} tensors ({tensors:.0%})"
-    text = f"{weights} fills {count}, {parameters:.1%} of its parameters"
+def _describe_fit(fit: Fit) -> Finding:
+    share = fit.matched / fit.total
+    text = (
+        f"{fit.source} fills {fit.matched} of the teacher's {fit.total} tensors ({share:.0%}), "
+        f"{fit.parameters:.1%} of its parameters"
+    )
     numbers = {
-        "tensors": tensors,
-        "parameters": parameters,
-        "missing": missing,
-        "unexpected": unexpected,
-        "of_another_shape": shapes,
+        "tensors": share,
+        "parameters": fit.parameters,
+        "missing": fit.missing,
+        "unexpected": fit.unexpected,
+        "of_another_shape": [f"{name} {shapes}" for name, shapes in fit.of_another_shape.items()],
     }
-    wrong = [
-        f"{len(names)} {what}: {first(names, 3)}"
-        for names, what in ((missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape"))
-        if names
-    ]
-    if not wrong:
+    if fit.is_complete:
         return ok(text, **numbers)
-    head = shapes and not missing and not unexpected and all("box_predictor" in name for name in shapes)
-    advice = "is teacher.model the model that this file is of?"
-    return problem(f"{text}; {'; '.join(wrong)}", "the file has other classes" if head else advice, **numbers)
+    names = {*fit.missing, *fit.unexpected, *fit.of_another_shape}
+    has_other_classes = all(name.startswith(PREDICTOR) for name in names)
+    advice = "the file has other classes" if has_other_classes else "is teacher.model the model that this file is of?"
+    return problem(f"{text}; {fit.describe()}", advice, **numbers)
 
 
 def _millions(model: nn.Module) -> str:
@@ -167,29 +139,30 @@ class InTheStudentsLabels(nn.Module):
         self.teacher, self.classes = teacher, classes
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        return [self.classes.detections(found) for found in self.teacher(images)]
+        return [self.classes.detections(detections) for detections in self.teacher(images)]
 
 
 def _teacher_precision(
     paired: FrozenTeacher, student: dict[str, float | None], batches: Any, dataset: Any
 ) -> Iterator[Finding]:
-    """``student``: its AP by class."""
+    """`student`: its AP by class, None where there is no object of the class."""
     name, model, classes = paired.name, paired.adapter.model, paired.classes
-    found = evaluate(model if classes is None else InTheStudentsLabels(model, classes), batches, dataset)
+    metrics = evaluate(model if classes is None else InTheStudentsLabels(model, classes), batches, dataset)
     taught = dataset.class_names if classes is None else classes.taught
     partial = len(taught) < len(dataset.class_names)
-    scores = {one: found["per_class"][one] for one in taught if found["per_class"][one] is not None}
+    per_class = {label: metrics["per_class"][label] for label in taught}
+    scores = {label: score for label, score in per_class.items() if score is not None}
     if not scores:
         yield warning(
             f"these images hold no object of what {name} teaches: {first(taught)}",
             "raise --images: it could not be looked at",
         )
         return
-    ours, theirs = fmean(student[one] for one in scores), fmean(scores.values())
+    ours, theirs = fmean(student[label] for label in scores), fmean(scores.values())
     of_these = f" over the {len(taught)} classes that it teaches" if partial else ""
     text = f"{name} has AP {theirs:.1f} on the same{of_these}"
     numbers = {"AP": theirs, "per_class": scores}
-    zeros = [one for one, value in scores.items() if value == 0]
+    zeros = [label for label, score in scores.items() if score == 0]
     if theirs < LEAST_AP:
         yield problem(
             text,

@@ -13,10 +13,9 @@ from tardkd.distill.distiller import REGION_TERMS
 from tardkd.seeing.region_plots import draw_overview, draw_page
 from tardkd.seeing.regions import COLUMNS, detect, look_at, teachers_detections
 from tardkd.train import checkpoint
-from tardkd.train.build import build_dataset, load_student, pair, stored_config
+from tardkd.train.build import build_dataset, check_classes, load_student, pair, stored_config
 from tardkd.train.config import Config, ConfigError
 from tardkd.train.distributed import pick_device
-from tardkd.train.loop import check_classes
 
 
 def inspect_run(

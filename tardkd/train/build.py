@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from torchvision.models import get_model_weights
 
 from tardkd.data import CocoDetection, Scenes, VocDetection
 from tardkd.data.transforms import build_transform
+from tardkd.detectors.parts import PREDICTOR, backbone
 from tardkd.distill import Distiller
 from tardkd.train import checkpoint
 from tardkd.train.config import Config, ConfigError, SceneData, Teacher, VocData, parse_config
-from tardkd.train.models import ModelSpec, build_model, load_state
+from tardkd.train.models import ModelSpec, build_model, load
+from tardkd.weights import Weights, from_content, read
 
 
 def build_dataset(config: Config, split: str, *, augment: bool = False) -> Dataset:
@@ -41,23 +44,37 @@ def build_dataset(config: Config, split: str, *, augment: bool = False) -> Datas
     return dataset
 
 
-def build_distiller(config: Config, class_names: list[str]) -> Distiller:
+def check_classes(left: str, left_names: list[str], right: str, right_names: list[str]) -> None:
+    """Refuse two things that must have the same classes in the same order, each called by its name."""
+    if left_names != right_names:
+        raise ConfigError(f"{left} has the classes {left_names}, {right} has {right_names}")
+
+
+def build_distiller(
+    config: Config, class_names: list[str], files: Mapping[str, TeacherFile] | None = None
+) -> Distiller:
     """Student, frozen teachers and adapters.
 
     The student's first weights depend on the seed alone, and the generators are left in the same state whether or
     not there is a teacher, so that a baseline and a distilled run differ by nothing but the distillation.
+
+    Args:
+        class_names: the data set's, in the order of the labels.
+        files: what :func:`read_teacher` found, by the key of the section, where the caller has read it already.
     """
-    spec = _first_weights(config.student, class_names)
+    spec, weights = _first_weights(config.student, class_names)
     seed_generators(config.train.seed)
-    distiller = pair(config, build_model(spec, len(class_names)), class_names)
+    distiller = pair(config, build_model(spec, len(class_names), weights), class_names, files)
     seed_generators(config.train.seed + 1)
     return distiller
 
 
-def pair(config: Config, student: nn.Module, class_names: list[str]) -> Distiller:
-    """That student with the teachers of the configuration."""
+def pair(
+    config: Config, student: nn.Module, class_names: list[str], files: Mapping[str, TeacherFile] | None = None
+) -> Distiller:
+    """That student with the teachers of the configuration; `files` as in :func:`build_distiller`."""
     sections = config.teachers if config.distill.enabled else {}
-    loaded = [load_teacher(section, class_names, key) for key, section in sections.items()]
+    loaded = [load_teacher(section, class_names, key, (files or {}).get(key)) for key, section in sections.items()]
     settings = config.distill
     if config.train.on_non_finite == "skip":  # which looks at the losses of all processes, when they have all got there
         settings = replace(settings, check_finite=False)
@@ -73,44 +90,82 @@ def pair(config: Config, student: nn.Module, class_names: list[str]) -> Distille
 
 
 def start_from(config: Config, weights: str | None) -> Config:
-    """`config` with a student whose training starts from all of `weights`: see checkpoint.load_weights."""
+    """`config` with a student whose training starts from all of `weights`: see tardkd.weights.read."""
     student = config.student.model_copy(update={"weights": weights, "backbone_weights": None})
     return config.model_copy(update={"student": student})
 
 
-def _first_weights(spec: ModelSpec, class_names: list[str]) -> ModelSpec:
-    """With the head of weights that tell these very classes; those of as many others would fit without a word."""
+def place(config: Config, distiller: Distiller, device: torch.device, *, compiled: bool = True) -> None:
+    """Bring student, teachers and adapters to the device, as the recipe says; `compiled`: teachers that it wants so."""
+    for module in (distiller, *distiller.teachers):
+        module.to(device)
+        if config.train.channels_last:
+            module.to(memory_format=torch.channels_last)
+    for section, teacher in zip(config.teachers.values(), distiller.teachers):
+        if section.compile and compiled:
+            backbone(teacher).compile(dynamic=True)
+
+
+def _first_weights(spec: ModelSpec, class_names: list[str]) -> tuple[ModelSpec, Weights | None]:
+    """What the student starts from, read once; None where that is not a file.
+
+    The head is taken over from weights that tell these very classes alone: that of as many others would fit without a
+    word.
+    """
     if spec.weights in (None, "DEFAULT"):
-        return spec
-    _, classes = checkpoint.load_weights(spec.weights)
-    if classes == class_names:
-        return spec.model_copy(update={"new_head": False})
-    if classes is not None and not spec.new_head:
+        return spec, None
+    weights = read(spec.weights)
+    if weights.classes == class_names:
+        return spec.model_copy(update={"new_head": False}), weights
+    if weights.classes is not None and not spec.new_head:
         raise ConfigError(
-            f"student.weights {spec.weights} has the classes {classes}, the data set has {class_names}; "
+            f"student.weights {spec.weights} has the classes {weights.classes}, the data set has {class_names}; "
             "student.new_head=true takes all but the class and box predictor"
         )
-    return spec
+    return spec, weights
 
 
-def load_teacher(teacher: Teacher, class_names: list[str], key: str = "teacher") -> tuple[nn.Module, list[str]]:
-    """The teacher with its trained weights, and its classes: the data set's where the file does not say.
+@dataclass(frozen=True)
+class TeacherFile:
+    """A file of a teacher's weights, and the detector that it is of."""
 
-    `key` names the section of the configuration in errors.
+    weights: Weights
+    spec: ModelSpec
+    classes: list[str]  # the data set's where the file does not tell them
+
+
+def read_teacher(teacher: Teacher, class_names: list[str], key: str = "teacher") -> TeacherFile | None:
+    """Read the file of the section called `key`; None where torchvision's own weights are wanted.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+        ConfigError: the section names no weights, or neither it nor the file names a model.
     """
     if teacher.weights is None:
         raise ConfigError(f"{key}.weights: required, a distilled run needs a trained teacher")
     if teacher.weights == "DEFAULT":
-        if teacher.model is None:
-            raise ConfigError(f"{key}.model: required, {key}.weights DEFAULT does not say which model")
-        return _torchvision_teacher(teacher.model, list(dict.fromkeys([*class_names, *(teacher.classes or ())])))
-    state = checkpoint.load_any(teacher.weights)
-    spec, classes = teacher.model, checkpoint.classes_of(state) or class_names
-    if state.get("format") == checkpoint.FORMAT:
-        spec = stored_config(state, teacher.weights).student
+        return None
+    weights, spec = read(teacher.weights), teacher.model
+    if weights.content.get("format") == checkpoint.FORMAT:
+        spec = stored_config(weights.content, teacher.weights).student
     if spec is None:
         raise ConfigError(f"{key}.model: required, because {teacher.weights} does not say what model it belongs to")
-    return build_model(_with_weights(spec, teacher.weights), len(classes)), classes
+    return TeacherFile(weights, _with_weights(spec, teacher.weights), weights.classes or class_names)
+
+
+def load_teacher(
+    teacher: Teacher, class_names: list[str], key: str = "teacher", file: TeacherFile | None = None
+) -> tuple[nn.Module, list[str]]:
+    """The teacher with its trained weights, and its classes.
+
+    `key` names the section of the configuration in errors; `file` is what :func:`read_teacher` found, if it was called.
+    """
+    file = file or read_teacher(teacher, class_names, key)
+    if file is not None:
+        return build_model(file.spec, len(file.classes), file.weights), file.classes
+    if teacher.model is None:
+        raise ConfigError(f"{key}.model: required, {key}.weights DEFAULT does not say which model")
+    return _torchvision_teacher(teacher.model, list(dict.fromkeys([*class_names, *(teacher.classes or ())])))
 
 
 def _torchvision_teacher(spec: ModelSpec, wanted: list[str]) -> tuple[nn.Module, list[str]]:
@@ -127,11 +182,11 @@ def _torchvision_teacher(spec: ModelSpec, wanted: list[str]) -> tuple[nn.Module,
     state = weights.get_state_dict(progress=True)
     for layer in ("cls_score", "bbox_pred"):
         for kind in ("weight", "bias"):
-            name = f"roi_heads.box_predictor.{layer}.{kind}"
+            name = f"{PREDICTOR}{layer}.{kind}"
             by_class = state[name].unflatten(0, (len(categories), -1))  # 1 logit or 4 deltas a class
             state[name] = by_class[rows].flatten(0, 1)
     model = build_model(_with_weights(spec, None), len(class_names))
-    load_state(model, state, f"torchvision's {spec.name}")
+    load(model, from_content(state, f"torchvision's {spec.name}"))
     return model, class_names
 
 

@@ -1,21 +1,15 @@
 """Checkpoints: the plain student under ``model``, everything else that resuming needs beside it.
 
 They are written to a temporary file in the same folder, synced and renamed, so that a crash leaves the one before
-whole, and read with ``weights_only=True``, so that nothing in them is ever executed. What a disk has damaged since is
-noticed: torch writes a checksum of every record but does not look at it, so it is looked at here.
+whole, and read by :mod:`tardkd.weights`, which executes nothing in them and notices what a disk has damaged since.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
-import pickle
-import re
 import shutil
-import warnings
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,13 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tardkd.weights import CheckpointError, read_content
+
 FORMAT = "tardkd checkpoint 1"
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # in a run's folder
-FOREIGN = "it is no file that torch.save wrote"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read, written or used; the message names the file and the reason."""
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -119,7 +110,7 @@ def _sync_folder(path: Path) -> None:
 
 def load(path: str | Path) -> dict[str, Any]:
     """Read one of our checkpoints onto the CPU; raises CheckpointError for anything else."""
-    state = load_any(path)
+    state = read_content(path)
     if state.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} is not a checkpoint of this version of tardkd: its format is "
@@ -146,22 +137,6 @@ def load_last(folder: str | Path) -> dict[str, Any]:
         raise
 
 
-def load_weights(path: str | Path) -> tuple[dict[str, Tensor], list[str] | None]:
-    """The tensors of a checkpoint, a plain state dict or a .safetensors file, and their classes if it tells them."""
-    state = load_any(path)
-    tensors = state.get("model", state)
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise CheckpointError(f"{path} does not hold a state dict of tensors")
-    return tensors, classes_of(state)
-
-
-def classes_of(state: dict[str, Any]) -> list[str] | None:
-    """The class names in what load_any returned, if it tells them."""
-    classes = state.get("classes")
-    told = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    return classes if told else None
-
-
 def fingerprint(tensors: dict[str, Tensor]) -> str:
     """Of names, shapes and values: two state dicts with the same one hold the same weights."""
     digest = hashlib.blake2b(digest_size=16)
@@ -169,70 +144,3 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def load_any(path: str | Path) -> dict[str, Any]:
-    """Read a dict that torch.save wrote, one of our checkpoints or a plain state dict, without executing anything.
-
-    A .safetensors file gives its tensors under ``model`` and, where it tells them, its ``classes``.
-    """
-    try:
-        state = _load_safetensors(path) if Path(path).suffix == ".safetensors" else _load_torch(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no checkpoint at {path}") from None
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever the readers of zip, pickle and tensors meet in a file that is none of theirs
-        raise CheckpointError(f"cannot read {path} as a checkpoint: {_reason(error)}") from None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a dict of tensors")
-    return state
-
-
-def _load_torch(path: str | Path) -> Any:
-    with open(path, "rb") as file:
-        start = file.read(4)
-    if not start:
-        raise ValueError("it is empty")
-    if start == b"PK\3\4":
-        _check_records(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of files that are refused anyhow
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _check_records(path: str | Path) -> None:
-    """Read every record against its checksum, which torch.load does not."""
-    with zipfile.ZipFile(path) as archive:
-        # All are zero where the user told torch not to compute them.
-        if any(record.CRC for record in archive.infolist()):
-            damaged = archive.testzip()
-            if damaged is not None:
-                raise zipfile.BadZipFile(f"the record {damaged} does not fit its checksum")
-
-
-def _load_safetensors(path: str | Path) -> dict[str, Any]:
-    with safetensors().safe_open(path, framework="pt", device="cpu") as file:
-        tensors = {name: file.get_tensor(name) for name in file}
-        metadata = file.metadata() or {}
-    return {"model": tensors, "classes": json.loads(metadata.get("classes", "null"))}
-
-
-def safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ModuleNotFoundError:
-        raise CheckpointError("a .safetensors file needs the package safetensors: pip install safetensors") from None
-    return safetensors
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError):  # of which torch says at length how to run it nevertheless
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        return f"it asks to run {wanted[1]}, which is never done" if wanted else FOREIGN
-    if isinstance(error, zipfile.BadZipFile):
-        return f"it is damaged or cut short: {error}"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    told = isinstance(error, (RuntimeError, ValueError))  # others, such as a KeyError, come from reading on blindly
-    return str(error).strip().partition("\n")[0] if told else FOREIGN

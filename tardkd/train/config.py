@@ -28,9 +28,7 @@ from pydantic import (
 
 from tardkd.distill import DistillSettings
 from tardkd.train.models import ModelSpec
-
-Role = Literal["teacher", "baseline", "distilled"]
-
+from tardkd.train.roles import Role
 
 VARIANTS = ("coco", "voc", "scenes", "one", "several")  # of data, of teacher
 

@@ -32,6 +32,7 @@ from tardkd.data import Scenes
 from tardkd.train import checkpoint
 from tardkd.train.build import load_student, stored_config
 from tardkd.train.models import COMMON, LIGHT, ModelSpec
+from tardkd.weights import safetensors
 
 SUFFIXES = {
     ".pt": "state_dict",
@@ -166,7 +167,7 @@ def _write_state_dict(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def _write_safetensors(tensors: dict[str, Tensor], notes: dict[str, str], file: Path) -> None:
-    library = checkpoint.safetensors()
+    library = safetensors()
     file.write_bytes(library.torch.save(tensors, metadata={"format": "pt", **notes}))
     _check_tensors(library.torch.load_file(file), tensors)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models import detection, get_model_weights, resnet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
@@ -17,8 +18,9 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops import MultiScaleRoIAlign as TorchvisionRoIAlign
 
 from tardkd import build_info
+from tardkd.detectors.parts import PREDICTOR
 from tardkd.ops import MultiScaleRoIAlign
-from tardkd.train import checkpoint
+from tardkd.weights import MisfitError, Weights, fill, from_content, read
 
 LIGHT = "resnet_fpn"
 LIGHT_ONLY = ("blocks", "width", "fpn_channels", "head_dim", "norm", "anchor_sizes", "canonical_scale")
@@ -110,50 +112,24 @@ class ModelSpec(BaseModel):
         return self
 
 
-def build_model(spec: ModelSpec, num_classes: int) -> FasterRCNN:
-    """The detector ``spec`` describes, for ``num_classes`` classes without the background (labels 1..num_classes).
+def build_model(spec: ModelSpec, num_classes: int, weights: Weights | None = None) -> FasterRCNN:
+    """The detector that ``spec`` describes, for ``num_classes`` classes without the background (labels 1..num_classes).
 
-    Nothing is downloaded unless ``weights`` or ``backbone_weights`` is ``DEFAULT``.
+    Nothing is downloaded unless ``spec.weights`` or ``spec.backbone_weights`` is ``DEFAULT``.
+
+    Args:
+        weights: what the file ``spec.weights`` holds, where the caller has read it already.
 
     Raises:
         CheckpointError: weights that cannot be read.
         ValueError: weights that do not fit tensor by tensor.
     """
-    options = {key: getattr(spec, key) for key in COMMON if getattr(spec, key) is not None}
-    if spec.name == LIGHT:
-        model = _light(spec, num_classes, options)
-    elif spec.name == "fasterrcnn_resnet101_fpn":
-        backbone = resnet_fpn_backbone(
-            backbone_name="resnet101", weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5
-        )
-        model = FasterRCNN(backbone, num_classes + 1, **options)
-    else:
-        constructor = getattr(detection, spec.name)
-        model = constructor(weights=None, weights_backbone=None, num_classes=num_classes + 1, **options)
-    pool = model.roi_heads.box_roi_pool
-    # Ours is the faster one where it has kernels. torchvision's constructors take their own class only.
-    kind = MultiScaleRoIAlign if has_kernels_everywhere() else TorchvisionRoIAlign
-    model.roi_heads.box_roi_pool = kind(
-        pool.featmap_names,
-        pool.output_size,
-        pool.sampling_ratio,
-        canonical_scale=spec.canonical_scale,
-        canonical_level=pool.canonical_level,
-    )
-    if spec.weights:
-        load_state(
-            model,
-            _state(spec.name, spec.weights),
-            spec.weights,
-            leave_out=("roi_heads.box_predictor.",) if spec.new_head else (),
-        )
+    model = _build_bare(spec, num_classes)
+    _use_our_pool(model, spec)
+    if weights is not None or spec.weights:
+        load(model, weights or _read(spec.name, spec.weights), new_head=spec.new_head)
     if spec.backbone_weights:
-        state = _state(_classifier(spec.name), spec.backbone_weights)
-        if spec.name.startswith("fasterrcnn_mobilenet"):
-            state = {key.removeprefix("features."): value for key, value in state.items()}
-        body = set(model.backbone.body.state_dict())
-        state = {key: value for key, value in state.items() if key in body}
-        load_state(model.backbone.body, state, spec.backbone_weights)
+        _load_backbone(model, spec)
     if spec.norm_eps is not None:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -163,6 +139,33 @@ def build_model(spec: ModelSpec, num_classes: int) -> FasterRCNN:
     for name in (name for stage in STAGES[: spec.frozen_stages] for name in stage):
         model.backbone.body[name].requires_grad_(False)
     return model
+
+
+def _build_bare(spec: ModelSpec, num_classes: int) -> FasterRCNN:
+    """The detector as its family builds it, with random weights."""
+    options = {key: getattr(spec, key) for key in COMMON if getattr(spec, key) is not None}
+    if spec.name == LIGHT:
+        return _light(spec, num_classes, options)
+    if spec.name == "fasterrcnn_resnet101_fpn":
+        backbone = resnet_fpn_backbone(
+            backbone_name="resnet101", weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5
+        )
+        return FasterRCNN(backbone, num_classes + 1, **options)
+    constructor = getattr(detection, spec.name)
+    return constructor(weights=None, weights_backbone=None, num_classes=num_classes + 1, **options)
+
+
+def _use_our_pool(model: FasterRCNN, spec: ModelSpec) -> None:
+    """Pool by tardkd's op, which is the faster one where it has kernels; torchvision's constructors take their own."""
+    pool = model.roi_heads.box_roi_pool
+    kind = MultiScaleRoIAlign if has_kernels_everywhere() else TorchvisionRoIAlign
+    model.roi_heads.box_roi_pool = kind(
+        pool.featmap_names,
+        pool.output_size,
+        pool.sampling_ratio,
+        canonical_scale=spec.canonical_scale,
+        canonical_level=pool.canonical_level,
+    )
 
 
 def has_kernels_everywhere() -> bool:
@@ -225,37 +228,35 @@ def _round8(channels: float) -> int:
 # ---- weights -------------------------------------------------------------------------------------------------------
 
 
-def _state(name: str, source: str) -> dict[str, Tensor]:
-    """A state dict from a local file (see checkpoint.load_weights), or torchvision's own for ``name``."""
-    if source == "DEFAULT":
-        try:
-            return get_model_weights(name).DEFAULT.get_state_dict(progress=True)
-        except ValueError:
-            raise ValueError(f"torchvision has no DEFAULT weights for {name}") from None
-    return checkpoint.load_weights(source)[0]
+def load(model: nn.Module, weights: Weights, *, new_head: bool = False) -> None:
+    """Every tensor of the model from `weights`, and none left over; with `new_head` all but the last two layers."""
+    try:
+        fill(model, weights, leave_out=(PREDICTOR,) if new_head else ())
+    except MisfitError as error:
+        if any(name.startswith(PREDICTOR) for name in error.fit.of_another_shape):
+            raise ValueError(f"{error}; for other classes set new_head: true") from None
+        raise
 
 
-def load_state(module: nn.Module, state: dict[str, Tensor], source: str, leave_out: tuple[str, ...] = ()) -> None:
-    """Every tensor of ``module`` from ``state``, and none over, but for those under ``leave_out``."""
-    own = {key: value for key, value in module.state_dict().items() if not key.startswith(leave_out or "\0")}
-    state = {key: value for key, value in state.items() if not key.startswith(leave_out or "\0")}
-    # Files made with frozen BatchNorm lack this counter, which nothing reads.
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in own]
-    shapes = [
-        f"{key} is {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the model"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if missing or unexpected or shapes:
-        found = [
-            f"{len(keys)} {what}, such as {keys[0]}"
-            for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-            if keys
-        ]
-        hint = "; for other classes set new_head: true" if any("box_predictor" in key for key in shapes) else ""
-        raise ValueError(f"weights {source} do not fit: {'; '.join(found)} (of {len(own)} tensors){hint}")
-    module.load_state_dict(state, strict=False)
+def _load_backbone(model: FasterRCNN, spec: ModelSpec) -> None:
+    """The backbone from a classifier, whose last layer is left out."""
+    weights = _read(_classifier(spec.name), spec.backbone_weights)
+    tensors = weights.tensors
+    if spec.name.startswith("fasterrcnn_mobilenet"):
+        tensors = {name.removeprefix("features."): value for name, value in tensors.items()}
+    own = model.backbone.body.state_dict()
+    fill(model.backbone.body, replace(weights, tensors={k: value for k, value in tensors.items() if k in own}))
+
+
+def _read(name: str, source: str) -> Weights:
+    """The weights of a local file, or torchvision's own for the model called `name`."""
+    if source != "DEFAULT":
+        return read(source)
+    try:
+        published = get_model_weights(name).DEFAULT
+    except ValueError:
+        raise ValueError(f"torchvision has no DEFAULT weights for {name}") from None
+    return from_content(published.get_state_dict(progress=True), f"torchvision's {name}")
 
 
 def _classifier(name: str) -> str:

@@ -1,14 +1,15 @@
-"""One update of the weights: forward and backward over the parts of a batch, clipping, the optimizer, the average.
+"""The training step: forward and backward over the parts of a batch, clipping, the optimizer, the average.
 
 Everything random in it is seeded by the run's seed, the step and the image, so that neither the number of processes,
-nor the parts, nor where a run was resumed changes what is drawn.
+nor the parts, nor where a run was resumed changes what is drawn. There is no other step: whoever wants to know what a
+training would do, as the doctor does, takes this one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,20 +19,23 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tardkd.data import to_float
 from tardkd.data.seeds import mix
-from tardkd.device import HostCopy
+from tardkd.detectors.sampling import seed_samplers
 from tardkd.distill import Distiller
+from tardkd.train.batches import Part
 from tardkd.train.config import Config, ConfigError
 from tardkd.train.distributed import Processes
 from tardkd.train.optim import build_optimizer, set_learning_rate
-from tardkd.train.sampling import seed_samplers
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-Part = tuple[list[Tensor], list[dict[str, Any]]]  # images and targets
-
 
 class Update:
-    """The distiller's optimizer and what belongs to it."""
+    """A step in its parts, and all that it moves: :meth:`gradients`, :meth:`clip`, then :meth:`apply` or :meth:`drop`.
+
+    >>> losses, stats = update.gradients(number, parts)
+    >>> norm = update.clip()
+    >>> update.apply(rate)
+    """
 
     def __init__(self, config: Config, distiller: Distiller, processes: Processes) -> None:
         settings = config.train
@@ -47,7 +51,7 @@ class Update:
         self._can_drop = settings.on_non_finite == "skip"
         self._clip = config.optimizer.clip_norm or math.inf
         self._samplers = seed_samplers(distiller.student)
-        self._parameters = [one for group in self.optimizer.param_groups for one in group["params"]]
+        self._parameters = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         self._module: nn.Module = distiller
         if settings.sync_bn and processes.device.type != "cuda":
             raise ConfigError("train.sync_bn needs GPUs: torch knows BatchNorm over processes for them alone")
@@ -61,8 +65,18 @@ class Update:
         """The model that a run is for: the average where there is one."""
         return self.distiller.student if self.average is None else self.average.module
 
-    def gradients(self, step: int, parts: Sequence[Part]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Leaves those of the mean over the parts and processes; returns the losses and the distiller's stats.
+    def gradients(
+        self, step: int, parts: Sequence[Part], on_losses: Callable[[dict[str, Tensor]], None] = lambda losses: None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Leave in the parameters the gradient of the mean loss over the parts and processes.
+
+        Args:
+            step: its number in the run, from 0.
+            parts: images N x (3, H, W) and targets, each as a forward and a backward of their own.
+            on_losses: called with the losses of each part while their graph is there.
+
+        Returns:
+            This process's losses, their sum "loss" first, and the distiller's stats; means over the parts.
 
         Raises:
             FloatingPointError: the distiller met a NaN or infinity.
@@ -70,36 +84,33 @@ class Update:
         self.optimizer.zero_grad(set_to_none=True)
         if self._can_drop:
             self._buffers = [buffer.clone() for buffer in self.distiller.buffers()]
-        losses_sum: dict[str, Tensor] = {}
-        stats_sum: dict[str, Tensor] = {}
+        losses_mean: dict[str, Tensor] = {}
+        stats_mean: dict[str, Tensor] = {}
         for number, part in enumerate(parts):
             images, targets = self._on_device(part)
-            seeds = [mix(self._seed, step, int(target["image_id"])) for target in targets]
-            for sampler in self._samplers:
-                sampler.seeds = seeds
-            torch.manual_seed(mix(self._seed, step, self.processes.rank, number))  # of what else may draw
-            is_last = number == len(parts) - 1
-            with nullcontext() if is_last or self.processes.count == 1 else self._module.no_sync():
+            self._seed_all(step, number, targets)
+            with self._sharing(is_last=number == len(parts) - 1):
                 with torch.autocast(self.processes.device.type, self._amp, enabled=self._amp is not None):
                     losses = self._module(images, targets)
+                on_losses(losses)
                 loss = sum(losses.values())
                 self._scaler.scale(loss / len(parts)).backward()
-            _add(losses_sum, {"loss": loss, **losses}, len(parts))
-            _add(stats_sum, self.distiller.stats, len(parts))
-        return losses_sum, stats_sum
+            _add(losses_mean, {"loss": loss, **losses}, len(parts))
+            _add(stats_mean, self.distiller.stats, len(parts))
+        return losses_mean, stats_mean
 
     @property
     def expects_overflow(self) -> bool:
-        """Gradients may be infinite: the scaler takes no step then, and a smaller scale."""
+        """Gradients may be infinite now and then: the scaler then takes no step, and a smaller scale from there on."""
         return self._scaler.is_enabled()
 
     def clip(self) -> Tensor:
-        """Returns the norm of the gradient before that."""
+        """Shorten the gradient to the recipe's ``clip_norm``; returns the norm () that it had."""
         self._scaler.unscale_(self.optimizer)
         return torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
 
     def apply(self, rate: float) -> None:
-        """Moves the weights."""
+        """Move the weights, at this learning rate."""
         set_learning_rate(self.optimizer, rate)
         self._scaler.step(self.optimizer)
         self._scaler.update()
@@ -107,7 +118,7 @@ class Update:
             self.average.update_parameters(self.distiller.student)
 
     def drop(self) -> None:
-        """As if the gradients had never been computed: batch statistics would keep a NaN for good."""
+        """Forget the step; its batch statistics, too, which would keep a NaN for good."""
         for buffer, before in zip(self.distiller.buffers(), self._buffers):
             buffer.copy_(before)
 
@@ -127,6 +138,18 @@ class Update:
         if self._scaler.is_enabled():
             self._scaler.load_state_dict(state["scaler"])
 
+    def _seed_all(self, step: int, part: int, targets: Sequence[dict[str, Any]]) -> None:
+        seeds = [mix(self._seed, step, int(target["image_id"])) for target in targets]
+        for sampler in self._samplers:
+            sampler.seeds = seeds
+        torch.manual_seed(mix(self._seed, step, self.processes.rank, part))  # for what else may draw
+
+    @contextmanager
+    def _sharing(self, *, is_last: bool) -> Iterator[None]:
+        """Processes add up their gradients once a step, in the backward of the last part."""
+        with nullcontext() if is_last or self.processes.count == 1 else self._module.no_sync():
+            yield
+
     def _on_device(self, part: Part) -> Part:
         device = self.processes.device
 
@@ -137,23 +160,8 @@ class Update:
         return to_float(images, device), [{k: moved(v) for k, v in target.items()} for target in targets]
 
 
-def _add(sums: dict[str, Tensor], values: dict[str, Tensor], parts: int) -> None:
+def _add(means: dict[str, Tensor], values: dict[str, Tensor], parts: int) -> None:
+    """Add one part's values () to the means over so many parts."""
     for name, value in values.items():
         value = value.detach().float() / parts
-        sums[name] = sums[name] + value if name in sums else value
-
-
-class Numbers:
-    """Named scalars of all processes, on their way to the host."""
-
-    def __init__(self, values: dict[str, Tensor], processes: Processes) -> None:
-        self._names = list(values)
-        self._own = torch.stack(list(values.values()))
-        self._mean = HostCopy(processes.mean(self._own.clone()))
-
-    def mean(self) -> dict[str, float]:
-        """Over all processes."""
-        return dict(zip(self._names, self._mean.tolist()))
-
-    def own(self) -> dict[str, float]:
-        return dict(zip(self._names, self._own.tolist()))
+        means[name] = means[name] + value if name in means else value

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tardkd import weights
 from tardkd.train import checkpoint, loop
 from tardkd.train.checkpoint import CheckpointError
 from tardkd.train.loop import train
@@ -386,8 +387,8 @@ def test_a_state_dict_without_checksums_is_taken(tmp_path):
     finally:
         torch.serialization.set_crc32_options(before)
     (tmp_path / "old.pt").write_bytes(LEGACY)
-    assert torch.equal(checkpoint.load_any(tmp_path / "plain.pt")["w"], torch.ones(2))
-    assert torch.equal(checkpoint.load_weights(tmp_path / "old.pt")[0]["w"], torch.zeros(2))
+    assert torch.equal(weights.read(tmp_path / "plain.pt").tensors["w"], torch.ones(2))
+    assert torch.equal(weights.read(tmp_path / "old.pt").tensors["w"], torch.zeros(2))
 
 
 def test_a_damaged_last_checkpoint_names_the_one_before(runs, tmp_path, monkeypatch):

@@ -15,9 +15,10 @@ import torch
 import yaml
 
 from tardkd.train import checkpoint
+from tardkd.train.batches import build_batches
 from tardkd.train.config import ConfigError
 from tardkd.train.distributed import Processes, pick_device
-from tardkd.train.loop import build_batches, train
+from tardkd.train.loop import train
 
 from .recipe import recipe, tree
 

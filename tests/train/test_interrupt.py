@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from tardkd.train import checkpoint, loop
+from tardkd.train import checkpoint, late, loop
 from tardkd.train.interrupt import Interrupted, Termination
 from tardkd.train.loop import train
 
@@ -104,7 +104,7 @@ def test_told_to_end_while_it_evaluates(runs, tmp_path, monkeypatch):
 
 def test_a_late_look_at_the_numbers_changes_nothing(runs, tmp_path, monkeypatch):
     """As on a GPU, where a step's numbers are read when the next one has been queued."""
-    monkeypatch.setattr(loop, "LATE_DEVICES", {"cpu"})
+    monkeypatch.setattr(late, "LATE_DEVICES", {"cpu"})
     config = recipe(tmp_path, f"teacher.weights={runs}/teacher/last.pt").for_role("distilled")
     train(config)
     rows = [(folder / "distilled" / "train.csv").read_text().splitlines() for folder in (runs, tmp_path)]

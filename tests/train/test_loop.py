@@ -8,11 +8,13 @@ import pytest
 import torch
 import yaml
 
-from tardkd.train import checkpoint, loop
+from tardkd.train import checkpoint, late, loop, resume
+from tardkd.train.batches import build_batches
+from tardkd.train.blame import NonFiniteLoss
 from tardkd.train.build import build_dataset, build_distiller
 from tardkd.train.checkpoint import CheckpointError
 from tardkd.train.config import ConfigError
-from tardkd.train.loop import NonFiniteLoss, train
+from tardkd.train.loop import train
 
 from .recipe import recipe
 
@@ -96,7 +98,7 @@ def test_the_rate_that_is_logged_is_the_rate_that_is_used(runs):
 def test_every_epoch_has_its_own_order_and_views(tmp_path):
     config = recipe(tmp_path)
     dataset = build_dataset(config, "train", augment=True)
-    first, again, second = (list(loop.build_batches(config, dataset, epoch=epoch)) for epoch in (0, 0, 1))
+    first, again, second = (list(build_batches(config, dataset, epoch=epoch)) for epoch in (0, 0, 1))
 
     def ids(batches):
         return [target["image_id"] for _, targets in batches for target in targets]
@@ -205,9 +207,9 @@ def test_a_run_that_was_moved_goes_on_with_the_same_teacher_alone(runs, tmp_path
 
 
 def test_several_teachers_are_compared_one_by_one():
-    flat = loop._flat({"teacher": [{"weights": "a", "model": {"width": 1}}, {"weights": "b"}], "sizes": [1, 2]})
+    flat = resume._flat({"teacher": [{"weights": "a", "model": {"width": 1}}, {"weights": "b"}], "sizes": [1, 2]})
     assert flat == {"teacher.0.weights": "a", "teacher.0.model.width": 1, "teacher.1.weights": "b", "sizes": [1, 2]}
-    assert [bool(loop.MOVABLE.fullmatch(key)) for key in flat] == [True, False, True, False]
+    assert [bool(resume.MOVABLE.fullmatch(key)) for key in flat] == [True, False, True, False]
 
 
 def test_an_output_folder_in_use_is_refused(runs, tmp_path):
@@ -254,10 +256,10 @@ def test_a_teacher_from_a_plain_state_dict(runs, tmp_path):
         train(wrong)
 
 
-@pytest.mark.parametrize("late", [set(), {"cpu"}], ids=["at once", "late"])  # as on a CPU, and as on a GPU
+@pytest.mark.parametrize("devices", [set(), {"cpu"}], ids=["at once", "late"])  # as on a CPU, and as on a GPU
 @pytest.mark.parametrize("term", ["loss_objectness", "distill_regression"])
-def test_a_loss_that_is_not_finite_stops_with_its_name_step_and_images(runs, tmp_path, monkeypatch, term, late):
-    monkeypatch.setattr(loop, "LATE_DEVICES", late)
+def test_a_loss_that_is_not_finite_stops_with_its_name_step_and_images(runs, tmp_path, monkeypatch, term, devices):
+    monkeypatch.setattr(late, "LATE_DEVICES", devices)
     original = loop.build_distiller
 
     def broken(*args):

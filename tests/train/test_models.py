@@ -161,13 +161,13 @@ def test_new_head_takes_all_else(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda state: state.pop("backbone.fpn.layer_blocks.0.0.bias"), "1 missing, such as backbone.fpn"),
-        (lambda state: state.update(extra=torch.zeros(1)), "1 unexpected, such as extra"),
+        (lambda state: state.pop("backbone.fpn.layer_blocks.0.0.bias"), "1 missing: backbone.fpn"),
+        (lambda state: state.update(extra=torch.zeros(1)), "1 unexpected: extra"),
         (
             lambda state: state.update({"rpn.head.cls_logits.bias": torch.zeros(7)}),
-            r"\(7,\) in the file, \(3,\) in the",
+            r"cls_logits.bias \(7,\) for \(3,\)",
         ),
-        (lambda state: state.update(note="text"), "does not hold a state dict"),
+        (lambda state: state.update(note="text"), "holds no state dict"),
     ],
 )
 def test_weights_that_do_not_fit(tmp_path, change, message):

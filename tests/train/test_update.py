@@ -10,11 +10,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from tardkd.train import checkpoint, loop
+from tardkd.train import checkpoint, late, loop
+from tardkd.train.batches import build_batches
+from tardkd.train.blame import NonFiniteLoss
 from tardkd.train.build import build_dataset, build_distiller
 from tardkd.train.distributed import Processes
-from tardkd.train.loop import NonFiniteLoss, build_batches, train
-from tardkd.train.sampling import SeededSampler, seed_samplers
+from tardkd.train.loop import train
 from tardkd.train.update import Update
 
 from .recipe import recipe
@@ -58,32 +59,6 @@ def test_parts_of_a_batch_are_the_batch(tmp_path):
         assert left == pytest.approx(right, rel=1e-3)
     states = [checkpoint.load(run.folder / "last.pt")["model"] for run in (whole, parts)]
     torch.testing.assert_close(*states, rtol=1e-3, atol=1e-5)
-
-
-def test_what_is_drawn_of_an_image_depends_on_its_seed_alone():
-    class Draw:
-        def __call__(self, matched):
-            return [torch.randperm(len(one)) for one in matched], [torch.rand(3) for _ in matched]
-
-    images = [torch.zeros(50), torch.zeros(60)]
-    sampler, before = SeededSampler(Draw()), torch.get_rng_state()
-    sampler.seeds = [5, 6]
-    both = sampler(images)
-    sampler.seeds = [6]
-    alone = sampler(images[1:])
-    assert torch.equal(both[0][1], alone[0][0]) and torch.equal(both[1][1], alone[1][0])
-    sampler.seeds = [7]
-    assert not torch.equal(sampler(images[1:])[0][0], alone[0][0])
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_every_sampler_of_a_detector_is_seeded(tmp_path):
-    config = recipe(tmp_path).for_role("baseline")
-    dataset = build_dataset(config, "train")
-    student = build_distiller(config, dataset.class_names).student
-    assert len(seed_samplers(student)) == 2
-    assert isinstance(student.rpn.fg_bg_sampler, SeededSampler)
-    assert isinstance(student.roi_heads.fg_bg_sampler, SeededSampler)
 
 
 def test_a_step_does_not_depend_on_what_was_drawn_before(tmp_path):
@@ -157,16 +132,16 @@ def test_resuming_these_continues_exactly(tmp_path, monkeypatch, settings):
     assert (one["metrics"], one["step"]) == (two["metrics"], two["step"])
 
 
-@pytest.mark.parametrize("late", [set(), {"cpu"}], ids=["at once", "late"])
-def test_the_images_of_a_step_that_failed_are_kept(tmp_path, monkeypatch, late):
-    monkeypatch.setattr(loop, "LATE_DEVICES", late)
+@pytest.mark.parametrize("devices", [set(), {"cpu"}], ids=["at once", "late"])
+def test_the_images_of_a_step_that_failed_are_kept(tmp_path, monkeypatch, devices):
+    monkeypatch.setattr(late, "LATE_DEVICES", devices)
     broken_at(monkeypatch, {1})
     config = recipe(tmp_path).for_role("baseline")
     with pytest.raises(NonFiniteLoss, match=r"loss_objectness is nan at step 2, images \d, \d; .*failed\.pt holds"):
         train(config)
     failed = checkpoint.load(tmp_path / "baseline" / "failed.pt")
     ((images, targets),) = failed["parts"]
-    assert failed["step"] == 2 and ("model" in failed) == (not late)
+    assert failed["step"] == 2 and ("model" in failed) == (not devices)
     dataset = build_dataset(config, "train", augment=True)
     expected, _ = list(build_batches(config, dataset, epoch=0))[1]
     assert all(torch.equal(*pair) for pair in zip(images, expected, strict=True))
@@ -199,11 +174,11 @@ def overflows_at(monkeypatch, step):
     monkeypatch.setattr(Update, "gradients", gradients)
 
 
-@pytest.mark.parametrize("late", [set(), {"cpu"}], ids=["at once", "late"])
+@pytest.mark.parametrize("devices", [set(), {"cpu"}], ids=["at once", "late"])
 @pytest.mark.parametrize("save_every", [(), ("train.save_every=1",)], ids=["epochs", "steps"])
-def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(tmp_path, monkeypatch, late, save_every):
+def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(tmp_path, monkeypatch, devices, save_every):
     """At the last step of an epoch, after which nothing else would look before a save."""
-    monkeypatch.setattr(loop, "LATE_DEVICES", late)
+    monkeypatch.setattr(late, "LATE_DEVICES", devices)
     overflows_at(monkeypatch, 3)
     config = recipe(tmp_path, "data.train=4", *save_every).for_role("baseline")
     with pytest.raises(NonFiniteLoss, match=r"the gradient's norm is inf at step 4, images \d, \d; .*failed\.pt holds"):

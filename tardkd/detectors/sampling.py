@@ -1,26 +1,31 @@
-"""The random choice of regions, made to depend on the step and the image alone.
+"""The random choice of regions in a training step, made to depend on the step and the image alone.
 
 Otherwise it would depend on what was drawn before: on which images share a process, and on where a run was resumed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
+Chosen = tuple[list[Tensor], list[Tensor]]  # masks of the positive and of the negative regions: N x (R_n,)
+
 
 class SeededSampler:
     """One of torchvision's samplers, its generator seeded for every image; torch's own is left as it was."""
 
-    def __init__(self, sampler) -> None:
+    def __init__(self, sampler: Callable[[list[Tensor]], Chosen]) -> None:
         self.sampler = sampler
-        self.seeds: list[int] = []  # of the images that come next
+        self.seeds: Sequence[int] = ()  # one for each image of the next call
 
-    def __call__(self, matched: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def __call__(self, matched: list[Tensor]) -> Chosen:
+        """`matched`: N x (R_n,), what each region of an image was matched with."""
         if len(self.seeds) != len(matched):
-            return self.sampler(matched)  # not a step of ours
+            return self.sampler(matched)  # a call outside a training step, which nobody has seeded
         chosen = []
         for seed, of_image in zip(self.seeds, matched):
             devices = [of_image.device] if of_image.is_cuda else []
@@ -31,10 +36,11 @@ class SeededSampler:
 
 
 def seed_samplers(model: nn.Module) -> list[SeededSampler]:
-    """Puts a :class:`SeededSampler` around each of the model's samplers, and returns them."""
+    """Put a :class:`SeededSampler` around each of the model's samplers that has none yet, and return them all."""
     samplers = []
     for module in model.modules():
         if isinstance(module, (RegionProposalNetwork, RoIHeads)):
-            module.fg_bg_sampler = SeededSampler(module.fg_bg_sampler)
+            if not isinstance(module.fg_bg_sampler, SeededSampler):
+                module.fg_bg_sampler = SeededSampler(module.fg_bg_sampler)
             samplers.append(module.fg_bg_sampler)
     return samplers

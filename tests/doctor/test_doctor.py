@@ -14,17 +14,17 @@ from rich.console import Console
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_convert, box_iou
+from train.recipe import MODEL, recipe, teacher_file, tree
 
 from tardkd.cli import main
 from tardkd.data.scenes import CLASSES, write_scenes
+from tardkd.detectors.anchors import Anchors
 from tardkd.distill.classes import match_classes
 from tardkd.doctor import anchors, examine, gradients, speed, teacher
+from tardkd.train.batches import build_batches
 from tardkd.train.build import build_dataset
 from tardkd.train.evaluate import evaluate
-from tardkd.train.loop import build_batches
 from tardkd.train.models import ModelSpec, build_model
-
-from .recipe import MODEL, recipe, teacher_file, tree
 
 
 def doctor(folder: Path, *overrides: str, role: str = "distilled", changes: dict | None = None):
@@ -439,8 +439,8 @@ def test_anchors_against_a_comparison_with_every_anchor():
     expected = (box_iou(boxes, every).amax(dim=1) < 0.5).float().mean()
     assert 0.1 < expected < 0.9
     centred, limits = box_convert(boxes, "xyxy", "cxcywh"), torch.full((300, 2), 96.0)
-    measured = anchors._unmatched(centred, limits, generator, (4, 8, 16))
-    assert measured == pytest.approx(float(expected), abs=1e-6)
+    ours = Anchors(generator.sizes, generator.aspect_ratios, (4, 8, 16))
+    assert anchors._unmatched(centred, limits, ours) == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_anchors_that_fit_nothing_come_with_better_ones(tmp_path):
@@ -458,7 +458,7 @@ def test_boxes_are_measured_in_the_students_pixels(tmp_path):
     sides = []
     for size in (64, 128):
         model = build_model(ModelSpec(**{**MODEL, "min_size": size, "max_size": size}), 6)
-        boxes, limits = anchors._boxes(dataset, model.transform)
+        boxes, limits = anchors._boxes(dataset, model)
         _images, targets = model.transform([dataset[0][0].float() / 255], [dict(dataset[0][1])])
         expected = box_convert(targets[0]["boxes"], "xyxy", "cxcywh")
         torch.testing.assert_close(boxes[: len(expected)], expected)

@@ -8,6 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torchvision.ops import box_iou
+from train.recipe import MODEL
 
 from tardkd import cli
 from tardkd.data import Scenes
@@ -20,8 +21,6 @@ from tardkd.seeing.regions import COLUMNS, LESSONS, TaughtRegions, look_at
 from tardkd.train import checkpoint
 from tardkd.train.config import ConfigError
 from tardkd.train.models import ModelSpec, build_model
-
-from .recipe import MODEL
 
 CLASSES = ["target", "ball", "board", "parcel", "sign", "star"]
 

@@ -1,0 +1,17 @@
+"""Where the parts of a detector are, for those who time, compile or examine them: torchvision's names end here."""
+
+from __future__ import annotations
+
+from torch import nn
+
+PREDICTOR = "roi_heads.box_predictor."  # how the names of the tensors begin whose sizes depend on the classes
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """Backbone and pyramid: what runs once an image."""
+    return model.backbone
+
+
+def box_head(model: nn.Module) -> tuple[nn.Module, ...]:
+    """What runs on pooled regions, in this order."""
+    return model.roi_heads.box_head, model.roi_heads.box_predictor

@@ -1,0 +1,52 @@
+"""Output folders: claimed before anything is written into them, and never cleared of what is not our own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from tardkd.train.config import ConfigError
+
+# What a training leaves in its folder.
+OUTPUTS = ("last.pt", "previous.pt", "best.pt", "failed*.pt", "train.csv", "eval.csv", "config.yaml", "tensorboard")
+
+
+def outputs_in(folder: Path, patterns: Iterable[str] = OUTPUTS) -> list[Path]:
+    """The files and folders of those names that `folder` holds, in alphabetical order."""
+    return sorted(path for pattern in patterns for path in folder.glob(pattern))
+
+
+def claim(
+    folder: Path, refusal: Callable[[list[str]], str], *, overwrite: bool, patterns: Iterable[str] = OUTPUTS
+) -> None:
+    """Make the folder, and refuse it where it holds earlier outputs.
+
+    Args:
+        refusal: the message of that error, from the names of those outputs.
+        overwrite: remove the outputs, and nothing else, instead of refusing.
+        patterns: the names of what counts as an output.
+
+    Raises:
+        ConfigError: the folder is in use, or a file is in its place.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output {folder} is a file, not a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    used = outputs_in(folder, patterns)
+    if used and not overwrite:
+        raise ConfigError(refusal([path.name for path in used]))
+    for path in used:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def claim_for_run(folder: Path, *, overwrite: bool) -> None:
+    """Claim the folder for one training."""
+    claim(
+        folder,
+        lambda held: (
+            f"output folder {folder} is in use (it holds {', '.join(held)}); "
+            "--resume continues that run, --overwrite starts again, or choose another output="
+        ),
+        overwrite=overwrite,
+    )
