@@ -13,6 +13,7 @@ from train.recipe import tree
 from tardkd import cli
 from tardkd.demo import demo
 from tardkd.train import checkpoint
+from tardkd.train.folder import claim
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +172,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
     assert "AP in percent, 2 seeds" in shown and "distilled" in shown and "gain" in shown
     assert cli.main(["demo", "--out", "runs/demo", "--quick"]) == 2
     assert "holds an earlier demo" in capsys.readouterr().err
-    demo._claim(out, overwrite=True)
+    claim(out, lambda held: "", overwrite=True, patterns=demo.OUTPUTS)
     assert not list(out.iterdir())
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shutil
 import statistics
 import time
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from tardkd.seeing.curves import plot_curves
 from tardkd.seeing.plots import draw_detections
 from tardkd.train import checkpoint
 from tardkd.train.build import build_dataset, load_student
-from tardkd.train.config import Config, ConfigError, parse_config
+from tardkd.train.config import Config, parse_config
 from tardkd.train.evaluate import METRICS
+from tardkd.train.folder import claim
 from tardkd.train.loop import train
+from tardkd.train.roles import ROLES
 
-ROLES = ("teacher", "baseline", "distilled")
+OUTPUTS = ("results.json", "curves.png", "detections.png", "seed[0-9]*")
 QUICK = ("data.train=24", "data.val=12", "train.epochs=2", "train.log_every=6")
 PICTURES = 4  # images drawn
 SHARES = {  # columns of train.csv shown per epoch
@@ -52,7 +54,7 @@ def run_demo(
     """
     console = console or Console()
     began = time.perf_counter()
-    _claim(out, overwrite)
+    claim(out, _refusal(out), overwrite=overwrite, patterns=OUTPUTS)
     configs = {seed: demo_config(out, seed, quick=quick) for seed in range(seeds)}
     runs: list[dict[str, Any]] = []
     for seed, config in configs.items():
@@ -194,21 +196,8 @@ def _std(values: list[float | None]) -> float | None:
     return statistics.stdev(known) if len(known) > 1 else None
 
 
-def _claim(out: Path, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file, not a folder")
-    out.mkdir(parents=True, exist_ok=True)
-    used = [
-        path
-        for pattern in ("results.json", "curves.png", "detections.png", "seed[0-9]*")
-        for path in sorted(out.glob(pattern))
-    ]
-    if used and not overwrite:
-        raise ConfigError(
-            f"{out} holds an earlier demo ({used[0].name}); --overwrite removes it, or choose another --out"
-        )
-    for path in used:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _refusal(out: Path) -> Callable[[list[str]], str]:
+    return lambda held: f"{out} holds an earlier demo ({held[0]}); --overwrite removes it, or choose another --out"
 
 
 def _write_text(path: Path, text: str) -> None:
