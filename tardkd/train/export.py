@@ -14,21 +14,20 @@ state dict needs ``tardkd.train.models.build_model``; its TorchScript and ONNX f
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import MultiScaleRoIAlign
 
 from tardkd import __version__
 from tardkd.data import Scenes
+from tardkd.detectors import for_model
+from tardkd.detectors.deploy import deployable
 from tardkd.train import checkpoint
 from tardkd.train.build import load_student, stored_config
 from tardkd.train.models import COMMON, LIGHT, ModelSpec
@@ -91,45 +90,12 @@ def export(
         else:
             student = load_student(state, source).eval().requires_grad_(False)
             write = _write_torchscript if kind == "torchscript" else _write_onnx
-            side = student.transform.min_size[-1]
+            side = int(for_model(student).input_size)
             detect = write(deployable(student), metadata(spec, classes), file, size or (side, side))
             sizes = [size or (side, side)] if kind == "onnx" else [(side, side), (side * 4 // 5, side * 7 // 6)]
             found = sum(check_detections(student, detect, size) for size in sizes)
             notes = f"its {found} detections in test images are the student's"
     return f"{out}: {kind}, {len(classes)} classes ({', '.join(classes)}), {notes}"
-
-
-def deployable(student: nn.Module) -> nn.Module:
-    """A copy that needs no op of tardkd, to be converted."""
-    model = copy.deepcopy(student)
-    pool = model.roi_heads.box_roi_pool
-    model.roi_heads.box_roi_pool = MultiScaleRoIAlign(
-        pool.featmap_names,
-        pool.output_size,
-        pool.sampling_ratio,
-        canonical_scale=pool.canonical_scale,
-        canonical_level=pool.canonical_level,
-    )
-    before = model.transform
-    model.transform = _Transform(before.min_size, before.max_size, before.image_mean, before.image_std)
-    return model.eval()
-
-
-class _Transform(GeneralizedRCNNTransform):
-    """torchvision's, but it resizes as outside of TorchScript and tracing.
-
-    There torchvision's own computes the scale in single precision, and half of all sizes come out one pixel off.
-    """
-
-    def resize(
-        self,
-        image: Tensor,
-        target: Optional[dict[str, Tensor]] = None,  # noqa: UP045, what TorchScript reads
-    ) -> tuple[Tensor, Optional[dict[str, Tensor]]]:  # noqa: UP045
-        height, width = int(image.shape[-2]), int(image.shape[-1])  # in a trace they are tensors in single precision
-        scale = min(self.min_size[-1] / min(height, width), self.max_size / max(height, width))
-        size = [int(height * scale), int(width * scale)]
-        return functional.interpolate(image[None], size, mode="bilinear", align_corners=False)[0], target
 
 
 def metadata(spec: ModelSpec, classes: list[str]) -> dict[str, str]:

@@ -9,13 +9,13 @@ from importlib.util import find_spec
 import pytest
 import torch
 from torch import nn
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
 from tardkd import cli
+from tardkd.detectors.deploy import deployable
 from tardkd.train import checkpoint, export
 from tardkd.train.build import load_student
-from tardkd.train.export import ExportError, deployable
+from tardkd.train.export import ExportError
 from tardkd.train.models import build_model
 
 from .recipe import recipe
@@ -219,19 +219,6 @@ def test_a_missing_package_is_named(light, tmp_path, monkeypatch, capsys, suffix
     assert run(light, tmp_path / f"student{suffix}") == 2
     assert f"pip install {package}" in capsys.readouterr().err
     assert not os.listdir(tmp_path)
-
-
-@pytest.mark.parametrize("size", [(200, 270), (300, 410), (51, 74), (100, 130)])
-def test_images_are_resized_as_outside_of_torchscript_and_traces(size):
-    arguments = [320], 640, [0.0] * 3, [1.0] * 3
-    image = torch.rand(3, *size)
-    expected = GeneralizedRCNNTransform(*arguments).eval()([image])[0]
-    ours = export._Transform(*arguments).eval()
-    scripted = torch.jit.script(ours)([image])[0]
-    assert scripted.image_sizes == expected.image_sizes
-    traced = torch.jit.trace(lambda image: ours([image])[0].tensors, (image,))(image)
-    for tensors in (scripted.tensors, traced):
-        torch.testing.assert_close(tensors, expected.tensors)
 
 
 def test_the_comparison_sees_a_difference():
