@@ -25,16 +25,16 @@ from the code by `python docs/settings.py`.
 
 
 def meanings(owner: type) -> dict[str, str]:
-    """The comment behind each field; of a field that follows without one below a comment of its own, that."""
-    found, above = {}, ""
+    """The comment behind each field of the class; of a field without one, the comment on the line above it."""
+    comments, above = {}, ""
     for line in inspect.getsource(owner).splitlines():
         if match := FIELD.match(line):
-            found[match[1]] = match[2] or above
+            comments[match[1]] = match[2] or above
         elif line.strip().startswith("#"):
             above = line.strip().lstrip("# ")
             continue
         above = ""
-    return found
+    return comments
 
 
 def type_of(schema: dict, node: dict) -> str:
@@ -45,7 +45,7 @@ def type_of(schema: dict, node: dict) -> str:
     if options:
         return " or ".join(type_of(schema, option) for option in options)
     if "enum" in node:
-        return ", ".join(f"`{value}`" for value in node["enum"])
+        return " or ".join(f"`{value}`" for value in node["enum"])
     if "const" in node:
         return f"`{node['const']}`"
     if node.get("type") == "array":
@@ -55,9 +55,24 @@ def type_of(schema: dict, node: dict) -> str:
         return f"list of {type_of(schema, node['items'])}" if node.get("items") else "list"
     if node.get("type") == "object" and isinstance(node.get("additionalProperties"), dict):
         return f"mapping to {type_of(schema, node['additionalProperties'])}"
+    return " ".join([node.get("type", "any"), *bounds_of(node)])
+
+
+def bounds_of(node: dict) -> list[str]:
+    """The interval of a number, as in "≥ 0" and "< 1"."""
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    bounds = [f"{sign} {node[key]:g}" for key, sign in signs.items() if key in node]
-    return " ".join([node.get("type", "any"), *bounds])
+    return [f"{sign} {node[key]:g}" for key, sign in signs.items() if key in node]
+
+
+def default_of(key: str, field: dict, required: list[str]) -> str:
+    """What holds where a recipe does not say it. A section without a default of its own has those of its keys."""
+    if key in required:
+        return "required"
+    default = field.get("default")
+    is_nullable = any(option.get("type") == "null" for option in field.get("anyOf", ()))
+    if isinstance(default, dict) or (default is None and not is_nullable):
+        return "its own"
+    return f"`{json.dumps(default)}`"
 
 
 def reference() -> str:
@@ -67,30 +82,32 @@ def reference() -> str:
     for name, node in {"Config": schema, **schema["$defs"]}.items():
         owner = owners[name]
         comments: dict[str, str] = {}
-        for one in reversed(owner.__mro__):
-            if one.__module__.startswith("tardkd"):
-                comments |= meanings(one)
+        for base in reversed(owner.__mro__):
+            if base.__module__.startswith("tardkd"):
+                comments |= meanings(base)
         lines += [f"## {name}", "", inspect.cleandoc(owner.__doc__ or "").replace("``", "`"), ""]
         lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         for key, field in node["properties"].items():
-            default = "required" if key in node.get("required", ()) else f"`{json.dumps(field.get('default'))}`"
-            if isinstance(field.get("default"), dict):
-                default = "its own"
-            cells = key, type_of(schema, field), default, comments.get(key, "")
+            cells = (
+                key,
+                type_of(schema, field),
+                default_of(key, field, node.get("required", [])),
+                comments.get(key, ""),
+            )
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines)
 
 
 def undescribed() -> list[str]:
-    """Keys without a meaning."""
-    section, found = "", []
+    """The keys of which no comment says what they mean."""
+    section, keys = "", []
     for line in reference().splitlines():
         if line.startswith("## "):
             section = line[3:]
         elif line.startswith("| ") and line.endswith("|  |"):
-            found.append(f"{section}.{line.split(' | ')[0][2:]}")
-    return found
+            keys.append(f"{section}.{line.split(' | ')[0][2:]}")
+    return keys
 
 
 def main() -> None:

@@ -103,8 +103,8 @@ def _boxes(dataset: Any) -> Iterator[Finding]:
     outside = ((low < -OUTSIDE) | (high > limits + OUTSIDE)).any(dim=1) & ~lost
 
     def describe(chosen: torch.Tensor) -> tuple[str, str]:
-        found = [f"{boxes[i].tolist()} in {images[i]['file_name']}" for i in chosen.nonzero().flatten().tolist()]
-        return f"{len(found)} of {len(boxes)} boxes ({len(found) / len(boxes):.1%})", first(found, 3)
+        examples = [f"{boxes[i].tolist()} in {images[i]['file_name']}" for i in chosen.nonzero().flatten().tolist()]
+        return f"{len(examples)} of {len(boxes)} boxes ({len(examples) / len(boxes):.1%})", first(examples, 3)
 
     hint = "boxes must be [x, y, width, height] in pixels of the stored image; is it [x1, y1, x2, y2], or another size?"
     for chosen, what, slip in (
@@ -112,10 +112,10 @@ def _boxes(dataset: Any) -> Iterator[Finding]:
         (outside, "stand over their image's border and are clipped", "look at these images"),
     ):
         if chosen.any():
-            count, examples = describe(chosen)
+            count, places = describe(chosen)
             many = chosen.double().mean() > SYSTEMATIC
             yield (problem if many else warning)(
-                f"{count} {what}: {examples}", hint if many else slip, boxes=int(chosen.sum())
+                f"{count} {what}: {places}", hint if many else slip, boxes=int(chosen.sum())
             )
     if not (lost | outside).any():
         yield ok("all boxes lie within their images")

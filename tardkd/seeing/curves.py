@@ -131,7 +131,7 @@ def _read_run(path: Path) -> tuple[Table, Table]:
     folder = path.parent if path.is_file() else path
     if not (folder / "train.csv").is_file():
         inside = sorted(
-            found.parent.relative_to(folder) for depth in ("*", "*/*") for found in folder.glob(f"{depth}/train.csv")
+            log.parent.relative_to(folder) for depth in ("*", "*/*") for log in folder.glob(f"{depth}/train.csv")
         )
         hint = f"; there are runs in it: {', '.join(map(str, inside))}" if inside else ""
         raise ValueError(f"{folder} is no run's folder: it has no train.csv{hint}")

@@ -49,13 +49,13 @@ def inspect_run(
 
     out.mkdir(parents=True, exist_ok=True)
     compared = "student" if config.distill.regression_gate == "vs_student" else "region"
-    looks = []
+    taught = []  # the regions of each image
     for index in indices:
         image, target = dataset[index]
         if target.get("unreadable"):  # which the data set has warned of
             continue
         pixels = image.float() / 255
-        looks.append(look_at(distiller, pixels, target, seed=config.train.seed))
+        taught.append(look_at(distiller, pixels, target, seed=config.train.seed))
         columns = {
             "objects": target,
             "student": detect(distiller.student, pixels),
@@ -64,20 +64,20 @@ def inspect_run(
         draw_page(
             image,
             columns,
-            looks[-1],
+            taught[-1],
             dataset.class_names,
             out / f"image_{target['image_id']}.png",
             title=f"image {target['image_id']} of {split}, {path.parent.name}/{path.name}",
             compared=compared,
         )
-    if not looks:
+    if not taught:
         raise ConfigError(f"none of the {len(indices)} images of data.{split} can be read")
     with open(out / "regions.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([COLUMNS, *(row for look in looks for row in look.rows(dataset.class_names))])
-    draw_overview(looks, dataset.class_names, out / "overview.png", compared=compared)
+        csv.writer(file).writerows([COLUMNS, *(row for regions in taught for row in regions.rows(dataset.class_names))])
+    draw_overview(taught, dataset.class_names, out / "overview.png", compared=compared)
 
-    gates = torch.cat([look.foreground().gates for look in looks])
-    images = "1 image" if len(looks) == 1 else f"{len(looks)} images"
+    gates = torch.cat([regions.foreground().gates for regions in taught])
+    images = "1 image" if len(taught) == 1 else f"{len(taught)} images"
     if not len(gates):
         return f"{images} without a foreground region"
     opened = gates.float().mean(0).tolist()

@@ -55,7 +55,7 @@ def draw_detections(
                 panel.set_title(literal(name), fontsize=12)
             draw_panel(panel, image, per_image[row], truth and truth[row], min_score)
     used = sorted({int(label) for per_image in columns.values() for entry in per_image for label in entry["labels"]})
-    handles = class_handles(used, class_names, found=truth is not None)
+    handles = class_handles(used, class_names, with_truth=truth is not None)
     if handles:
         figure.legend(
             handles=handles, loc="outside lower center", ncols=min(len(handles), 3 * len(columns)), frameon=False
@@ -95,13 +95,13 @@ def draw_panel(
     )
 
 
-def class_handles(labels: Sequence[int], class_names: Sequence[str], *, found: bool) -> list[Line2D]:
+def class_handles(labels: Sequence[int], class_names: Sequence[str], *, with_truth: bool) -> list[Line2D]:
     """A legend's lines for classes and, with ``found``, for what :func:`draw_panel` makes of detections."""
     handles = [
         Line2D([], [], color=class_colour(label), linewidth=3, label=literal(class_names[label - 1]))
         for label in labels
     ]
-    if found:
+    if with_truth:
         handles += [
             Line2D([], [], color="grey", linestyle="--", label="wrong"),
             Line2D([], [], color="grey", linestyle=":", label="missed (white)"),

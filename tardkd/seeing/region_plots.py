@@ -77,7 +77,7 @@ def draw_page(
         }
     )
     figure.legend(
-        handles=class_handles(used, class_names, found=True),
+        handles=class_handles(used, class_names, with_truth=True),
         loc="upper left",
         ncols=len(used) + 2,
         bbox_to_anchor=(MARGIN / WIDTH, 1 - (0.78 + top) / height),
@@ -101,10 +101,10 @@ def draw_page(
 
 
 def draw_overview(
-    looks: Sequence[TaughtRegions], class_names: Sequence[str], out: str | Path, *, compared: str
+    taught: Sequence[TaughtRegions], class_names: Sequence[str], out: str | Path, *, compared: str
 ) -> None:
     """All foreground regions: the scores that decide the gates against each other, and the open gates per class."""
-    parts = [look.foreground() for look in looks]
+    parts = [regions.foreground() for regions in taught]
     labels, gates, scores = (
         torch.cat([getattr(part, name) for part in parts]) for name in ("labels", "gates", "scores")
     )
@@ -126,7 +126,7 @@ def draw_overview(
         loc="outside upper left",
         ncols=len(LESSONS),
         frameon=False,
-        title=f"{len(lessons)} foreground regions of {len(looks)} images, by what the teacher taught there",
+        title=f"{len(lessons)} foreground regions of {len(taught)} images, by what the teacher taught there",
         alignment="left",
     )
     figure.supxlabel(
@@ -211,7 +211,7 @@ def _short(name: str, length: int = 14) -> str:
 def _scatter(ax: Axes, x: Tensor, y: Tensor, lessons: Sequence[str], x_name: str, y_name: str, title: str) -> None:
     ax.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, zorder=0)
     for lesson in LESSONS:
-        mine = torch.tensor([one == lesson for one in lessons], dtype=torch.bool)
+        mine = torch.tensor([name == lesson for name in lessons], dtype=torch.bool)
         ax.scatter(x[mine], y[mine], s=16, alpha=0.7, linewidths=1, color=COLOURS[lesson], marker=MARKERS[lesson])
     ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xlabel=x_name, ylabel=y_name)
     _plain(ax, title)

@@ -72,12 +72,12 @@ class TaughtRegions:
         One of each object comes before the second of any.
         """
         differences = (self.scores[:, 0] - self.scores[:, 1]).abs() + (self.scores[:, 2] - self.scores[:, 3]).abs()
-        seen: Counter[tuple[float, ...]] = Counter()
+        turns_of: Counter[tuple[float, ...]] = Counter()
         turns = []
         for i in differences.argsort(descending=True, stable=True).tolist():
             thing = tuple(self.objects[i].tolist())
-            turns.append((seen[thing], i))
-            seen[thing] += 1
+            turns.append((turns_of[thing], i))
+            turns_of[thing] += 1
         chosen = sorted((turn for turn in turns if turn[0] < PER_OBJECT), key=lambda turn: turn[0])[:count]
         chosen.sort(key=lambda turn: -differences[turn[1]])
         return self[torch.tensor([i for _, i in chosen], dtype=torch.int64)]
@@ -132,9 +132,9 @@ def detect(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
     device = next(model.parameters()).device
     training = model.training
     with torch.inference_mode():
-        found = model.eval()([image.to(device)])[0]
+        detections = model.eval()([image.to(device)])[0]
     model.train(training)
-    return found
+    return detections
 
 
 def teachers_detections(distiller: Distiller, image: Tensor) -> dict[str, Tensor]:

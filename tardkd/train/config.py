@@ -30,7 +30,7 @@ from tardkd.distill import DistillSettings
 from tardkd.train.models import ModelSpec
 from tardkd.train.roles import Role
 
-VARIANTS = ("coco", "voc", "scenes", "one", "several")  # of data, of teacher
+VARIANTS = ("coco", "voc", "scenes", "one", "several")  # the kinds of a data section, and of a teacher section
 
 
 class ConfigError(ValueError):
@@ -44,8 +44,8 @@ class Section(BaseModel):
 class Split(Section):
     """One split of a COCO-format data set; both paths are relative to ``data.root``."""
 
-    images: str  # folder
-    annotations: str  # COCO JSON file
+    images: str  # the folder of the image files
+    annotations: str  # the COCO JSON file
 
 
 OnBadImage = Literal["error", "skip"]
@@ -54,35 +54,35 @@ OnBadImage = Literal["error", "skip"]
 class CocoData(Section):
     """Images and COCO JSON files."""
 
-    kind: Literal["coco"]  # COCO annotations
-    root: str  # folder that the others are in
-    train: Split  # to learn from
-    val: Split  # evaluated during training
-    test: Split | None = None  # for tardkd eval --split test
-    on_bad_image: OnBadImage = "error"  # skip: the next good one in training, no detections in evaluation
+    kind: Literal["coco"]  # the data set is in COCO format
+    root: str  # the folder that all other paths start from
+    train: Split  # what the student learns from
+    val: Split  # what is evaluated during training
+    test: Split | None = None  # what tardkd eval --split test evaluates
+    on_bad_image: OnBadImage = "error"  # skip: train on the next good image instead, evaluate the bad one as empty
 
 
 class VocData(Section):
     """A Pascal VOC folder; train, val and test are names of its ``ImageSets/Main`` lists."""
 
-    kind: Literal["voc"]  # a Pascal VOC folder
-    root: str  # it
-    train: str = "train"  # a list of ImageSets/Main, to learn from
-    val: str = "val"  # another, evaluated during training
-    test: str | None = None  # for tardkd eval --split test
+    kind: Literal["voc"]  # the data set is a Pascal VOC folder
+    root: str  # the path of that folder
+    train: str = "train"  # the list in ImageSets/Main of the images to learn from
+    val: str = "val"  # the list of those that are evaluated during training
+    test: str | None = None  # the list for tardkd eval --split test
     classes: tuple[str, ...] | None = None  # names in the order of the labels; None: all in the folder, by alphabet
-    on_bad_image: OnBadImage = "error"  # skip: the next good one in training, no detections in evaluation
+    on_bad_image: OnBadImage = "error"  # skip: train on the next good image instead, evaluate the bad one as empty
 
 
 class SceneData(Section):
     """The built-in scenes; train, val and test are numbers of images."""
 
-    kind: Literal["scenes"]  # drawn as they are needed
-    image_size: PositiveInt = 192  # pixels a side
-    train: PositiveInt = 400  # number of images
-    val: PositiveInt = 200  # number of images
-    test: PositiveInt | None = None  # number of images
-    seed: NonNegativeInt = 0  # of what is on them
+    kind: Literal["scenes"]  # images are drawn as they are needed, so that no data is
+    image_size: PositiveInt = 192  # height and width of an image in pixels
+    train: PositiveInt = 400  # how many images there are to learn from
+    val: PositiveInt = 200  # how many are evaluated during training
+    test: PositiveInt | None = None  # how many there are for tardkd eval --split test
+    seed: NonNegativeInt = 0  # decides what is on the images
 
 
 class Augment(Section):
@@ -106,17 +106,17 @@ class Augment(Section):
 
 
 class Teacher(Section):
-    """The frozen model. `weights`: one of our checkpoints, a plain state dict, or DEFAULT for torchvision's own.
+    """A frozen model that helps the student.
 
-    `model` is what the role `teacher` trains, and what a plain state dict or DEFAULT belongs to; one of our
-    checkpoints says itself what it is. Its classes teach those of the same name; `classes` pairs others, or with null
-    takes one out.
+    Its `weights` are one of tardkd's checkpoints, a plain state dict, or DEFAULT for torchvision's own. A checkpoint
+    says itself which model it is of; for the others `model` does, and that is also what the role `teacher` trains. The
+    teacher's classes teach the student's of the same name; `classes` pairs others, or takes one out with null.
     """
 
-    weights: str | None = None  # null with --role distilled: those of the recipe's own teacher run
-    model: ModelSpec | None = None  # what the role teacher trains, and what a state dict or DEFAULT belongs to
-    classes: dict[str, str | None] | None = None  # teacher's: student's
-    compile: bool = False  # its backbone by torch.compile: minutes at the start, for trainings of hours
+    weights: str | None = None  # a file or DEFAULT; null with --role distilled: from the recipe's own teacher run
+    model: ModelSpec | None = None  # what the weights are of, where they do not say so; what the role teacher trains
+    classes: dict[str, str | None] | None = None  # a class of the teacher's: the class of the student's that it teaches
+    compile: bool = False  # compile its backbone, which takes minutes at the start and saves time in long trainings
 
 
 def _how_many(teacher: Any) -> str:
@@ -131,22 +131,22 @@ Teachers = Annotated[Annotated[Teacher, Tag("one")] | Annotated[Several, Tag("se
 class Distill(DistillSettings):
     """`DistillSettings` and a switch: ``enabled: false`` trains exactly the plain detector."""
 
-    enabled: bool = True  # false: no teacher
+    enabled: bool = True  # false: the student trains without a teacher
 
 
 class Optimizer(Section):
     """The step rule and its learning rate over time."""
 
-    kind: Literal["sgd", "adamw"] = "sgd"  # torch's own
-    lr: PositiveFloat = 0.02  # after the warm-up, for a whole batch; nothing scales it
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of sgd
-    weight_decay: NonNegativeFloat = 1e-4  # on all parameters
-    clip_norm: PositiveFloat | None = None  # longest gradient, as one vector; null: no limit
+    kind: Literal["sgd", "adamw"] = "sgd"  # the step rule, as torch implements it
+    lr: PositiveFloat = 0.02  # learning rate after the warm-up; it is not scaled by the size of the batch
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # momentum of sgd
+    weight_decay: NonNegativeFloat = 1e-4  # decay of all parameters
+    clip_norm: PositiveFloat | None = None  # longest norm of the gradient of all parameters; null: no limit
     warmup: NonNegativeInt = 0  # iterations over which the rate rises linearly
     warmup_factor: Annotated[float, Field(gt=0, le=1)] = 1e-3  # share of the rate that the warm-up begins with
-    schedule: Literal["constant", "multistep", "cosine"] = "constant"  # cosine falls to 0 at the end
+    schedule: Literal["constant", "multistep", "cosine"] = "constant"  # the rate after warm-up; cosine ends at 0
     milestones: tuple[PositiveInt, ...] = ()  # epochs after which multistep multiplies the rate by gamma
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1  # of multistep
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1  # factor of the rate at each milestone of multistep
 
     @model_validator(mode="after")
     def _milestones_match(self) -> Optimizer:
@@ -161,36 +161,36 @@ class Optimizer(Section):
 
 
 class Train(Section):
-    """The loop."""
+    """How long, on what and how exactly the loop trains."""
 
     epochs: PositiveInt  # passes over the training images
-    batch_size: PositiveInt = 2  # images of a step, over all processes
-    accumulate: PositiveInt = 1  # parts that a process's share of a step goes through the models in, to save memory
-    seed: NonNegativeInt = 0  # of the first weights, the order, the views and the choice of regions
-    amp: Literal["none", "bf16", "fp16"] = "none"  # autocast; fp16 with a gradient scaler
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay a step of the average that is evaluated and kept
-    sync_bn: bool = False  # statistics over all processes, on GPUs
-    on_non_finite: Literal["stop", "skip"] = "stop"  # what a loss that is none does; the 10th skip in a row stops too
-    channels_last: bool = False  # memory format of both models; faster on most machines
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where torch finds it
-    threads: PositiveInt | None = None  # of a CPU; null: as many as torch takes
+    batch_size: PositiveInt = 2  # images of a step, of all processes together
+    accumulate: PositiveInt = 1  # in how many parts a process takes its share of a step, to save memory
+    seed: NonNegativeInt = 0  # decides the first weights, the order, the views and the choice of regions
+    amp: Literal["none", "bf16", "fp16"] = "none"  # precision of autocast; fp16 comes with a gradient scaler
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # evaluate an average of the weights with this decay
+    sync_bn: bool = False  # share BatchNorm's statistics among all processes, which works on GPUs alone
+    on_non_finite: Literal["stop", "skip"] = "stop"  # on a loss that is not finite; the 10th skip in a row stops too
+    channels_last: bool = False  # memory format of student and teachers, faster on most machines
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train; auto: on CUDA where torch finds it
+    threads: PositiveInt | None = None  # threads of the CPU; null: as many as torch takes
     workers: NonNegativeInt = 0  # processes that load images, for each process that trains
-    group_by_aspect: bool = True  # batches of wide images and batches of others, which need less padding
-    eval_every: PositiveInt = 1  # epochs; the last epoch is always evaluated
+    group_by_aspect: bool = True  # keep wide images apart from others, so that batches need less padding
+    eval_every: PositiveInt = 1  # epochs between evaluations; the last epoch is always evaluated
     save_every: PositiveInt | None = None  # iterations between checkpoints within an epoch; each epoch's end has one
     log_every: PositiveInt = 20  # iterations between lines when the output is not a terminal
 
 
 class Config(Section):
-    """A recipe."""
+    """All that a recipe says."""
 
     data: Annotated[CocoData | VocData | SceneData, Field(discriminator="kind")]  # images and their objects
     augment: Augment = Augment()  # random views of the training images
     student: ModelSpec  # the detector to train
     teacher: Teachers | None = None  # the frozen one that helps, or a list of them, each for classes of its own
     distill: Distill = Distill()  # what is transferred, and how much it weighs
-    optimizer: Optimizer = Optimizer()  # step rule and learning rate
-    train: Train  # the loop
+    optimizer: Optimizer = Optimizer()  # the step rule and its learning rate
+    train: Train  # how long, on what and how exactly
     output: str  # the run's folder; made if it is not there
 
     @model_validator(mode="after")
@@ -209,7 +209,7 @@ class Config(Section):
         return {} if self.teacher is None else {"teacher": self.teacher}
 
     def plain(self) -> dict[str, Any]:
-        """As nested dicts, lists and plain values: what a checkpoint or a YAML file can hold."""
+        """The configuration as nested dicts, lists and plain values, which a checkpoint or a YAML file can hold."""
         return self.model_dump(mode="json")
 
     def for_role(self, role: Role) -> Config:
@@ -367,4 +367,4 @@ def _resolve(schema: dict, node: dict) -> list[dict]:
     if "properties" in node:
         return [node]
     options = [node["items"]] if "items" in node else node.get("anyOf", node.get("oneOf", []))
-    return [found for option in options for found in _resolve(schema, option)]
+    return [section for option in options for section in _resolve(schema, option)]

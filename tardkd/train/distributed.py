@@ -30,11 +30,11 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """The one that writes."""
+        """Whether this is the process that writes."""
         return self.rank == 0
 
     def mean(self, values: Tensor) -> Tensor:
-        """Over all processes, on the device; the host is not waited for. In place."""
+        """The mean over all processes, computed in place and on the device; the host does not wait."""
         if self.count > 1:
             dist.all_reduce(values)
             values /= self.count
@@ -44,9 +44,9 @@ class Processes:
         """Every process's value, in the order of their ranks."""
         if self.count == 1:
             return [value]
-        found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
 
     def from_first(self, value: Any) -> Any:
         """The first process's value."""
@@ -57,7 +57,7 @@ class Processes:
         return box[0]
 
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrites them with the first process's."""
+        """Overwrite the tensors with those of the first process."""
         if self.count > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)

@@ -47,28 +47,29 @@ def evaluate(
     training = model.training
     model.eval()
     results: list[dict[str, Any]] = []
-    seen: list[int] = []
+    image_ids: list[int] = []
     try:
         with torch.inference_mode():
             for images, targets in loader:
                 outputs = model(to_float(images, device))
-                image_ids = [int(target["image_id"]) for target in targets]
+                of_batch = [int(target["image_id"]) for target in targets]
                 readable = [not target.get("unreadable") for target in targets]  # the others are without detections
                 results += detections_to_coco(
-                    list(compress(outputs, readable)), list(compress(image_ids, readable)), dataset.category_ids
+                    list(compress(outputs, readable)), list(compress(of_batch, readable)), dataset.category_ids
                 )
-                seen += image_ids
+                image_ids += of_batch
     finally:
         model.train(training)
     processes = processes or Processes()
-    found = processes.gather((results, seen))
+    shares = processes.gather((results, image_ids))
     if not processes.is_first:
         return processes.from_first(None)
-    every = {image_id: share for share in found for image_id in share[1]}  # by the process that saw it
-    results = [one for share in found for one in share[0] if every[one["image_id"]] is share]
-    metrics = coco_metrics(results, list(every), dataset)
+    # An image that several processes had counts once.
+    chosen = {image_id: share for share in shares for image_id in share[1]}
+    results = [result for share in shares for result in share[0] if chosen[result["image_id"]] is share]
+    metrics = coco_metrics(results, list(chosen), dataset)
     if isinstance(dataset, VocDetection):
-        metrics["VOC_AP50"] = voc_ap50(results, list(every), dataset)
+        metrics["VOC_AP50"] = voc_ap50(results, list(chosen), dataset)
     return processes.from_first(metrics)
 
 
@@ -95,8 +96,8 @@ def detections_to_coco(
 def coco_metrics(results: list[dict[str, Any]], image_ids: Sequence[int], dataset: DetectionDataset) -> dict[str, Any]:
     """:func:`evaluate`'s numbers from COCO ``results`` on the images ``image_ids``."""
     # COCO.loadRes refuses an empty list, so the detections are indexed here.
-    found = COCO()
-    found.dataset = {
+    detections = COCO()
+    detections.dataset = {
         "images": dataset.coco.dataset["images"],
         "categories": dataset.coco.dataset["categories"],
         "annotations": [
@@ -105,8 +106,8 @@ def coco_metrics(results: list[dict[str, Any]], image_ids: Sequence[int], datase
         ],
     }
     with contextlib.redirect_stdout(io.StringIO()):
-        found.createIndex()
-        evaluation = COCOeval(dataset.coco, found, "bbox")
+        detections.createIndex()
+        evaluation = COCOeval(dataset.coco, detections, "bbox")
         evaluation.params.imgIds = sorted(set(image_ids))
         evaluation.params.catIds = list(dataset.category_ids)
         evaluation.evaluate()

@@ -93,8 +93,8 @@ def export(
             side = int(for_model(student).input_size)
             detect = write(deployable(student), metadata(spec, classes), file, size or (side, side))
             sizes = [size or (side, side)] if kind == "onnx" else [(side, side), (side * 4 // 5, side * 7 // 6)]
-            found = sum(check_detections(student, detect, size) for size in sizes)
-            notes = f"its {found} detections in test images are the student's"
+            count = sum(check_detections(student, detect, size) for size in sizes)
+            notes = f"its {count} detections in test images are the student's"
     return f"{out}: {kind}, {len(classes)} classes ({', '.join(classes)}), {notes}"
 
 
@@ -138,8 +138,8 @@ def _write_safetensors(tensors: dict[str, Tensor], notes: dict[str, str], file: 
     _check_tensors(library.torch.load_file(file), tensors)
 
 
-def _check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    if found.keys() != expected.keys() or not all(torch.equal(found[name], expected[name]) for name in expected):
+def _check_tensors(written: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    if written.keys() != expected.keys() or not all(torch.equal(written[name], expected[name]) for name in expected):
         raise ExportError("the file does not hold the student's tensors")
 
 
@@ -196,8 +196,8 @@ class _OneImage(nn.Module):
         self.model = model
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        found = self.model([image])[0]
-        return tuple(found[name] for name in OUTPUTS)
+        detections = self.model([image])[0]
+        return tuple(detections[name] for name in OUTPUTS)
 
 
 # ---- comparison ----------------------------------------------------------------------------------------------------
@@ -208,13 +208,13 @@ def check_detections(model: nn.Module, detect: Detect, size: tuple[int, int]) ->
     image = picture(model, size)
     rounding = 1e-5 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected, found, rounded = model([image])[0], detect(image), model([image + rounding])[0]
-    lost = _differing(expected, found, size)
+        expected, written, rounded = model([image])[0], detect(image), model([image + rounding])[0]
+    lost = _differing(expected, written, size)
     # Rounding may move what is just at a threshold, or among the last that are kept; more of it in a raw student.
-    if lost > 0.02 * (len(expected["boxes"]) + len(found["boxes"])) + 2 * _differing(expected, rounded, size):
+    if lost > 0.02 * (len(expected["boxes"]) + len(written["boxes"])) + 2 * _differing(expected, rounded, size):
         raise ExportError(
             f"what was written detects something else than the student in an image of {size[0]} x "
-            f"{size[1]}: of {len(expected['boxes'])} and {len(found['boxes'])} detections {lost} have no "
+            f"{size[1]}: of {len(expected['boxes'])} and {len(written['boxes'])} detections {lost} have no "
             "partner of equal label, score and box"
         )
     return len(expected["boxes"])

@@ -47,7 +47,7 @@ class ModelSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    # torchvision's, or resnet_fpn: a light family for CPU work
+    # one of torchvision's detectors, or resnet_fpn: a light family for CPU work
     name: Literal[
         "resnet_fpn",
         "fasterrcnn_resnet50_fpn",
@@ -56,31 +56,31 @@ class ModelSpec(BaseModel):
         "fasterrcnn_mobilenet_v3_large_fpn",
         "fasterrcnn_mobilenet_v3_large_320_fpn",
     ] = LIGHT
-    weights: str | None = None  # the detector: a local state dict or checkpoint; DEFAULT: torchvision downloads its own
-    new_head: bool = False  # take all but the class and box predictor from weights of other classes, or that tell none
-    backbone_weights: str | None = None  # the classifier a backbone starts from: a local state dict, or DEFAULT
-    freeze_norm: bool = False  # BatchNorm as constants, as detectors with small batches fine-tune
-    norm_eps: NonNegativeFloat | None = None  # of BatchNorm; 0 is what torchvision's COCO_V1 files were trained with
-    frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0  # leading ResNet stages without training: 1 = the stem
+    weights: str | None = None  # a file to start the whole detector from; DEFAULT: torchvision downloads its own
+    new_head: bool = False  # take all but the class and box predictor from weights that are not of the same classes
+    backbone_weights: str | None = None  # a file of a classifier to start the backbone from, or DEFAULT
+    freeze_norm: bool = False  # keep BatchNorm constant, as is usual where small batches fine-tune a detector
+    norm_eps: NonNegativeFloat | None = None  # BatchNorm's epsilon; torchvision's COCO_V1 files were trained with 0
+    frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0  # how many leading ResNet stages are not trained; 1: the stem
 
-    min_size: PositiveInt | tuple[PositiveInt, ...] | None = None  # several: drawn anew for each training image
+    min_size: PositiveInt | tuple[PositiveInt, ...] | None = None  # an image's shortest side; of several, one at random
     max_size: PositiveInt | None = None  # longest side of an image in pixels
-    rpn_pre_nms_top_n_train: PositiveInt | None = None  # proposals a level before suppression, in training
-    rpn_pre_nms_top_n_test: PositiveInt | None = None  # the same otherwise
-    rpn_post_nms_top_n_train: PositiveInt | None = None  # proposals an image after suppression, in training
-    rpn_post_nms_top_n_test: PositiveInt | None = None  # the same otherwise
-    rpn_batch_size_per_image: PositiveInt | None = None  # anchors per image in the losses of the proposals
-    box_batch_size_per_image: PositiveInt | None = None  # regions per image in training
-    box_detections_per_img: PositiveInt | None = None  # detections an image at most
+    rpn_pre_nms_top_n_train: PositiveInt | None = None  # proposals of each level before suppression, in training
+    rpn_pre_nms_top_n_test: PositiveInt | None = None  # the same in evaluation
+    rpn_post_nms_top_n_train: PositiveInt | None = None  # proposals of each image after suppression, in training
+    rpn_post_nms_top_n_test: PositiveInt | None = None  # the same in evaluation
+    rpn_batch_size_per_image: PositiveInt | None = None  # anchors of each image in the losses of the proposals
+    box_batch_size_per_image: PositiveInt | None = None  # regions of each image that train the box head
+    box_detections_per_img: PositiveInt | None = None  # most detections of an image
     box_score_thresh: Annotated[float, Field(ge=0, lt=1)] | None = None  # least score of a detection
 
-    blocks: Annotated[tuple[PositiveInt, ...], Field(min_length=2, max_length=4)] = (2, 2, 2, 2)  # per stage
-    width: PositiveFloat = 1.0  # 1: 64, 128, 256, 512 channels
-    fpn_channels: PositiveInt = 256  # of every pyramid level
+    blocks: Annotated[tuple[PositiveInt, ...], Field(min_length=2, max_length=4)] = (2, 2, 2, 2)  # blocks of each stage
+    width: PositiveFloat = 1.0  # factor of the stages' 64, 128, 256, 512 channels
+    fpn_channels: PositiveInt = 256  # channels of every pyramid level
     head_dim: PositiveInt = 1024  # width of the box head's two layers
-    norm: Literal["batch", "group"] = "batch"  # batch, or group: statistics within an image
-    anchor_sizes: tuple[PositiveInt, ...] = (32, 64, 128, 256, 512)  # pixels, one per pyramid level (stages + 1)
-    canonical_scale: PositiveInt = 224  # pixels; regions of this size are pooled from stride 16, half of it from 8
+    norm: Literal["batch", "group"] = "batch"  # statistics of a batch, or of groups of an image's channels
+    anchor_sizes: tuple[PositiveInt, ...] = (32, 64, 128, 256, 512)  # pixels, one for each level (stages + 1)
+    canonical_scale: PositiveInt = 224  # pixels; regions of this size are pooled from stride 16, of half of it from 8
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelSpec:

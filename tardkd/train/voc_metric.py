@@ -30,7 +30,7 @@ def voc_ap50(results: Sequence[dict[str, Any]], image_ids: Sequence[int], datase
         if annotation["image_id"] in images:
             objects[annotation["image_id"], annotation["category_id"]].append(annotation)
     precisions = [
-        _average_precision([one for one in results if one["category_id"] == category], objects, category)
+        _average_precision([result for result in results if result["category_id"] == category], objects, category)
         for category in dataset.category_ids
     ]
     known = [value for value in precisions if value is not None]
@@ -38,16 +38,19 @@ def voc_ap50(results: Sequence[dict[str, Any]], image_ids: Sequence[int], datase
 
 
 def _average_precision(
-    found: list[dict[str, Any]], objects: dict[tuple[int, int], list[dict[str, Any]]], category: int
+    detections: list[dict[str, Any]], objects: dict[tuple[int, int], list[dict[str, Any]]], category: int
 ) -> float | None:
-    wanted = sum(not one["iscrowd"] for (_, of), group in objects.items() if of == category for one in group)
+    own = [thing for (_, of), group in objects.items() if of == category for thing in group]
+    wanted = sum(not thing["iscrowd"] for thing in own)
     if not wanted:
         return None
     taken: set[int] = set()
-    right = []  # of each detection that counts, the surest first
-    for one in sorted(found, key=lambda one: -one["score"]):
-        group = objects.get((one["image_id"], category), [])
-        overlaps = box_iou([one["bbox"]], [thing["bbox"] for thing in group], [0] * len(group)) if group else [[0.0]]
+    right = []  # whether each detection that counts is right, the surest first
+    for detection in sorted(detections, key=lambda detection: -detection["score"]):
+        group = objects.get((detection["image_id"], category), [])
+        overlaps = (
+            box_iou([detection["bbox"]], [thing["bbox"] for thing in group], [0] * len(group)) if group else [[0.0]]
+        )
         best = int(np.argmax(overlaps[0]))
         if overlaps[0][best] < IOU:
             right.append(False)

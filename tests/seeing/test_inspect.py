@@ -158,12 +158,12 @@ def test_a_page(figures, tmp_path):
 
 
 def test_an_overview(figures, tmp_path):
-    looks = [
+    taught = [
         crafted((0, 1, "fc", 0.9, 0.1, 0.5, 0.5), (1, 2, "", 0.4, 0.5, 0.3, 0.8)),
         crafted(),
         crafted((0, 1, "", 0.2, 0.1, 0.5, 0.5), (2, 0, "fcb", 0, 0, 0, 0)),
     ]
-    draw_overview(looks, CLASSES, tmp_path / "x.png", compared="student")
+    draw_overview(taught, CLASSES, tmp_path / "x.png", compared="student")
     left, middle, right = figures[0].axes
     points = {lesson: cloud.get_offsets().tolist() for lesson, cloud in zip(LESSONS, left.collections)}
     assert points["class"] == [pytest.approx([0.1, 0.9])] and len(points["nothing"]) == 2
