@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tardkd.train.formats import FORMATS
 from tardkd.train.interrupt import Interrupted
 from tardkd.train.roles import ROLES
 
-FORMATS = ("state_dict", "safetensors", "torchscript", "onnx")
+SPLITS = ("train", "val", "test")
 
 
 class UsageError(ValueError):
@@ -199,7 +200,18 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    sub = command(train, "train a detector, alone or with a teacher")
+    _train_options(command(train, "train a detector, alone or with a teacher"))
+    _doctor_options(command(doctor, "check everything that a training depends on, before it starts"))
+    _evaluate_options(command(evaluate, "average precision of a trained student"))
+    _plot_options(command(plot, "curves of runs against each other, finished or not"))
+    _inspect_options(command(inspect, "pictures of what the teacher taught a distilled student, region by region"))
+    _export_options(command(export, "write the student for others to run: as a state dict, TorchScript or ONNX"))
+    _demo_options(command(demo, "teacher, student alone and distilled student on the built-in scenes"))
+    command(info, "version and what the native module was built with")
+    return parser
+
+
+def _train_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--config", required=True, metavar="FILE", help="a recipe in YAML")
     sub.add_argument("--role", choices=ROLES, help="which part of the recipe to train; adds its name to output")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as optimizer.lr=0.01")
@@ -213,7 +225,8 @@ def _parser() -> argparse.ArgumentParser:
         "folder, a checkpoint, a state dict or a .safetensors file",
     )
 
-    sub = command(doctor, "check everything that a training depends on, before it starts")
+
+def _doctor_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--config", required=True, metavar="FILE", help="a recipe in YAML")
     sub.add_argument("--role", choices=ROLES, help="which part of the recipe is to be trained")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.root=elsewhere")
@@ -227,40 +240,42 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--thorough", action="store_true", help="open all images")
     sub.add_argument("--json", metavar="FILE", help="write the findings there, too")
 
-    sub = command(evaluate, "average precision of a trained student")
+
+def _evaluate_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("checkpoint", help="a checkpoint, or a run's folder for its last one")
-    sub.add_argument("--split", choices=("train", "val", "test"), default="val")
+    sub.add_argument("--split", choices=SPLITS, default="val")
     sub.add_argument("--json", metavar="FILE", help="write the numbers there, too")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.root=elsewhere")
 
-    sub = command(plot, "curves of runs against each other, finished or not")
+
+def _plot_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("runs", nargs="+", metavar="run", help="a run's folder")
     sub.add_argument("--out", required=True, metavar="FILE", help="a picture: .png, .svg or .pdf")
 
-    sub = command(inspect, "pictures of what the teacher taught a distilled student, region by region")
+
+def _inspect_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("checkpoint", help="a distilled run's folder for its last checkpoint, or a checkpoint")
     sub.add_argument("--out", required=True, metavar="DIR", help="for the pictures and regions.csv")
-    sub.add_argument("--split", choices=("train", "val", "test"), default="val")
+    sub.add_argument("--split", choices=SPLITS, default="val")
     which = sub.add_mutually_exclusive_group()
     which.add_argument("--images", type=_positive, default=8, metavar="N", help="spread over the split (default 8)")
     which.add_argument("--ids", type=int, nargs="+", metavar="ID", help="these images")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as teacher.weights=elsewhere.pt")
 
-    sub = command(export, "write the student for others to run: as a state dict, TorchScript or ONNX")
+
+def _export_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("checkpoint", help="a checkpoint, or a run's folder for its last one")
     sub.add_argument("--out", required=True, metavar="FILE")
     sub.add_argument("--format", choices=FORMATS, help="default: by the suffix .pt, .pth, .safetensors, .ts or .onnx")
     sub.add_argument("--size", nargs=2, type=_positive, metavar=("HEIGHT", "WIDTH"), help="of an ONNX file's images")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
-    sub = command(demo, "teacher, student alone and distilled student on the built-in scenes")
+
+def _demo_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", default="runs/demo", metavar="DIR", help="default: %(default)s")
     sub.add_argument("--seeds", type=_positive, default=1, metavar="N", help="repeat with N seeds (default 1)")
     sub.add_argument("--quick", action="store_true", help="tiny budgets: everything runs, nothing is learned")
     sub.add_argument("--overwrite", action="store_true", help="remove an earlier demo from the folder")
-
-    command(info, "version and what the native module was built with")
-    return parser
 
 
 def _positive(text: str) -> int:

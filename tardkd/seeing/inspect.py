@@ -11,7 +11,7 @@ import torch
 
 from tardkd.distill.distiller import REGION_TERMS
 from tardkd.seeing.region_plots import draw_overview, draw_page
-from tardkd.seeing.regions import COLUMNS, detect, look_at, teachers_detections
+from tardkd.seeing.regions import COLUMNS, TaughtRegions, detect, look_at, teachers_detections
 from tardkd.train import checkpoint
 from tardkd.train.build import build_dataset, check_classes, load_student, pair, stored_config
 from tardkd.train.config import Config, ConfigError
@@ -61,21 +61,19 @@ def inspect_run(
             "student": detect(distiller.student, pixels),
             "teacher": teachers_detections(distiller, pixels),
         }
-        draw_page(
-            image,
-            columns,
-            taught[-1],
-            dataset.class_names,
-            out / f"image_{target['image_id']}.png",
-            title=f"image {target['image_id']} of {split}, {path.parent.name}/{path.name}",
-            compared=compared,
-        )
+        name = f"image_{target['image_id']}.png"
+        title = f"image {target['image_id']} of {split}, {path.parent.name}/{path.name}"
+        draw_page(image, columns, taught[-1], dataset.class_names, out / name, title=title, compared=compared)
     if not taught:
         raise ConfigError(f"none of the {len(indices)} images of data.{split} can be read")
     with open(out / "regions.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([COLUMNS, *(row for regions in taught for row in regions.rows(dataset.class_names))])
     draw_overview(taught, dataset.class_names, out / "overview.png", compared=compared)
+    return _summary(taught)
 
+
+def _summary(taught: Sequence[TaughtRegions]) -> str:
+    """Which share of the foreground regions of all images was taught what, in one line."""
     gates = torch.cat([regions.foreground().gates for regions in taught])
     images = "1 image" if len(taught) == 1 else f"{len(taught)} images"
     if not len(gates):

@@ -96,7 +96,7 @@ def draw_panel(
 
 
 def class_handles(labels: Sequence[int], class_names: Sequence[str], *, with_truth: bool) -> list[Line2D]:
-    """A legend's lines for classes and, with ``found``, for what :func:`draw_panel` makes of detections."""
+    """A legend's lines for classes and, with ``with_truth``, for what :func:`draw_panel` makes of detections."""
     handles = [
         Line2D([], [], color=class_colour(label), linewidth=3, label=literal(class_names[label - 1]))
         for label in labels

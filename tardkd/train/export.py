@@ -30,16 +30,10 @@ from tardkd.detectors import for_model
 from tardkd.detectors.deploy import deployable
 from tardkd.train import checkpoint
 from tardkd.train.build import load_student, stored_config
+from tardkd.train.formats import SUFFIXES
 from tardkd.train.models import COMMON, LIGHT, ModelSpec
 from tardkd.weights import safetensors
 
-SUFFIXES = {
-    ".pt": "state_dict",
-    ".pth": "state_dict",
-    ".safetensors": "safetensors",
-    ".ts": "torchscript",
-    ".onnx": "onnx",
-}
 OPSET = 17
 OUTPUTS = ("boxes", "labels", "scores")
 
