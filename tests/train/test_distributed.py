@@ -15,9 +15,8 @@ import torch
 import yaml
 
 from tardkd.train import checkpoint
-from tardkd.train.batches import build_batches
 from tardkd.train.config import ConfigError
-from tardkd.train.distributed import Processes, pick_device
+from tardkd.train.distributed import pick_device
 from tardkd.train.loop import train
 
 from .recipe import recipe, tree
@@ -179,14 +178,6 @@ def test_told_to_end_all_save_once_and_one_process_goes_on(tmp_path):
     alone.terminate()
     assert "ended by SIGTERM" in alone.communicate(timeout=60)[0]
     assert checkpoint.load(folder / "last.pt")["step"] > step
-
-
-def test_a_batch_that_does_not_divide(tmp_path):
-    config = recipe(tmp_path, "train.batch_size=4", "train.accumulate=3")
-    with pytest.raises(ConfigError, match="batch_size 4 does not divide into 1 processes times train.accumulate 3"):
-        train(config.for_role("baseline"))
-    with pytest.raises(ConfigError, match="batch_size 4 does not divide into 3 processes"):
-        build_batches(recipe(tmp_path, "train.batch_size=4"), [], processes=Processes(count=3))
 
 
 def test_more_processes_than_devices(monkeypatch):

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from tardkd.train import checkpoint, late, loop
+from tardkd.train import checkpoint, loop
 from tardkd.train.interrupt import Interrupted, Termination
 from tardkd.train.loop import train
 
@@ -100,15 +100,6 @@ def test_told_to_end_while_it_evaluates(runs, tmp_path, monkeypatch):
     assert checkpoint.load(tmp_path / "baseline" / "last.pt")["batch"] == 3
     train(config, resume=True)
     assert_same_run(tmp_path / "baseline", runs / "baseline")
-
-
-def test_a_late_look_at_the_numbers_changes_nothing(runs, tmp_path, monkeypatch):
-    """As on a GPU, where a step's numbers are read when the next one has been queued."""
-    monkeypatch.setattr(late, "LATE_DEVICES", {"cpu"})
-    config = recipe(tmp_path, f"teacher.weights={runs}/teacher/last.pt").for_role("distilled")
-    train(config)
-    rows = [(folder / "distilled" / "train.csv").read_text().splitlines() for folder in (runs, tmp_path)]
-    assert [row.rpartition(",")[0] for row in rows[0]] == [row.rpartition(",")[0] for row in rows[1]]
 
 
 def test_workers_leave_the_signal_to_the_run(tmp_path):

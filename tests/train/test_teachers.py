@@ -18,7 +18,7 @@ from tardkd.train.config import Config, ConfigError, load_config, parse_config
 from tardkd.train.loop import train
 
 from .recipe import MODEL, recipe, teacher_file, tree
-from .test_loop import assert_same_weights, interrupted, weights
+from .running import assert_same_weights, interrupted, weights
 
 NAMES = list(CLASSES)
 QUICK = ("data.train=4", "data.val=1", "train.epochs=1")

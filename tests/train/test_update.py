@@ -3,49 +3,20 @@
 from __future__ import annotations
 
 import copy
-import csv
 import math
 
 import pytest
 import torch
-from rich.console import Console
 
-from tardkd.train import checkpoint, late, loop
+from tardkd.train import checkpoint, loop
 from tardkd.train.batches import build_batches
-from tardkd.train.blame import NonFiniteLoss
 from tardkd.train.build import build_dataset, build_distiller
 from tardkd.train.distributed import Processes
 from tardkd.train.loop import train
 from tardkd.train.update import Update
 
 from .recipe import recipe
-
-
-def rows(folder):
-    with open(folder / "train.csv", newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-
-
-def broken_at(monkeypatch, steps, term="loss_objectness", where="loss"):
-    """A distiller whose term is NaN at these steps (from 0)."""
-    original = loop.build_distiller
-
-    def build(*args):
-        distiller = original(*args)
-        forward = distiller.forward
-
-        def with_nan(images, targets):
-            if where == "images" and distiller.schedule.step in steps:
-                images = [image * float("nan") for image in images]
-            losses = forward(images, targets)
-            if where == "loss" and distiller.schedule.step in steps:
-                losses[term] = losses[term] * float("nan")
-            return losses
-
-        distiller.forward = with_nan
-        return distiller
-
-    monkeypatch.setattr(loop, "build_distiller", build)
+from .running import rows
 
 
 def test_parts_of_a_batch_are_the_batch(tmp_path):
@@ -130,93 +101,6 @@ def test_resuming_these_continues_exactly(tmp_path, monkeypatch, settings):
     for key in ("model", "optimizer", "scaler", "task") + (("student",) if "student" in one else ()):
         torch.testing.assert_close(one[key], two[key], rtol=0, atol=0)
     assert (one["metrics"], one["step"]) == (two["metrics"], two["step"])
-
-
-@pytest.mark.parametrize("devices", [set(), {"cpu"}], ids=["at once", "late"])
-def test_the_images_of_a_step_that_failed_are_kept(tmp_path, monkeypatch, devices):
-    monkeypatch.setattr(late, "LATE_DEVICES", devices)
-    broken_at(monkeypatch, {1})
-    config = recipe(tmp_path).for_role("baseline")
-    with pytest.raises(NonFiniteLoss, match=r"loss_objectness is nan at step 2, images \d, \d; .*failed\.pt holds"):
-        train(config)
-    failed = checkpoint.load(tmp_path / "baseline" / "failed.pt")
-    ((images, targets),) = failed["parts"]
-    assert failed["step"] == 2 and ("model" in failed) == (not devices)
-    dataset = build_dataset(config, "train", augment=True)
-    expected, _ = list(build_batches(config, dataset, epoch=0))[1]
-    assert all(torch.equal(*pair) for pair in zip(images, expected, strict=True))
-    assert {"boxes", "labels", "image_id"} <= targets[0].keys()
-    monkeypatch.undo()
-    train(config, overwrite=True)
-    assert not (tmp_path / "baseline" / "failed.pt").exists()
-
-
-def test_a_step_may_be_skipped(tmp_path, monkeypatch, capsys):
-    """Its gradients and its batch statistics are dropped; the run goes on."""
-    broken_at(monkeypatch, {1}, where="images")
-    config = recipe(tmp_path, "train.on_non_finite=skip", "student.norm=batch", "train.epochs=1").for_role("baseline")
-    result = train(config, console=Console(width=200))
-    assert "skipped: " in capsys.readouterr().out
-    assert [math.isnan(row["loss"]) for row in rows(result.folder)] == [False, True, False]
-    assert all(value.isfinite().all() for value in checkpoint.load(result.folder / "last.pt")["model"].values())
-
-
-def overflows_at(monkeypatch, step):
-    """A gradient that is infinite at this step (from 0), where the losses are not."""
-    original = Update.gradients
-
-    def gradients(self, number, parts):
-        found = original(self, number, parts)
-        if number == step:
-            self._parameters[0].grad.view(-1)[0] = math.inf
-        return found
-
-    monkeypatch.setattr(Update, "gradients", gradients)
-
-
-@pytest.mark.parametrize("devices", [set(), {"cpu"}], ids=["at once", "late"])
-@pytest.mark.parametrize("save_every", [(), ("train.save_every=1",)], ids=["epochs", "steps"])
-def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(tmp_path, monkeypatch, devices, save_every):
-    """At the last step of an epoch, after which nothing else would look before a save."""
-    monkeypatch.setattr(late, "LATE_DEVICES", devices)
-    overflows_at(monkeypatch, 3)
-    config = recipe(tmp_path, "data.train=4", *save_every).for_role("baseline")
-    with pytest.raises(NonFiniteLoss, match=r"the gradient's norm is inf at step 4, images \d, \d; .*failed\.pt holds"):
-        train(config)
-    folder = tmp_path / "baseline"
-    assert checkpoint.load(folder / "last.pt")["step"] == (3 if save_every else 2)
-    for path in folder.glob("*.pt"):
-        state = checkpoint.load(path)
-        assert all(value.isfinite().all() for value in state.get("model", {}).values()), path
-    monkeypatch.undo()
-    train(config, resume=True)
-
-
-@pytest.mark.parametrize("amp", ["none", "fp16"])
-def test_a_gradient_that_is_not_finite_may_be_skipped(tmp_path, monkeypatch, capsys, amp):
-    """A scaler does so by itself."""
-    overflows_at(monkeypatch, 1)
-    config = recipe(tmp_path, "train.on_non_finite=skip", f"train.amp={amp}", "train.epochs=1").for_role("baseline")
-    result = train(config, console=Console(width=200))
-    assert ("skipped: the gradient's norm is inf" in capsys.readouterr().out) == (amp == "none")
-    assert len(rows(result.folder)) == 3
-    assert all(value.isfinite().all() for value in checkpoint.load(result.folder / "last.pt")["model"].values())
-
-
-def test_a_distilled_step_may_be_skipped(runs, tmp_path, monkeypatch, capsys):
-    broken_at(monkeypatch, {1}, where="images")
-    weights = f"teacher.weights={runs}/teacher/last.pt"
-    config = recipe(tmp_path, "train.on_non_finite=skip", "train.epochs=1", weights).for_role("distilled")
-    result = train(config, console=Console(width=200))
-    assert "skipped: loss is nan" in capsys.readouterr().out
-    assert [math.isnan(row["loss"]) for row in rows(result.folder)] == [False, True, False]
-
-
-def test_too_many_skips_stop(tmp_path, monkeypatch):
-    broken_at(monkeypatch, set(range(100)))
-    config = recipe(tmp_path, "train.on_non_finite=skip", "train.epochs=9").for_role("baseline")
-    with pytest.raises(NonFiniteLoss, match="at step 10"):
-        train(config)
 
 
 def test_statistics_over_processes_need_gpus(tmp_path):
