@@ -14,7 +14,7 @@ from .subject import Subject
 
 __all__ = ["Report", "examine"]
 
-# In this order. A check runs where all that it needs could be built; what it builds it leaves in the subject.
+# The checks in their order. Each runs where all that it needs could be built, and leaves what it builds in the subject.
 CHECKS: tuple[tuple[str, Callable[[Subject], Iterator[Finding]], tuple[str, ...]], ...] = (
     ("output", settings.check_output, ("config",)),
     ("device", settings.check_device, ("config",)),
@@ -40,7 +40,7 @@ def examine(
     thorough: bool = False,
     console: Console | None = None,
 ) -> Report:
-    """Every check of the run that ``tardkd train`` would start from the same arguments. Nothing is written.
+    """Make every check of the run that ``tardkd train`` would start from the same arguments. Nothing is written.
 
     Args:
         images: how many images of a split are opened, and how many validation images the models are tried on.

@@ -43,7 +43,7 @@ def _check_split(subject: Subject, split: str, *, augment: bool) -> Iterator[Fin
 def _images(dataset: Any, chosen: range | list[int]) -> Finding:
     policy = getattr(dataset, "on_bad_image", "error")
     errors = []
-    dataset.on_bad_image = "error"  # else another image would take the place of a bad one
+    dataset.on_bad_image = "error"  # with "skip" another image would take the place of a bad one
     for index in chosen:
         try:
             dataset[index]
@@ -178,7 +178,7 @@ def _files(dataset: Any) -> dict[str, Path]:
 
 
 def _same(left: Path, right: Path) -> bool:
-    """Of two paths with one name. In two folders 0001.jpg may be two images: then as many bytes, too."""
+    """Whether two paths of one name are one image. In two folders 0001.jpg may be two: then bytes are counted."""
     try:
         return left == right or left.stat().st_size == right.stat().st_size
     except OSError:  # a missing file is no image of either

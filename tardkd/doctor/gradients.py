@@ -19,7 +19,7 @@ from .report import Finding, first, ok, problem, warning
 from .subject import Subject
 
 STEPS = 3
-SHARE = 0.3  # of the detector's gradient norm: where we would start a term, by our own choice
+SHARE = 0.3  # where we would start a term, by our own choice: its share of the detector's gradient norm
 STRONG, WEAK = 1.0, SHARE / 10  # shares that are worth a warning
 
 
@@ -28,7 +28,9 @@ class Measured:
     """What some training steps showed."""
 
     totals: list[float] = field(default_factory=list)  # the whole loss, by step
-    norms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # see _term_norms; by part
+    norms: dict[str, list[float]] = field(
+        default_factory=lambda: defaultdict(list)
+    )  # of each term's gradient in the backbone, by part
     stats: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # the distiller's, by step
     unreached: set[str] = field(default_factory=set)  # trained tensors that no gradient has reached
     unmoved: set[str] = field(default_factory=set)  # those of which all gradients were 0

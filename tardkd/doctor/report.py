@@ -58,14 +58,14 @@ class Report:
 
     @property
     def status(self) -> int:
-        """Of the command: 1 with a problem, else 0."""
+        """The exit status of the command: 1 with a problem, else 0."""
         return int(bool(self.count("problem")))
 
     def count(self, level: Level) -> int:
         return sum(finding.level == level for _, finding in self.findings)
 
     def plain(self) -> dict[str, Any]:
-        """As dicts, lists and plain values."""
+        """The report as dicts, lists and plain values."""
         return {
             "problems": self.count("problem"),
             "warnings": self.count("warning"),
@@ -103,6 +103,6 @@ def describe_error(error: Exception) -> str:
 
 
 def first(names: Iterable[Any], shown: int = 5) -> str:
-    """Some of many, for a line of text."""
+    """The first of many names and how many more there are, for a line of text."""
     names = [str(name) for name in names]
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 
 from tardkd.seeing.plots import COLOURS, literal, save
 
-COLUMNS = 3  # of panels
+COLUMNS = 3  # panels beside each other
 WINDOW = 0.03  # share of a run's steps that the moving mean spans
 LINES = ("-", (0, (4, 1.5)))
 
@@ -57,7 +57,7 @@ PANELS = (
 
 
 def plot_curves(runs: Mapping[str, str | Path], out: str | Path) -> None:
-    """Draws the runs against each other over their epochs, into the picture file ``out`` (its ending says the format).
+    """Draw the runs against each other over their epochs, into the picture file ``out`` (its ending says the format).
 
     Panels that no run has values for are left out; so a baseline has no gates, and takes part in the rest.
 

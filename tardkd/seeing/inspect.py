@@ -27,7 +27,7 @@ def inspect_run(
     ids: Sequence[int] | None = None,
     overrides: Sequence[str] = (),
 ) -> str:
-    """Writes ``image_<id>.png`` for every image, ``overview.png`` over all, and ``regions.csv`` into ``out``.
+    """Write ``image_<id>.png`` for every image, ``overview.png`` over all, and ``regions.csv`` into ``out``.
 
     Args:
         path: a checkpoint of a distilled run; it says which data and teacher, unless ``overrides`` do.

@@ -27,7 +27,7 @@ def draw_detections(
     *,
     min_score: float = 0.5,
 ) -> None:
-    """Draws one row per image and one column per model into the picture file ``out``.
+    """Draw one row per image and one column per model into the picture file ``out``.
 
     Args:
         images: (3, H, W) uint8 or float in [0, 1]; one, or a sequence.

@@ -22,12 +22,12 @@ from tardkd.seeing.regions import LESSONS, TaughtRegions
 COLOURS = dict(zip(LESSONS, ("#808080", "#CC79A7", "#0072B2", "#D98200", "#009E73")))
 MARKERS = dict(zip(LESSONS, ("x", "D", "^", "s", "o")))
 SHOWN = 12  # regions on a page, classes in the overview
-MIN_SCORE = 0.5  # of the detections drawn
+MIN_SCORE = 0.5  # detections below it are not drawn
 CLOSED = (0, (1, 1.2))  # line of a region whose features are not taught
 
 WIDTH, MARGIN, GAP = 12.0, 0.2, 0.25  # of a page, in inches
 TABLE = 5.2  # width of the table beside the regions
-ROW = 0.27  # of the table
+ROW = 0.27  # height of a row of the table
 
 
 def draw_page(
@@ -56,7 +56,7 @@ def draw_page(
     figure = Figure(figsize=(WIDTH, height))
 
     def panel(x: float, y: float, width: float, tall: float) -> Axes:
-        """In inches from the left and from the top."""
+        """Axes whose place is given in inches from the left and from the top."""
         return figure.add_axes((x / WIDTH, 1 - (y + tall) / height, width / WIDTH, tall / height))
 
     figure.text(MARGIN / WIDTH, 1 - 0.3 / height, title, fontsize=12, weight="bold")

@@ -97,7 +97,7 @@ class TaughtRegions:
 
 
 def look_at(distiller: Distiller, image: Tensor, target: dict[str, Any], *, seed: int = 0) -> TaughtRegions:
-    """Runs one step of the distillation on one image without learning from it; no weight or statistic changes.
+    """Run one step of the distillation on one image without learning from it; no weight or statistic changes.
 
     Args:
         image: (3, H, W) float in [0, 1]. target: its objects, as in training.

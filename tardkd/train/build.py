@@ -72,7 +72,7 @@ def build_distiller(
 def pair(
     config: Config, student: nn.Module, class_names: list[str], files: Mapping[str, TeacherFile] | None = None
 ) -> Distiller:
-    """That student with the teachers of the configuration; `files` as in :func:`build_distiller`."""
+    """A distiller of that student and the configuration's teachers; `files` as in :func:`build_distiller`."""
     sections = config.teachers if config.distill.enabled else {}
     loaded = [load_teacher(section, class_names, key, (files or {}).get(key)) for key, section in sections.items()]
     settings = config.distill

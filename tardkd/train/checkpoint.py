@@ -84,9 +84,9 @@ def _keep(path: Path, previous: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
             raise
-        os.replace(path, previous)  # a file system without links: for a moment there is `previous` alone
+        os.replace(path, previous)  # this file system has no links, so that for a moment there is `previous` alone
     finally:
-        second.unlink(missing_ok=True)  # two names of one file are not renamed into one
+        second.unlink(missing_ok=True)  # os.replace does nothing where both are names of one file
 
 
 def _sync(path: Path) -> None:
@@ -138,7 +138,7 @@ def load_last(folder: str | Path) -> dict[str, Any]:
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """Of names, shapes and values: two state dicts with the same one hold the same weights."""
+    """A digest of names, shapes and values: two state dicts with the same digest hold the same weights."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())

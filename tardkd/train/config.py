@@ -306,14 +306,14 @@ def _apply_override(tree: dict, override: str) -> str:
             section = {}
         if not isinstance(section, (dict, list)):
             raise ConfigError(f"override {override!r}: {name} is not a section")
-        tree[place] = section = section.copy()  # by YAML's aliases other sections may be the same
+        tree[place] = section = section.copy()  # an alias in the YAML may have put the same section in two places
         tree = section
     tree[_place(tree, last, override)] = value
     return key
 
 
 def _place(tree: dict | list, name: str, override: str) -> str | int:
-    """Where to find `name` in `tree`: in a list, as of teachers, names are places, from 0."""
+    """The key or index of `name` in `tree`: in a list, such as that of teachers, names are places from 0."""
     if isinstance(tree, dict):
         return name
     if not (name.isdecimal() and int(name) < len(tree)):

@@ -13,8 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-LINE_GROUPS = ("loss", "distill", "gate")  # a line has no room for more
-MEMORY = 0.95  # of earlier steps, in the speed shown
+LINE_GROUPS = ("loss", "distill", "gate")  # the groups that a line of text has room for
+MEMORY = 0.95  # the weight of the steps before, against the last one, in the speed that is shown
 
 
 def place(name: str) -> tuple[str, str]:
@@ -28,12 +28,15 @@ def place(name: str) -> tuple[str, str]:
 
 
 class Display:
-    """Use as a context manager; redraws itself in a terminal, and is silent elsewhere, where :meth:`line` serves."""
+    """A table that redraws itself in a terminal while this is used as a context manager.
+
+    Elsewhere it is silent, and :meth:`line` gives the same as text.
+    """
 
     def __init__(self, console: Console, *, label: str, epochs: int, total: int, step: int) -> None:
         self._label, self._epochs, self._total, self._epoch, self._step = label, epochs, total, 0, step
         self._values: dict[str, float] = {}
-        self._steps = self._images = self._seconds = self._teachers = 0.0  # of the last steps, for the speed
+        self._steps = self._images = self._seconds = self._teachers = 0.0  # decaying sums over the last steps
         self._live = Live(get_renderable=self.table, console=console, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> Display:

@@ -65,7 +65,7 @@ class Processes:
 
 @contextmanager
 def join_processes(device: str) -> Iterator[Processes]:
-    """Takes part in the group that torchrun describes in the environment, on `device`: "auto", "cpu" or "cuda"."""
+    """Take part in the group that torchrun describes in the environment, on `device`: "auto", "cpu" or "cuda"."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Processes(device=pick_device(device))

@@ -32,7 +32,7 @@ class DetectionDataset(Protocol):
 def evaluate(
     model: nn.Module, loader: Iterable, dataset: DetectionDataset, processes: Processes | None = None
 ) -> dict[str, Any]:
-    """Runs ``model`` over ``loader`` and compares its detections with the ground truth of ``dataset``.
+    """Run ``model`` over ``loader`` and compare its detections with the ground truth of ``dataset``.
 
     Returns ``AP`` (mean over IoU 0.50:0.05:0.95), ``AP50``, ``AP75``, and ``APs``, ``APm``, ``APl`` (objects under
     32^2, up to 96^2, and over 96^2 pixels of area), all in percent and at most 100 detections per image, and

@@ -158,7 +158,7 @@ def _write_onnx(model: nn.Module, notes: dict[str, str], file: Path, size: tuple
     except ModuleNotFoundError as error:
         raise ExportError(f"format onnx needs the package {error.name}: pip install onnx onnxruntime") from None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the tracer, about what has one size here
+        warnings.simplefilter("ignore")  # the tracer warns of values that are constant here, as the size is one
         # The newer exporter, dynamo=True, cannot follow shapes that depend on what is detected.
         torch.onnx.export(
             _OneImage(model).eval(),
@@ -215,7 +215,7 @@ def check_detections(model: nn.Module, detect: Detect, size: tuple[int, int]) ->
 
 
 def picture(model: nn.Module, size: tuple[int, int]) -> Tensor:
-    """Of noise and some of the built-in scenes, the image (3, *size) in which `model` finds most."""
+    """The image (3, *size) in which `model` finds most, out of noise and some of the built-in scenes."""
     images = [torch.rand(3, *size, generator=torch.Generator().manual_seed(0))]
     for scene, _ in Scenes(2, 192, 0, split="test"):
         images.append(functional.interpolate(scene[None] / 255, size, mode="bilinear")[0])

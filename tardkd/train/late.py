@@ -38,7 +38,7 @@ class Readings:
 
     @property
     def asked_to_end(self) -> bool:
-        """Of several processes any one, as all of them have learnt."""
+        """Whether the run is to end; with several processes, what all of them have learnt of any one."""
         return self._any_asked_to_end if self._processes.count > 1 else self._termination.requested
 
     @contextmanager

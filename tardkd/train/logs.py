@@ -74,7 +74,7 @@ class RunLog:
     ) -> None:
         self.console = console or Console()
         self._epochs, self._total, self._log_every, self._label = epochs, epochs * steps_per_epoch, log_every, label
-        epoch, step = resumed or (None, None)  # that the checkpoint has finished
+        epoch, step = resumed or (None, None)  # the last ones that the checkpoint has
         self._steps = Table(folder / "train.csv", last=None if step is None else ("step", step))
         self._evaluations = Table(folder / "eval.csv", last=None if epoch is None else ("epoch", epoch))
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=None if step is None else step + 1)
@@ -128,7 +128,7 @@ class RunLog:
 
 
 class NoLog:
-    """Takes what a RunLog does and says nothing: of several processes the first one reports."""
+    """A log that says nothing: of several processes only the first one reports."""
 
     def step(self, *args: Any, **kwargs: Any) -> None: ...
 

@@ -229,7 +229,7 @@ def _round8(channels: float) -> int:
 
 
 def load(model: nn.Module, weights: Weights, *, new_head: bool = False) -> None:
-    """Every tensor of the model from `weights`, and none left over; with `new_head` all but the last two layers."""
+    """Fill every tensor of the model from `weights`, with none left over; `new_head`: all but the predictor's."""
     try:
         fill(model, weights, leave_out=(PREDICTOR,) if new_head else ())
     except MisfitError as error:
@@ -266,7 +266,7 @@ def _classifier(name: str) -> str:
 
 
 def freeze_norm(model: nn.Module) -> None:
-    """Replaces every BatchNorm2d of ``model`` by a FrozenBatchNorm2d with the same statistics, scale and shift."""
+    """Replace every BatchNorm2d of ``model`` by a FrozenBatchNorm2d with the same statistics, scale and shift."""
     for name, child in model.named_children():
         if isinstance(child, nn.BatchNorm2d):
             frozen = FrozenBatchNorm2d(child.num_features, eps=child.eps)

@@ -20,15 +20,15 @@ class Step:
     """One step of a run."""
 
     number: int  # among all steps of the run, from 1
-    epoch: int  # from 1
+    epoch: int  # the epoch that it is part of, from 1
     rate: float  # the learning rate
     parts: Sequence[Part]  # this process's share of the batch
     losses: list[str] = field(default_factory=list)  # which of the numbers are losses
     numbers: Numbers | None = None  # on their way to the host
-    values: dict[str, float] | None = None  # the same once they have been read, as means over all processes
-    norm: HostCopy | None = None  # of the gradient, before clipping
-    seconds: float = 0.0
-    teachers_seconds: float = 0.0  # of these; 0 on a GPU, where nobody waits for a teacher to end
+    values: dict[str, float] | None = None  # the numbers as means over all processes, once they have been read
+    norm: HostCopy | None = None  # the norm of the gradient before clipping, on its way to the host
+    seconds: float = 0.0  # what the step took, loading included
+    teachers_seconds: float = 0.0  # how many of these the teachers took; 0 on a GPU, where nobody waits for them
 
     def __str__(self) -> str:
         images = [str(target["image_id"]) for _, targets in self.parts for target in targets]
@@ -44,11 +44,11 @@ class Numbers:
         self._mean = HostCopy(processes.mean(self._own.clone()))
 
     def mean(self) -> dict[str, float]:
-        """Over all processes."""
+        """The means over all processes; waits for them."""
         return dict(zip(self._names, self._mean.tolist()))
 
     def own(self) -> dict[str, float]:
-        """Of this process."""
+        """The values of this process alone."""
         return dict(zip(self._names, self._own.tolist()))
 
 

@@ -123,7 +123,7 @@ class Update:
             buffer.copy_(before)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the student that is evaluated."""
+        """All that a step moves, but for the student that is evaluated: a checkpoint has that one beside this."""
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self._scaler.state_dict()}
         if self.average is not None:
             state["student"], state["averaged"] = self.distiller.student.state_dict(), int(self.average.n_averaged)
