@@ -232,7 +232,7 @@ def test_an_image_that_cannot_be_read_is_left_out(runs, tmp_path):
     with open(tmp_path / "one" / "regions.csv", newline="") as file:
         assert {row["image_id"] for row in csv.DictReader(file)} == {"2"}
     with (
-        pytest.warns(UserWarning, match="cannot be read"),
+        pytest.warns(UserWarning, match="cannot read image"),
         pytest.raises(ConfigError, match="none of the 1 images of data.val can be read"),
     ):
         inspect_run(runs / "distilled" / "last.pt", tmp_path / "none", ids=[1], overrides=data)
