@@ -124,6 +124,11 @@ class FrozenTeacher:
         self.ratio = settings.teacher_input_ratio or self.adapter.input_size / student.input_size
         self.pooled = self._choose_path()
 
+    @property
+    def model(self) -> nn.Module:
+        """The frozen model itself."""
+        return self.adapter.model
+
     def _choose_path(self) -> bool:
         """Whether the feature term reads what the two box heads pooled: possible if they pool alike."""
         student, teacher = self.student.roi, self.adapter.roi

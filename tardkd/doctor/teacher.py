@@ -56,7 +56,7 @@ def check_models(subject: Subject) -> Iterator[Finding]:
 
 
 def _named(distiller: Distiller) -> list[tuple[str, nn.Module]]:
-    return [(paired.name, paired.adapter.model) for paired in distiller.frozen_teachers]
+    return [(paired.name, paired.model) for paired in distiller.frozen_teachers]
 
 
 def _class_names(subject: Subject) -> list[str]:
@@ -146,7 +146,7 @@ def _teacher_precision(
     paired: FrozenTeacher, student: dict[str, float | None], batches: Any, dataset: Any
 ) -> Iterator[Finding]:
     """`student`: its AP by class, None where there is no object of the class."""
-    name, model, classes = paired.name, paired.adapter.model, paired.classes
+    name, model, classes = paired.name, paired.model, paired.classes
     metrics = evaluate(model if classes is None else InTheStudentsLabels(model, classes), batches, dataset)
     taught = dataset.class_names if classes is None else classes.taught
     partial = len(taught) < len(dataset.class_names)

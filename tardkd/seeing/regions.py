@@ -142,7 +142,7 @@ def teachers_detections(distiller: Distiller, image: Tensor) -> dict[str, Tensor
     device = next(distiller.parameters()).device
     found = []
     for teacher in distiller.frozen_teachers:
-        boxes = detect(teacher.adapter.model.to(device), image)
+        boxes = detect(teacher.model.to(device), image)
         found.append(boxes if teacher.classes is None else teacher.classes.detections(boxes))
     return {key: torch.cat([boxes[key] for boxes in found]) for key in ("boxes", "labels", "scores")}
 
