@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import DetectorAdapter
+from .base import Detector
 
-__all__ = ["DetectorAdapter", "for_model"]
+# The name that `Detector` had before "adapter" came to mean the layer between the two models' channels alone.
+DetectorAdapter = Detector
+
+__all__ = ["Detector", "DetectorAdapter", "for_model"]
 
 
-def for_model(model: nn.Module) -> DetectorAdapter:
-    """The adapter of ``model``'s family.
+def for_model(model: nn.Module) -> Detector:
+    """The model in the terms of its family, ready to be a student or a teacher.
 
     Raises:
-        TypeError: no adapter knows the model; wrappers (DDP, ``torch.compile``) belong around the distiller.
+        TypeError: no family knows the model; wrappers (DDP, ``torch.compile``) belong around the distiller.
     """
     try:
-        from .torchvision import GeneralizedRCNN, GeneralizedRCNNAdapter
+        from .torchvision import GeneralizedRCNN, GeneralizedRCNNDetector
     except ModuleNotFoundError as error:
         if error.name != "torchvision":
             raise
     else:
         if isinstance(model, GeneralizedRCNN):
-            return GeneralizedRCNNAdapter(model)
+            return GeneralizedRCNNDetector(model)
     kind = type(model)
     raise TypeError(
         f"no adapter for a detector of type {kind.__module__}.{kind.__qualname__}; "

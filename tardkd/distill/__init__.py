@@ -2,7 +2,8 @@
 
 from .checks import load_teacher_weights
 from .distiller import Distiller
+from .pairing import Teacher
 from .schedule import Schedule
 from .settings import DistillSettings, ScheduleSettings
 
-__all__ = ["DistillSettings", "Distiller", "Schedule", "ScheduleSettings", "load_teacher_weights"]
+__all__ = ["DistillSettings", "Distiller", "Schedule", "ScheduleSettings", "Teacher", "load_teacher_weights"]

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 def make_adapter(student_channels: int, teacher_channels: int, like: Tensor) -> nn.Module:
     """(N, C_student, h, w) -> (N, C_teacher, h, w): identity or a 1x1 convolution.
 
-    One convolution serves all levels: every level of a pyramid has the same channels, and regions that a box
-    head has pooled come from all of them. It gets the device and dtype of ``like``; drawing its initial
-    values leaves the random state of the training as it was.
+    One convolution serves all levels: every level of a pyramid has the same channels, and regions that a box head has
+    pooled come from all of them. To draw its first values leaves the random state of the training as it was.
+
+    Args:
+        like: a tensor of any shape, whose device and dtype the convolution gets.
     """
     if student_channels == teacher_channels:
         return nn.Identity()

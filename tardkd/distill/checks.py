@@ -41,9 +41,9 @@ def _first(keys: Sequence[str]) -> str:
 
 
 def check_separate(student: nn.Module, teacher: nn.Module) -> None:
-    """Freezing the teacher must not freeze the student."""
-    theirs = {id(parameter) for parameter in teacher.parameters()}
-    shared = [name for name, parameter in student.named_parameters() if id(parameter) in theirs]
+    """The two models must have no parameter in common: to freeze the teacher would freeze the student."""
+    frozen = {id(parameter) for parameter in teacher.parameters()}
+    shared = [name for name, parameter in student.named_parameters() if id(parameter) in frozen]
     if shared:
         raise ValueError(
             f"student and teacher share {len(shared)} parameters ({_first(shared)}); the teacher is frozen, "
@@ -52,7 +52,10 @@ def check_separate(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def check_conventions(student: HeadSettings, teacher: HeadSettings, *, named: bool) -> None:
-    """Both heads tell classes apart in the same way, in the same order; ``named`` classes are put in order later."""
+    """Both heads must write their outputs in the same way.
+
+    Where the classes are ``named``, the background may stand elsewhere: the class map puts the columns in order.
+    """
     if student.activation != teacher.activation:
         raise ValueError(
             f"class logits differ: the student's are for {student.activation}, the teacher's for {teacher.activation}"
@@ -65,7 +68,10 @@ def check_conventions(student: HeadSettings, teacher: HeadSettings, *, named: bo
 
 
 def check_head_widths(student: tuple[int, int] | None, teacher: tuple[int, int] | None) -> None:
-    """Columns of (logits, deltas) must agree: column k means the same class on both sides."""
+    """The numbers of columns of (logits, deltas) must agree, so that column k means the same class on both sides.
+
+    None stands for a head whose widths only a pass can tell.
+    """
     if student is None or teacher is None:
         return
     if student[0] != teacher[0]:
@@ -85,7 +91,12 @@ def _delta_kind(width: int) -> str:
 
 
 def check_gradients(terms: Mapping[str, Tensor], student_features: Sequence[Tensor]) -> None:
-    """A term that counts must be able to teach the student; that an adapter learns is not enough."""
+    """A term that counts must be able to teach the student; that an adapter learns is not enough.
+
+    Args:
+        terms: scalars () by the name of the term.
+        student_features: L x (N, C, H_l, W_l).
+    """
     if not torch.is_grad_enabled():
         return
     dead = [name for name, value in terms.items() if not value.requires_grad]
@@ -97,10 +108,10 @@ def check_gradients(terms: Mapping[str, Tensor], student_features: Sequence[Tens
 
 
 class FiniteCheck:
-    """Raises FloatingPointError naming the tensors with a NaN or infinity.
+    """Raises FloatingPointError where a tensor has a NaN or infinity, and names it.
 
-    At once for tensors on the CPU. A GPU is not waited for: what it finds is raised by the next call, or by
-    :meth:`settle`.
+    For tensors on the CPU it does so at once. A GPU is not waited for: what is wrong there is raised by the next call,
+    or by :meth:`settle`.
     """
 
     def __init__(self) -> None:
@@ -108,6 +119,7 @@ class FiniteCheck:
         self._finite: HostCopy | None = None
 
     def __call__(self, values: Mapping[str, Tensor]) -> None:
+        """Check tensors of any shape, by the names that a message gives them."""
         self.settle()
         self._names = list(values)
         finite = torch.stack([torch.isfinite(value).all() for value in values.values()])
@@ -116,6 +128,7 @@ class FiniteCheck:
             self.settle()
 
     def settle(self) -> None:
+        """Raise what the last call has not raised yet."""
         if self._finite is None:
             return
         finite, self._finite = self._finite.tolist(), None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,14 +12,16 @@ from tardkd.detectors import for_model
 from tardkd.detectors.base import InputBatch, Regions, StudentPass, TeacherPass
 from tardkd.device import join_beside
 from tardkd.ops import RegionLosses
+from tardkd.ops.spec import Reduction
 
 from . import checks
 from .adapters import make_adapter
-from .normalise import share_of_all
+from .means import joint_gaussian_loss, joint_region_losses, share_of_all
+from .pairing import ClassesArgument, ClassMapArgument, TeacherArgument, as_teachers, pair_teachers
 from .schedule import Schedule
 from .settings import DistillSettings
-from .sharing import foreground, region_stats, share_regions
-from .teachers import FrozenTeacher, joint_gaussian_loss, joint_region_losses, pair_teachers
+from .sharing import region_stats, share_regions
+from .teachers import FrozenTeacher, Lesson
 
 REGION_TERMS = ("feature", "classification", "regression")
 
@@ -31,43 +33,50 @@ class Distiller(nn.Module):
     >>> losses = distiller(images, targets)
     >>> sum(losses.values()).backward()
 
-    The teacher is a plain attribute: eval, without gradients (it is frozen in place), in no
-    ``state_dict()``, ``parameters()`` or ``modules()``; it follows the student's device by itself. So
-    optimizers, DDP and checkpoints see the student (``student.*``) and the adapters (``adapters.*``) only.
-    Every parameter gets a gradient in every step, also when the schedule has ended, as DDP wants it.
+    The teacher is a plain attribute: it is in eval mode, frozen in place, and in no ``state_dict()``, ``parameters()``
+    or ``modules()``; it follows the student's device by itself. So optimizers, DDP and checkpoints see the student
+    (``student.*``) and the adapters (``adapters.*``) only. Every parameter gets a gradient in every step, also when the
+    schedule has ended, as DDP wants it.
 
-    Label sets may differ: classes of the same name are matched, ``class_map`` pairs others, and only these are
-    transferred (see :class:`tardkd.distill.classes.ClassMap`). Several teachers each teach classes of their own: a
-    region is compared with the teacher of its class alone, a background region, where a gate lets it through, with
-    every teacher; each term is then the mean over the open gates of all teachers (``gaussian``: over all objects).
+    Label sets may differ: classes of the same name are matched, a class map pairs others, and only these are
+    transferred (see :class:`tardkd.distill.classes.ClassMap`). Several teachers each teach classes of their own:
+
+    >>> pets = Teacher(pet_detector, classes=["cat", "hound"], class_map={"hound": "dog"})
+    >>> cattle = Teacher(cattle_detector, classes=["cow"])
+    >>> distiller = Distiller(student, [pets, cattle], student_classes=["cat", "dog", "cow"])
+
+    A region is then compared with the teacher of its class alone, a background region, where a gate lets it through,
+    with every teacher; each term is the mean over the open gates of all teachers (``gaussian``: over all objects).
 
     Args:
         student: a detector of a family that :mod:`tardkd.detectors` knows.
-        teacher: another one, or a list of them. Channels, levels, strides, input size and normalisation may differ.
-            May be None with ``enabled=False``.
+        teacher: another one, plain or as a :class:`Teacher` that says which classes it has, or a list of these.
+            Channels, levels, strides, input size and normalisation may differ. May be None with ``enabled=False``.
         settings: weights, gates, losses, schedule; for all teachers.
         enabled: False makes this exactly the student: same losses, same random numbers, no teacher, no
             adapters.
-        student_classes, teacher_classes: class names in the order of the labels, without the background; for several
-            teachers a list of such lists. Without them the classes must be the same, in the same order.
-        class_map: teacher's class name to student's, or to None: not transferred. It comes before equal names. For
-            several teachers a list, None where there is nothing to map.
+        student_classes: class names in the order of the labels, without the background.
+        teacher_classes: the same of a teacher that is given as a plain model, for a list of models a list of such
+            lists. Without names of both sides the classes must be the same, in the same order.
+        class_map: for a teacher that is given as a plain model: its class name to the student's, or to None, which is
+            not transferred. The map comes before equal names. For a list of models it is a list, None where there is
+            nothing to map.
 
     Raises:
-        TypeError: a model of an unknown family.
+        TypeError: a model of an unknown family, or something that is no model.
         ValueError: the models cannot be paired; names both sides.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | Sequence[nn.Module] | None,
+        teacher: TeacherArgument,
         settings: DistillSettings | None = None,
         *,
         enabled: bool = True,
         student_classes: Sequence[str] | None = None,
-        teacher_classes: Sequence[str] | Sequence[Sequence[str]] | None = None,
-        class_map: Mapping[str, str | None] | Sequence[Mapping[str, str | None] | None] | None = None,
+        teacher_classes: ClassesArgument = None,
+        class_map: ClassMapArgument = None,
     ) -> None:
         super().__init__()
         self.settings = settings if settings is not None else DistillSettings()
@@ -79,17 +88,20 @@ class Distiller(nn.Module):
         self.adapters = nn.ModuleDict()
         self._teachers: list[FrozenTeacher] = []
         self._check_finite = checks.FiniteCheck()
-        if enabled:
-            if teacher is None or (isinstance(teacher, Sequence) and not teacher):
-                raise ValueError("a Distiller with enabled=True needs a teacher")
-            self._student = for_model(student)
-            names = (student_classes, teacher_classes, class_map)
-            self._teachers = pair_teachers(self._student, teacher, self.settings, *names)
-            if self.settings.feature or self.settings.gaussian:
-                like = next(student.parameters())
-                for paired in self._teachers:
-                    channels = paired.adapter.channels
-                    self.adapters[paired.adapter_key] = make_adapter(self._student.channels, channels, like)
+        if not enabled:
+            return
+        teachers = as_teachers(teacher, teacher_classes, class_map)
+        if not teachers:
+            raise ValueError("a Distiller with enabled=True needs a teacher")
+        self._student = for_model(student)
+        self._teachers = pair_teachers(self._student, teachers, self.settings, student_classes)
+        for paired in self._teachers:
+            self.adapters[paired.adapter_key] = self._make_adapter(paired)
+
+    def _make_adapter(self, teacher: FrozenTeacher) -> nn.Module:
+        if not self.settings.compares_features:
+            return nn.Identity()
+        return make_adapter(self._student.channels, teacher.detector.channels, next(self.student.parameters()))
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -99,23 +111,24 @@ class Distiller(nn.Module):
     @property
     def teachers(self) -> list[nn.Module]:
         """All frozen teachers."""
-        return [paired.adapter.model for paired in self._teachers]
+        return [paired.model for paired in self._teachers]
 
     @property
     def frozen_teachers(self) -> list[FrozenTeacher]:
-        """The same with what each of them teaches."""
+        """The same teachers, each with the classes that it teaches."""
         return self._teachers
 
     def describe(self) -> list[str]:
         """Who teaches which classes, in lines to read; nothing where one teacher has just the student's classes."""
-        lines = [f"{paired.name} teaches {paired.classes.describe()}" for paired in self._teachers if paired.classes]
-        taught = {name for paired in self._teachers for name in paired.taught}
-        left = [name for name in self.student_classes or () if name not in taught]
-        return [*lines, f"no teacher for {', '.join(left)}"] if lines and left else lines
+        maps = [(paired.name, paired.classes) for paired in self._teachers]
+        lines = [f"{name} teaches {classes.describe()}" for name, classes in maps if not classes.is_identity]
+        taught = {name for _, classes in maps for name in classes.taught}
+        untaught = [name for name in self.student_classes or () if name not in taught]
+        return [*lines, f"no teacher for {', '.join(untaught)}"] if lines and untaught else lines
 
     @property
     def weight(self) -> float:
-        """lambda, the schedule's weight of all distillation terms at the current position."""
+        """Lambda, the schedule's weight of all distillation terms at the current position."""
         return self.schedule.value
 
     def start(self, total_epochs: int, steps_per_epoch: int) -> None:
@@ -140,6 +153,7 @@ class Distiller(nn.Module):
         self._check_finite.settle()
 
     def load_task_state(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`task_state` returned."""
         self.adapters.load_state_dict(state["adapters"])
         self.schedule.load_state_dict(state["schedule"])
 
@@ -150,12 +164,13 @@ class Distiller(nn.Module):
 
         Args:
             images: N x (3, H, W) in [0, 1], sizes may differ.
-            targets: N x dict with "boxes" (G, 4) xyxy pixels and "labels" (G,) int64, and what else the
-                detector needs.
+            targets: N dicts with "boxes" (G, 4) xyxy in pixels, "labels" (G,) int64, and what else the detector
+                needs; required in training mode.
 
         Returns:
-            The detector's losses under its own names, then ``distill_<term>`` for every term with weight,
-            each already multiplied by its weight and lambda. Their sum is what to minimise.
+            Scalars (): the detector's losses under its own names, then ``distill_<term>`` for every term with weight,
+            each already multiplied by its weight and lambda. Their sum is what to minimise. In eval mode, what the
+            student itself returns.
 
         Raises:
             ValueError: the passes do not fit each other; names both sides.
@@ -169,12 +184,13 @@ class Distiller(nn.Module):
         if self.weight == 0:
             self.stats = {"lambda": torch.zeros((), device=next(self.student.parameters()).device)}
             return {**self.student(images, targets), **self._ended()}
-        student, passes = self._passes(images, targets)
-        terms = self._terms(student, passes)
-        checks.check_gradients(terms, student.features)
+        assert targets is not None, "targets are required in training mode"
+        student_pass, teacher_passes = self._run_models(images, targets)
+        terms = self._terms(student_pass, teacher_passes)
+        checks.check_gradients(terms, student_pass.features)
         weights = self.settings.weights
         return {
-            **student.losses,
+            **student_pass.losses,
             **{f"distill_{name}": self.weight * weights[name] * value for name, value in terms.items()},
         }
 
@@ -184,32 +200,36 @@ class Distiller(nn.Module):
     ) -> tuple[StudentPass, list[tuple[FrozenTeacher, Regions, RegionLosses]]]:
         """What the region terms make of a batch, without gradients.
 
-        Returns the student's pass, and for each teacher the regions that it teaches, with the gates and scores of each.
+        The student's pass is one of training, so that it has to be in training mode.
 
-        The student's pass is one of training, so that it has to be in training mode. Labels are those of the classes
-        that teacher and student share: see :class:`tardkd.distill.classes.ClassMap`.
+        Args:
+            images, targets: as in :meth:`forward`.
+
+        Returns:
+            The student's pass, and for each teacher the regions that it teaches, with the gates and scores of each.
+            Their labels are those of the classes that teacher and student share: see
+            :class:`tardkd.distill.classes.ClassMap`.
         """
-        student, passes = self._passes(images, targets)
-        adapters = [teacher.adapter for teacher in self._teachers]
-        shared = share_regions(self._student, student, list(zip(adapters, passes)), self.settings)
-        found = []
-        for teacher, seen in zip(self._teachers, passes):
-            regions, head = teacher.look(shared, seen)
-            losses = teacher.region_losses(student, seen, regions, head, self.adapters, "mean")
-            found.append((teacher, regions, losses))
-        return student, found
+        student_pass, teacher_passes = self._run_models(images, targets)
+        lessons = self._prepare_lessons(student_pass, teacher_passes)
+        losses = self._region_losses(student_pass, teacher_passes, lessons, "mean")
+        return student_pass, [
+            (teacher, lesson.regions, of_teacher)
+            for teacher, lesson, of_teacher in zip(self._teachers, lessons, losses)
+        ]
 
-    def _passes(
+    def _run_models(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
     ) -> tuple[StudentPass, list[TeacherPass]]:
-        passes: list[TeacherPass] = []
+        """The student's pass and one of each teacher; a GPU runs them beside each other."""
+        teacher_passes: list[TeacherPass] = []
 
         def start_teachers(inputs: InputBatch) -> None:
-            passes.extend(teacher.start(images, inputs) for teacher in self._teachers)
+            teacher_passes.extend(teacher.start(images, inputs) for teacher in self._teachers)
 
-        student = self._student.student_pass(images, targets, start_teachers)
-        join_beside(student.inputs.tensor.device)
-        return student, passes
+        student_pass = self._student.student_pass(images, targets, start_teachers)
+        join_beside(student_pass.inputs.tensor.device)
+        return student_pass, teacher_passes
 
     def _ended(self) -> dict[str, Tensor]:
         """Zeros that keep the adapters in the graph: DDP waits for a gradient of every parameter."""
@@ -218,47 +238,66 @@ class Distiller(nn.Module):
             zero = zero + 0 * parameter.sum()
         return {f"distill_{name}": zero for name, weight in self.settings.weights.items() if weight}
 
-    def _terms(self, student: StudentPass, passes: Sequence[TeacherPass]) -> dict[str, Tensor]:
+    def _terms(self, student_pass: StudentPass, teacher_passes: Sequence[TeacherPass]) -> dict[str, Tensor]:
         """The terms with weight, not yet weighted."""
-        self.stats = {"lambda": torch.full((), self.weight, device=student.inputs.tensor.device)}
+        self.stats = {"lambda": torch.full((), self.weight, device=student_pass.inputs.tensor.device)}
         weights = self.settings.weights
         terms: dict[str, Tensor] = {}
         # A gate closes on a NaN of the teacher's, so that the terms alone would not show it.
         suspects: dict[str, Tensor] = {}
         if any(weights[name] for name in REGION_TERMS):
-            terms, suspects = self._region_terms(student, passes)
+            lessons = self._prepare_lessons(student_pass, teacher_passes)
+            terms = self._region_terms(student_pass, teacher_passes, lessons)
+            for teacher, lesson in zip(self._teachers, lessons):
+                suspects[f"{teacher.name}'s logits"] = lesson.head.logits
+                suspects[f"{teacher.name}'s deltas"] = lesson.head.deltas
         if weights["gaussian"]:
-            objects = [teacher.objects(student) for teacher in self._teachers]
-            losses = [
-                teacher.gaussian_loss(student, seen, boxes, self.adapters)
-                for teacher, seen, boxes in zip(self._teachers, passes, objects)
-            ]
-            terms["gaussian"] = joint_gaussian_loss(losses, objects)
+            terms["gaussian"] = self._gaussian_term(student_pass, teacher_passes)
         if self.settings.check_finite:
             self._check_finite({**{f"distill_{name}": value for name, value in terms.items()}, **suspects})
         return terms
 
+    def _prepare_lessons(self, student_pass: StudentPass, teacher_passes: Sequence[TeacherPass]) -> list[Lesson]:
+        """For each teacher the shared regions that it teaches."""
+        detectors = [teacher.detector for teacher in self._teachers]
+        shared = share_regions(self._student, student_pass, list(zip(detectors, teacher_passes)), self.settings)
+        return [
+            teacher.prepare_lesson(shared, teacher_pass)
+            for teacher, teacher_pass in zip(self._teachers, teacher_passes)
+        ]
+
+    def _region_losses(
+        self,
+        student_pass: StudentPass,
+        teacher_passes: Sequence[TeacherPass],
+        lessons: Sequence[Lesson],
+        reduction: Reduction,
+    ) -> list[RegionLosses]:
+        """For each teacher the losses over the regions that it teaches."""
+        return [
+            teacher.region_losses(student_pass, teacher_pass, lesson, self.adapters[teacher.adapter_key], reduction)
+            for teacher, teacher_pass, lesson in zip(self._teachers, teacher_passes, lessons)
+        ]
+
     def _region_terms(
-        self, student: StudentPass, passes: Sequence[TeacherPass]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The terms over shared regions, and what of the teachers' must be finite beside them."""
-        adapters = [teacher.adapter for teacher in self._teachers]
-        shared = share_regions(self._student, student, list(zip(adapters, passes)), self.settings)
-        looks = [teacher.look(shared, seen) for teacher, seen in zip(self._teachers, passes)]
-        reduction = "mean" if len(looks) == 1 else "sum"
-        losses = joint_region_losses(
-            [
-                teacher.region_losses(student, seen, *look, self.adapters, reduction)
-                for teacher, seen, look in zip(self._teachers, passes, looks)
-            ]
-        )
-        objects = [foreground(regions.labels, regions.head.logits, self._student.head) for regions, _ in looks]
-        self.stats.update(region_stats(losses, objects[0] if len(objects) == 1 else torch.cat(objects)))
-        suspects: dict[str, Tensor] = {}
-        for teacher, (_, head) in zip(self._teachers, looks):
-            suspects |= {f"{teacher.name}'s logits": head.logits, f"{teacher.name}'s deltas": head.deltas}
+        self, student_pass: StudentPass, teacher_passes: Sequence[TeacherPass], lessons: Sequence[Lesson]
+    ) -> dict[str, Tensor]:
+        """The terms over shared regions that have weight, each a mean over the open gates of all teachers."""
+        reduction: Reduction = "mean" if len(lessons) == 1 else "sum"
+        losses = joint_region_losses(self._region_losses(student_pass, teacher_passes, lessons, reduction))
+        foregrounds = [lesson.regions.foreground(self._student.head) for lesson in lessons]
+        self.stats.update(region_stats(losses, foregrounds[0] if len(foregrounds) == 1 else torch.cat(foregrounds)))
         terms = {name: getattr(losses, name) for name in REGION_TERMS if self.settings.weights[name]}
         share = share_of_all(losses.gates)
         if share is not None:
             terms = {name: value * share[REGION_TERMS.index(name)] for name, value in terms.items()}
-        return terms, suspects
+        return terms
+
+    def _gaussian_term(self, student_pass: StudentPass, teacher_passes: Sequence[TeacherPass]) -> Tensor:
+        """The term over whole feature maps, a mean over the objects of all teachers."""
+        objects = [teacher.objects(student_pass) for teacher in self._teachers]
+        losses = [
+            teacher.gaussian_loss(student_pass, teacher_pass, boxes, self.adapters[teacher.adapter_key])
+            for teacher, teacher_pass, boxes in zip(self._teachers, teacher_passes, objects)
+        ]
+        return joint_gaussian_loss(losses, objects)

@@ -11,16 +11,16 @@ from .settings import ScheduleSettings
 class Schedule:
     """lambda as a function of the position in the training.
 
-    With t = 1 .. t_max the current epoch (``per="epoch"``) or iteration (``per="iteration"``) and
-    x = (t - 1) / t_max the share of the training behind it:
+    With t = 1 .. t_max the current epoch (``per="epoch"``) or iteration (``per="iteration"``) and x = (t - 1) / t_max
+    the share of the training behind it, lambda is:
 
     - linear: 1 - x
     - cosine: (1 + cos(pi x)) / 2
     - step: gamma ** (number of milestones <= x)
     - constant: 1
 
-    During the first ``warmup`` iterations this is multiplied by (iteration + 1) / warmup; from x >= ``stop``
-    on it is 0, where ``stop`` < 1. Before :meth:`start` the length is unknown and lambda is 1.
+    During the first ``warmup`` iterations this is multiplied by (iteration + 1) / warmup. From x >= ``stop`` on lambda
+    is 0, where ``stop`` < 1. Before :meth:`start` the length of the training is unknown and lambda is 1.
     """
 
     def __init__(self, settings: ScheduleSettings) -> None:
@@ -54,7 +54,7 @@ class Schedule:
     @property
     def value(self) -> float:
         """Lambda at the current position."""
-        if self.total_epochs is None:
+        if self.total_epochs is None or self.steps_per_epoch is None:
             return 1.0
         settings = self.settings
         iteration = self.epoch * self.steps_per_epoch + self.step
@@ -74,8 +74,10 @@ class Schedule:
         return warm
 
     def state_dict(self) -> dict[str, Any]:
+        """The length of the training and the position in it."""
         return {key: getattr(self, key) for key in ("total_epochs", "steps_per_epoch", "epoch", "step")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Move to what :meth:`state_dict` returned."""
         for key in self.state_dict():
             setattr(self, key, state[key])

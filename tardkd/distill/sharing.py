@@ -7,61 +7,59 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tardkd.detectors import DetectorAdapter
-from tardkd.detectors.base import HeadSettings, Regions, StudentPass, TeacherPass
+from tardkd.detectors import Detector
+from tardkd.detectors.base import Regions, StudentPass, TeacherPass
 from tardkd.ops import RegionLosses
 
 from .settings import DistillSettings
 
 
 def share_regions(
-    student_adapter: DetectorAdapter,
-    student: StudentPass,
-    teachers: Sequence[tuple[DetectorAdapter, TeacherPass]],
+    student: Detector,
+    student_pass: StudentPass,
+    teachers: Sequence[tuple[Detector, TeacherPass]],
     settings: DistillSettings,
 ) -> Regions:
-    """The regions that all models look at, with the student's head on them.
+    """The regions that all models look at, with the outputs of the student's head on them.
 
-    The proposals of several teachers are put together, before the student's rules sample from them. Where no term looks
-    at background, the teachers' heads are spared it.
+    The proposals of several teachers are put together before the student's rules sample from them. Where no term looks
+    at the background, it is left out, so that the teachers' heads need not run on it.
     """
-    regions = student.regions
+    regions = student_pass.regions
     if settings.sharing != "student":
         with torch.no_grad():
-            proposals = [adapter.teacher_proposals(seen) for adapter, seen in teachers]
+            proposals = [teacher.teacher_proposals(teacher_pass) for teacher, teacher_pass in teachers]
         by_image = [torch.cat(boxes) for boxes in zip(*proposals)]
-        theirs = student_adapter.student_regions(student, by_image)
-        regions = theirs if settings.sharing == "teacher" else regions.union(theirs)
+        proposed = student.student_regions(student_pass, by_image)
+        regions = proposed if settings.sharing == "teacher" else regions.union(proposed)
     if settings.foreground_only:
-        regions = regions.select(foreground(regions.labels, regions.head.logits, student_adapter.head))
+        regions = regions.select(regions.foreground(student.head))
     return regions
 
 
-def foreground(labels: Tensor, logits: Tensor, head: HeadSettings) -> Tensor:
-    """(R,) bool: which regions have an object's label."""
-    columns = logits.shape[1] - (head.activation == "softmax")
-    return labels != (0 if head.background == "first" else columns)
-
-
 def rescale_deltas(deltas: Tensor, weights: Sequence[float], wanted: Sequence[float]) -> Tensor:
-    """Deltas (R, 4k) of a box coder with ``weights`` as one with ``wanted`` would have written them."""
+    """Deltas, (R, 4k), of a box coder with ``weights`` as one with the ``wanted`` weights would have written them."""
     if tuple(weights) == tuple(wanted):
         return deltas
     factor = deltas.new_tensor(wanted) / deltas.new_tensor(weights)
     return (deltas.unflatten(1, (-1, 4)) * factor).flatten(1)
 
 
-def region_stats(losses: RegionLosses, is_foreground: Tensor) -> dict[str, Tensor]:
-    """What the gates decided and why: means over the foreground regions, and their number."""
-    count = is_foreground.sum()
+def region_stats(losses: RegionLosses, foreground: Tensor) -> dict[str, Tensor]:
+    """What the gates decided and why: the number of foreground regions, and means over them, scalars ().
+
+    Args:
+        foreground: (R,) bool, which regions have an object.
+    """
+    count = foreground.sum()
 
     def mean(values: Tensor) -> Tensor:
-        return (values * is_foreground).sum() / count.clamp(min=1)
+        return (values * foreground).sum() / count.clamp(min=1)
 
-    names = ("gate_feature", "gate_classification", "gate_regression")
+    gates = ("gate_feature", "gate_classification", "gate_regression")
     scores = ("teacher_score", "student_score", "teacher_iou", "other_iou")
     return {
         "foreground": count,
-        **{name: mean(column) for name, column in zip(names, losses.gates.unbind(1))},
+        **{name: mean(column) for name, column in zip(gates, losses.gates.unbind(1))},
         **{name: mean(column) for name, column in zip(scores, losses.scores.unbind(1))},
     }

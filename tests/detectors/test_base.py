@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from tardkd.detectors.base import HeadOutputs, Regions
+from tardkd.detectors.base import HeadOutputs, HeadSettings, Regions
 
 
 def regions(counts: list[int], start: int) -> Regions:
@@ -36,3 +37,18 @@ def test_select_nothing() -> None:
 
 def test_union() -> None:
     assert_rows(regions([2, 0, 1], 0).union(regions([1, 2, 0], 10)), [[0, 1, 10], [11, 12], [2]])
+
+
+@pytest.mark.parametrize(
+    "background, activation, expected",
+    [
+        ("first", "softmax", [False, True, True, True]),
+        ("last", "softmax", [True, True, False, True]),
+        ("first", "sigmoid", [False, True, True, True]),
+        ("last", "sigmoid", [True, True, True, False]),
+    ],
+)
+def test_foreground(background: str, activation: str, expected: list[bool]) -> None:
+    """Three logits are two classes and the background, or three classes."""
+    head = HeadSettings(background, activation, (1.0,) * 4, None)
+    assert regions([3, 1], 0).foreground(head).tolist() == expected

@@ -161,14 +161,14 @@ def test_no_trace_is_left_by_a_failure() -> None:
 def test_settings_are_read_from_the_model() -> None:
     model = tiny_detector(bbox_reg_weights=(1.0, 2.0, 3.0, 4.0), size=96)
     model.roi_heads.box_roi_pool = MultiScaleRoIAlign(["0"], (3, 5), 1, canonical_scale=112, canonical_level=3)
-    adapter = for_model(model)
-    roi = adapter.roi
+    detector = for_model(model)
+    roi = detector.roi
     assert (roi.output_size, roi.sampling_ratio, roi.aligned) == ((3, 5), 1, False)
     assert (roi.canonical_scale, roi.canonical_level) == (112, 3)
-    assert adapter.head.box_weights == (1.0, 2.0, 3.0, 4.0)
-    assert adapter.head.widths == (4, 16)
-    assert (adapter.head.background, adapter.head.activation) == ("first", "softmax")
-    assert (adapter.channels, adapter.input_size) == (8, 96)
+    assert detector.head.box_weights == (1.0, 2.0, 3.0, 4.0)
+    assert detector.head.widths == (4, 16)
+    assert (detector.head.background, detector.head.activation) == ("first", "softmax")
+    assert (detector.channels, detector.input_size) == (8, 96)
 
 
 def teacher_of(model: nn.Module) -> Any:
@@ -214,9 +214,9 @@ def test_teacher_head_is_the_teachers_on_its_own_pixels(ratio: float, size: int)
     student = run_student(tiny_detector())
     model = tiny_detector(seed=1, channels=12, levels=3, size=size)
     images, _ = tiny_batch()
-    adapter = teacher_of(model)
-    teacher = adapter.teacher_pass(images, student.inputs, ratio)
-    head = adapter.teacher_head(teacher, student.regions.proposals)
+    detector = teacher_of(model)
+    teacher = detector.teacher_pass(images, student.inputs, ratio)
+    head = detector.teacher_head(teacher, student.regions.proposals)
 
     batch, _ = model.transform(images)
     maps = model.backbone(batch.tensors)
@@ -234,8 +234,8 @@ def test_teacher_proposals_are_its_rpns_in_student_pixels(ratio: float, size: in
     student = run_student(tiny_detector())
     model = tiny_detector(seed=1, size=size)
     images, _ = tiny_batch()
-    adapter = teacher_of(model)
-    proposals = adapter.teacher_proposals(adapter.teacher_pass(images, student.inputs, ratio))
+    detector = teacher_of(model)
+    proposals = detector.teacher_proposals(detector.teacher_pass(images, student.inputs, ratio))
     batch, _ = model.transform(images)
     expected, _ = model.rpn(ImageList(batch.tensors, batch.image_sizes), model.backbone(batch.tensors))
     assert [len(boxes) for boxes in proposals] == [40, 40]

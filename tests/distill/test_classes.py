@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from detectors.tiny import tiny_batch, tiny_detector
 from torch import Tensor, nn
 
-from tardkd.detectors.base import HeadOutputs, HeadSettings
+from tardkd.detectors.base import HeadOutputs, HeadSettings, Regions
 from tardkd.distill import Distiller, DistillSettings
 from tardkd.distill.classes import ClassMap, match_classes
 
@@ -66,10 +67,10 @@ def pair(
     ],
 )
 def test_names_match_and_the_map_comes_first(teacher, class_map, pairs):
-    found = match_classes(NAMES, teacher, class_map)
-    assert found.pairs == tuple(pairs)
-    assert found.is_identity == (teacher == NAMES and class_map is None)
-    assert found.is_partial == (len(pairs) < 3)
+    classes = match_classes(NAMES, teacher, class_map)
+    assert classes.pairs == tuple(pairs) and classes.is_named
+    assert classes.is_identity == (teacher == NAMES and class_map is None)
+    assert classes.is_partial == (len(pairs) < 3)
 
 
 @pytest.mark.parametrize(
@@ -90,11 +91,6 @@ def test_names_match_and_the_map_comes_first(teacher, class_map, pairs):
 def test_maps_that_cannot_be(teacher, class_map, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         match_classes(NAMES, teacher, class_map)
-
-
-def test_a_map_needs_names():
-    with pytest.raises(ValueError, match="a class map needs the names of both sides"):
-        Distiller(tiny_detector(), tiny_detector(seed=1), class_map={"a": "b"})
 
 
 def test_what_is_transferred_is_told():
@@ -125,19 +121,19 @@ def outputs(count: int, head: HeadSettings, deltas: int) -> HeadOutputs:
 def test_columns_of_every_kind_of_head(activation, own, wanted, deltas):
     classes = ClassMap(("a", "b"), ("w", "x", "y", "z"), ((0, 3), (1, 1)))  # a: z, b: x
     head = HeadSettings(own, activation, (1.0,) * 4, None)
-    found = classes.teacher_outputs(outputs(4, head, deltas), head, wanted)
+    taught = classes.teacher_outputs(outputs(4, head, deltas), head, wanted)
     expected = [0, 4, 2] if wanted == "first" else [4, 2, 0]
-    assert found.logits[1].tolist() == (expected if activation == "softmax" else [4, 2])
+    assert taught.logits[1].tolist() == (expected if activation == "softmax" else [4, 2])
     blocks = {4: [9], 16: [4, 2], 20: expected}[deltas]
-    assert found.deltas[1].tolist() == [block for block in blocks for _ in range(4)]
+    assert taught.deltas[1].tolist() == [block for block in blocks for _ in range(4)]
 
 
 def test_all_columns_in_order_are_taken_as_they_are():
     head = HeadSettings("first", "softmax", (1.0,) * 4, None)
     classes = match_classes(NAMES, ["c", "x", "b", "a"])
     given = outputs(3, head, 16)
-    found = classes.student_outputs(given, head)
-    assert found.logits is given.logits and found.deltas is given.deltas
+    taken = classes.student_outputs(given, head)
+    assert taken.logits is given.logits and taken.deltas is given.deltas
     labels = torch.tensor([0, 1, 3, -1])
     assert classes.labels(labels, "first") is labels
 
@@ -152,6 +148,65 @@ def test_all_columns_in_order_are_taken_as_they_are():
 def test_labels(background, labels, expected):
     classes = match_classes(NAMES, ["c", "a"])
     assert classes.labels(torch.tensor(labels), background).tolist() == expected
+
+
+# --- the identity -----------------------------------------------------------------------------------------------------
+
+IDENTITIES = pytest.mark.parametrize("classes", [ClassMap(), match_classes(NAMES, NAMES)], ids=["unnamed", "named"])
+
+
+@IDENTITIES
+@pytest.mark.parametrize("background", ["first", "last"])
+def test_the_identity_leaves_all_as_it_is(classes, background):
+    """Not only equal: it is the very same, so that nothing was copied."""
+    assert classes.is_identity and not classes.is_partial
+    head = HeadSettings(background, "softmax", (1.0,) * 4, (4, 16))
+    given = outputs(3, head, 16)
+    regions = Regions([torch.zeros(2, 4)], torch.tensor([1, 3]), torch.zeros(2, 4), given)
+    assert classes.student_regions(regions, head) is regions
+    assert classes.student_outputs(given, head) is given
+    assert classes.teacher_outputs(given, head, background) is given
+    for labels in (regions.labels, torch.tensor([0, 7, -1])):
+        assert classes.labels(labels, background) is labels
+        assert classes.to_student(labels) is labels and classes.from_teacher(labels) is labels
+    detections = {"boxes": torch.zeros(2, 4), "labels": regions.labels}
+    mapped = classes.detections(detections)
+    assert mapped == detections and all(mapped[key] is value for key, value in detections.items())
+
+
+def test_the_identity_tells_heads_that_differ():
+    head = HeadSettings("first", "softmax", (1.0,) * 4, (4, 16))
+    ClassMap().check_widths(head, head)
+    with pytest.raises(ValueError, match=r"student's head has 4 logits .*teacher's has 6"):
+        ClassMap().check_widths(head, replace(head, widths=(6, 24)))
+
+
+def test_equal_names_still_move_a_background_that_stands_elsewhere():
+    head = HeadSettings("last", "softmax", (1.0,) * 4, None)
+    moved = match_classes(NAMES, NAMES).teacher_outputs(outputs(3, head, 16), head, "first")
+    assert moved.logits[0].tolist() == [0, 1, 2, 3]
+    assert moved.deltas[0, ::4].tolist() == [0, 1, 2, 3]
+
+
+def test_names_are_known_or_not():
+    assert not ClassMap().is_named and ClassMap().taught == []
+    assert match_classes(NAMES, NAMES).taught == NAMES
+
+
+@pytest.mark.parametrize("gates", [OPEN, ADAPTIVE, ALL], ids=["open", "adaptive", "all"])
+def test_equal_names_are_as_good_as_none(gates):
+    teacher = tiny_detector(seed=1)
+    settings = DistillSettings(**gates, gaussian=1.0)
+    assert run(pair(teacher, NAMES, gaussian=1.0, **gates)) == run(Distiller(tiny_detector(), teacher, settings))
+
+
+def test_detections_are_those_of_the_pairs():
+    classes = match_classes(NAMES, ["x", "c", "a"])
+    detections = {"labels": torch.tensor([1, 2, 3, 2]), "scores": torch.tensor([0.1, 0.2, 0.3, 0.4])}
+    mapped = classes.detections(detections)
+    assert mapped["labels"].tolist() == [3, 1, 3]
+    torch.testing.assert_close(mapped["scores"], torch.tensor([0.2, 0.3, 0.4]))
+    assert classes.to_student(torch.tensor([0, 1, 2])).tolist() == [0, 1, 3]
 
 
 # --- losses and gradients ---------------------------------------------------------------------------------------------

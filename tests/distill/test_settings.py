@@ -9,7 +9,9 @@ import math
 import pytest
 
 from tardkd import ops
+from tardkd.detectors.base import HeadSettings
 from tardkd.distill import DistillSettings, ScheduleSettings
+from tardkd.ops.spec import CHOICES, LossSpec
 
 
 @pytest.mark.parametrize(
@@ -108,3 +110,43 @@ def test_defaults_are_the_ops() -> None:
         "bin_weight",
     ):
         assert getattr(settings, key) == parameters[key].default, key
+
+
+def test_every_choice_is_taken_and_known_to_the_ops() -> None:
+    for key in ("feature_loss", "bin_weight", "feature_gate", "classification_gate", "regression_gate"):
+        for value in CHOICES[key]:
+            assert getattr(DistillSettings(**{key: value}), key) == value
+        with pytest.raises(ValueError, match=f"choose one of {', '.join(CHOICES[key])}$"):
+            DistillSettings(**{key: "none of them"})
+
+
+def test_the_ops_are_told_of_settings_and_head() -> None:
+    head = HeadSettings("last", "sigmoid", (1.0, 2.0, 3.0, 4.0), None)
+    settings = DistillSettings(feature_loss="absolute", feature_gate="all", temperature=2.0, beta=0.5)
+    spec = settings.loss_spec(head, "sum")
+    assert spec == LossSpec(
+        feature_loss="absolute",
+        feature_gate="all",
+        temperature=2.0,
+        beta=0.5,
+        box_weights=(1.0, 2.0, 3.0, 4.0),
+        background="last",
+        activation="sigmoid",
+        reduction="sum",
+    )
+    options = inspect.signature(ops.pooled_distill_loss).parameters
+    assert set(spec._asdict()) <= set(options)
+    shared = {field.name for field in dataclasses.fields(settings)} & set(options)
+    assert all(getattr(settings, name) == getattr(spec, name) for name in shared)
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({}, True),
+        ({"feature": 0.0}, False),
+        ({"feature": 0.0, "gaussian": 1.0}, True),
+    ],
+)
+def test_compares_features(settings: dict[str, float], expected: bool) -> None:
+    assert DistillSettings(**settings).compares_features is expected

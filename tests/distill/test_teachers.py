@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from typing import Any
 
 import pytest
@@ -161,30 +160,6 @@ def test_every_parameter_gets_a_gradient_in_every_step():
         distiller.zero_grad()
         sum(distiller(images, second_only).values()).backward()
         assert all(parameter.grad is not None for parameter in distiller.parameters())
-
-
-@pytest.mark.parametrize(
-    "class_map, message",
-    [
-        ([None, None], "several teach a (teacher 0 and teacher 1), b (teacher 0 and teacher 1)"),
-        (
-            [{"b": None}, {"a": None}],
-            "several teach c (teacher 0 and teacher 1); map such a class to null in all but one",
-        ),
-        ([{"b": None}, {"z": "a"}], "teacher 1: class map: 'z' is no class of the teacher"),
-        ([{"b": None}], "2 teachers need as many teacher_classes and class_maps, got 2 and 1"),
-    ],
-)
-def test_teams_that_cannot_be(class_map, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        team([tiny_detector(seed=1), tiny_detector(seed=2)], class_map)
-
-
-def test_several_need_names():
-    with pytest.raises(ValueError, match="student_classes and all teacher_classes needed"):
-        Distiller(tiny_detector(), [tiny_detector(seed=1), tiny_detector(seed=2)])
-    with pytest.raises(ValueError, match="needs a teacher"):
-        Distiller(tiny_detector(), [])
 
 
 def test_what_is_not_finite_is_named_with_its_teacher():
