@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tardkd.detectors.base import HeadSettings
@@ -26,14 +27,18 @@ ScheduleKind = Literal["linear", "constant", "cosine", "step"]
 ScheduleUnit = Literal["epoch", "iteration"]
 
 
+@lru_cache
+def _choices(kind: type) -> dict[str, tuple[str, ...]]:
+    """The values that may be chosen, for every field whose type is a Literal."""
+    return {key: get_args(hint) for key, hint in get_type_hints(kind).items() if get_origin(hint) is Literal}
+
+
 def _check_choices(settings: Any) -> None:
     """Every field whose type is a Literal must hold one of its values."""
-    kind = type(settings)
-    for key, hint in get_type_hints(kind).items():
-        choices = get_args(hint)
-        if get_origin(hint) is Literal and getattr(settings, key) not in choices:
-            value = getattr(settings, key)
-            raise ValueError(f"{kind.__name__}.{key} is {value!r}; choose one of {', '.join(choices)}")
+    for key, choices in _choices(type(settings)).items():
+        value = getattr(settings, key)
+        if value not in choices:
+            raise ValueError(f"{type(settings).__name__}.{key} is {value!r}; choose one of {', '.join(choices)}")
 
 
 def _check_number(settings: Any, key: str, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
@@ -84,10 +89,14 @@ class DistillSettings:
     gaussian: float = 0.0  # weight of the term that compares whole feature maps, under a Gaussian at every object
 
     # --- the regions that both models are asked about, and which of them transfer
-    sharing: Sharing = "student"  # whose proposals are shared
-    feature_gate: FeatureGate = "either"  # regions whose features transfer; either: one of the other two gates is open
-    classification_gate: ClassificationGate = "teacher_better"  # regions whose logits transfer; better: at its class
-    regression_gate: RegressionGate = "vs_proposal"  # regions whose deltas transfer: whose box the teacher's must beat
+    # whose proposals become the shared regions
+    sharing: Sharing = "student"
+    # regions whose features transfer; either: those of the foreground where one of the two other gates is open
+    feature_gate: FeatureGate = "either"
+    # regions whose logits transfer; teacher_better: those where the teacher is surer of the true class
+    classification_gate: ClassificationGate = "teacher_better"
+    # regions whose deltas transfer; vs_proposal, vs_student: those where the teacher's box is better than that one
+    regression_gate: RegressionGate = "vs_proposal"
 
     # --- the losses
     temperature: float = 1.0  # what the class term divides logits by before the softmax
@@ -97,9 +106,8 @@ class DistillSettings:
     sigma_squared: float = 2.0  # width of the gaussian term's mask, in half box sizes
 
     # --- how it runs
-    path: FeaturePath = (
-        "auto"  # pooled: compare what the heads have pooled; pyramid: pool again; auto: pooled if possible
-    )
+    # pooled: features are compared as the heads have pooled them; pyramid: both pool again; auto: pooled if possible
+    path: FeaturePath = "auto"
     teacher_input_ratio: float | None = None  # the teacher's input size over the student's; null: taken from the models
     teacher_bf16: bool = False  # whether the teacher's trunk runs in bfloat16, whatever the student runs in
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)  # how the weight of all terms moves over time

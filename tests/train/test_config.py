@@ -49,8 +49,8 @@ WRONG = [  # key, value, what the message must say
     ("distill.featur", 1.0, "recipe: distill.featur: unknown key; did you mean feature?"),
     ("distill.feature", -1, "Distill.feature is -1"),
     ("distill.feature", "x", "recipe: distill.feature: Input should be a valid number"),
-    ("distill.classification_gate", "always", "classification_gate is 'always'; choose one of all, foreground"),
-    ("distill.schedule", {"kind": "bumpy"}, "recipe: distill.schedule: ScheduleSettings.kind is 'bumpy'"),
+    ("distill.classification_gate", "always", "recipe: distill.classification_gate: Input should be 'all', "),
+    ("distill.schedule", {"kind": "bumpy"}, "recipe: distill.schedule.kind: Input should be 'linear', "),
     ("distill.schedule", {"when": 1}, "recipe: distill.schedule.when: unknown key; known keys here: gamma, kind"),
     ("output", 3, "recipe: output: Input should be a valid string"),
 ]
