@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from torchvision.models import get_model_weights
 
+from tardkd import distill
 from tardkd.data import CocoDetection, Scenes, VocDetection
 from tardkd.data.transforms import build_transform
 from tardkd.detectors.parts import PREDICTOR, backbone
@@ -74,19 +75,14 @@ def pair(
 ) -> Distiller:
     """A distiller of that student and the configuration's teachers; `files` as in :func:`build_distiller`."""
     sections = config.teachers if config.distill.enabled else {}
-    loaded = [load_teacher(section, class_names, key, (files or {}).get(key)) for key, section in sections.items()]
+    teachers = [
+        distill.Teacher(*load_teacher(section, class_names, key, (files or {}).get(key)), section.classes)
+        for key, section in sections.items()
+    ]
     settings = config.distill
     if config.train.on_non_finite == "skip":  # which looks at the losses of all processes, when they have all got there
         settings = replace(settings, check_finite=False)
-    return Distiller(
-        student,
-        [teacher for teacher, _ in loaded],
-        settings,
-        enabled=settings.enabled,
-        student_classes=class_names,
-        teacher_classes=[classes for _, classes in loaded],
-        class_map=[section.classes for section in sections.values()],
-    )
+    return Distiller(student, teachers, settings, enabled=settings.enabled, student_classes=class_names)
 
 
 def start_from(config: Config, weights: str | None) -> Config:
