@@ -116,7 +116,7 @@ class Pair:
             forward[name] = partial(call, self.distiller(path))
             without = self.distiller(path)
             [paired] = without._teachers
-            paired.adapter = Remembered(paired.adapter)
+            paired.detector = Remembered(paired.detector)
             forward[f"{name}, teacher remembered"] = partial(call, without)
         for name, pooling in (("PyTorch", False), ("PyTorch, pyramids pooled", True)):
             forward[name] = partial(self.with_pytorch, pooling, False)
@@ -138,11 +138,11 @@ class Pair:
 class Remembered:
     """A teacher that does its work once: steps with it show what distilling costs beside the teacher."""
 
-    adapter: Any
+    detector: Any
     results: dict[str, Any] = field(default_factory=dict)
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self.adapter, name)
+        found = getattr(self.detector, name)
         if name not in ("teacher_pass", "teacher_head"):
             return found
 

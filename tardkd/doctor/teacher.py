@@ -147,8 +147,8 @@ def _teacher_precision(
 ) -> Iterator[Finding]:
     """`student`: its AP by class, None where there is no object of the class."""
     name, model, classes = paired.name, paired.model, paired.classes
-    metrics = evaluate(model if classes is None else InTheStudentsLabels(model, classes), batches, dataset)
-    taught = dataset.class_names if classes is None else classes.taught
+    metrics = evaluate(InTheStudentsLabels(model, classes), batches, dataset)
+    taught = classes.taught
     partial = len(taught) < len(dataset.class_names)
     per_class = {label: metrics["per_class"][label] for label in taught}
     scores = {label: score for label, score in per_class.items() if score is not None}

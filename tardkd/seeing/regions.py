@@ -114,7 +114,7 @@ def look_at(distiller: Distiller, image: Tensor, target: dict[str, Any], *, seed
     weighted = torch.tensor([weights[name] > 0 for name in ("feature", "classification", "regression")])
     parts = []  # for each teacher: boxes, labels, objects, gates, scores
     for teacher, regions, losses in found:
-        labels = regions.labels if teacher.classes is None else teacher.classes.to_student(regions.labels)
+        labels = teacher.classes.to_student(regions.labels)
         parts.append(
             (
                 regions.proposals[0].float().cpu() * scale,
@@ -140,10 +140,9 @@ def detect(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
 def teachers_detections(distiller: Distiller, image: Tensor) -> dict[str, Tensor]:
     """What the teachers find of the classes that they teach, under the student's labels."""
     device = next(distiller.parameters()).device
-    found = []
-    for teacher in distiller.frozen_teachers:
-        boxes = detect(teacher.model.to(device), image)
-        found.append(boxes if teacher.classes is None else teacher.classes.detections(boxes))
+    found = [
+        teacher.classes.detections(detect(teacher.model.to(device), image)) for teacher in distiller.frozen_teachers
+    ]
     return {key: torch.cat([boxes[key] for boxes in found]) for key in ("boxes", "labels", "scores")}
 
 

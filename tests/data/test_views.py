@@ -7,7 +7,7 @@ import torch
 from train.recipe import MODEL
 
 from tardkd.data import Scenes, build_loader, build_transform
-from tardkd.detectors.torchvision import GeneralizedRCNNAdapter
+from tardkd.detectors.torchvision import GeneralizedRCNNDetector
 from tardkd.train.models import ModelSpec, build_model
 
 BOXES = torch.tensor([[20.0, 8, 50, 28], [2, 30, 12, 38]])
@@ -72,8 +72,8 @@ def test_all_together_depend_on_seed_epoch_and_image_alone():
 
 @pytest.mark.parametrize("teacher_size", [64, 96])
 def test_of_several_sizes_the_teacher_sees_the_one_that_the_student_drew(teacher_size):
-    student = GeneralizedRCNNAdapter(build_model(ModelSpec(**{**MODEL, "min_size": (32, 48, 64), "max_size": 128}), 2))
-    teacher = GeneralizedRCNNAdapter(build_model(ModelSpec(**{**MODEL, "min_size": teacher_size, "max_size": 192}), 2))
+    student = GeneralizedRCNNDetector(build_model(ModelSpec(**{**MODEL, "min_size": (32, 48, 64), "max_size": 128}), 2))
+    teacher = GeneralizedRCNNDetector(build_model(ModelSpec(**{**MODEL, "min_size": teacher_size, "max_size": 192}), 2))
     teacher.model.eval()
     ratio = teacher.input_size / student.input_size
     image, target = torch.rand(3, 40, 60), {"boxes": BOXES, "labels": torch.tensor([1, 2])}
