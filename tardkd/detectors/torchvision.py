@@ -240,7 +240,12 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 def _matches(samples: tuple[Any, ...], targets: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Labels (R,) and matched ground truth (R, 4) xyxy of what ``select_training_samples`` chose."""
+    """Labels (R,) and matched ground truth (R, 4) xyxy of what ``select_training_samples`` chose.
+
+    Args:
+        samples: what it returned.
+        targets: N dicts with at least "boxes" (G, 4) xyxy.
+    """
     _, indices, labels, _ = samples
     matched = [
         target["boxes"][index] if len(target["boxes"]) else target["boxes"].new_zeros((len(index), 4))

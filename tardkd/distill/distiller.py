@@ -82,7 +82,7 @@ class Distiller(nn.Module):
         self.settings = settings if settings is not None else DistillSettings()
         self.enabled = enabled
         self.schedule = Schedule(self.settings.schedule)
-        self.stats: dict[str, Tensor] = {}
+        self.stats: dict[str, Tensor] = {}  # scalars () of the last step: lambda, what the gates let through, and why
         self.student = student
         self.student_classes = student_classes
         self.adapters = nn.ModuleDict()

@@ -113,10 +113,11 @@ class FrozenTeacher:
 
     def prepare_lesson(self, shared: Regions, teacher_pass: TeacherPass) -> Lesson:
         """Run the head on those of the shared regions that it teaches."""
-        regions = self.classes.student_regions(shared, self.student.head)
+        convention = self.student.head
+        regions = self.classes.student_regions(shared, convention)
         with torch.no_grad(), self._timed():
             head = self.detector.teacher_head(teacher_pass, regions.proposals)
-            head = self.classes.teacher_outputs(head, self.detector.head, self.student.head.background)
+            head = self.classes.teacher_outputs(head, self.detector.head, convention.background)
         checks.check_head_widths(regions.head.widths, head.widths)
         return Lesson(regions, head)
 

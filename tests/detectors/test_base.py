@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tardkd.detectors.base import HeadOutputs, HeadSettings, Regions
+from tardkd import detectors
+from tardkd.detectors.base import HeadOutputs, HeadSettings, Regions, RoISettings
+from tardkd.ops.spec import RoIAlignSpec
 
 
 def regions(counts: list[int], start: int) -> Regions:
@@ -52,3 +54,8 @@ def test_foreground(background: str, activation: str, expected: list[bool]) -> N
     """Three logits are two classes and the background, or three classes."""
     head = HeadSettings(background, activation, (1.0,) * 4, None)
     assert regions([3, 1], 0).foreground(head).tolist() == expected
+
+
+def test_old_names_still_name_the_same() -> None:
+    assert detectors.DetectorAdapter is detectors.Detector
+    assert RoISettings is RoIAlignSpec
