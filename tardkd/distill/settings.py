@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tardkd.detectors.base import HeadSettings
@@ -27,17 +26,11 @@ ScheduleKind = Literal["linear", "constant", "cosine", "step"]
 ScheduleUnit = Literal["epoch", "iteration"]
 
 
-@lru_cache
-def _choices(kind: type) -> dict[str, tuple[str, ...]]:
-    """The values that may be chosen, for every field whose type is a Literal."""
-    return {key: get_args(hint) for key, hint in get_type_hints(kind).items() if get_origin(hint) is Literal}
-
-
 def _check_choices(settings: Any) -> None:
     """Every field whose type is a Literal must hold one of its values."""
-    for key, choices in _choices(type(settings)).items():
-        value = getattr(settings, key)
-        if value not in choices:
+    for key, hint in get_type_hints(type(settings)).items():
+        choices, value = get_args(hint), getattr(settings, key)
+        if get_origin(hint) is Literal and value not in choices:
             raise ValueError(f"{type(settings).__name__}.{key} is {value!r}; choose one of {', '.join(choices)}")
 
 
