@@ -274,7 +274,8 @@ def _check(data: Any) -> dict[str, Any]:
 
 
 def _check_annotation(where: str, annotation: dict[str, Any], images: set[int], categories: set[int]) -> dict[str, Any]:
-    image_id, category_id, box = annotation.get("image_id"), annotation.get("category_id"), annotation.get("bbox")
+    image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
+    box: Any = annotation.get("bbox")
     _expect(_is_int(image_id) and image_id in images, f"{where}.image_id", "the id of one of images", image_id)
     _expect(
         _is_int(category_id) and category_id in categories,

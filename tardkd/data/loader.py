@@ -49,7 +49,7 @@ def build_loader(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, found {batch_size}")
-    count = len(dataset)
+    count = len(dataset)  # type: ignore[arg-type]  # torch leaves the length to the classes derived from Dataset
     if count == 0:
         raise ValueError("the data set has no images")
     if shuffle:
@@ -136,7 +136,7 @@ class _SeededItems(Dataset):
         self.dataset, self.seed, self.epoch = dataset, seed, epoch
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.dataset)  # type: ignore[arg-type]  # as in build_loader
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         with torch.random.fork_rng(devices=[]):

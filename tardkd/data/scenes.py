@@ -260,9 +260,11 @@ def _background(rng: Generator, size: int) -> np.ndarray:
                 corners = rng.integers(-size // 6, size // 6, (4, 2)) + np.array([x, y])
                 pen.polygon(corners.ravel().tolist(), fill=tint)
             case 2:
+                start, end = rng.integers(0, 360, 2).tolist()
                 pen.arc(
                     [x, y, x + abs(dx) + 4, y + abs(dy) + 4],
-                    *rng.integers(0, 360, 2).tolist(),
+                    start,
+                    end,
                     fill=tint,
                     width=int(rng.integers(1, 5)),
                 )
