@@ -98,7 +98,7 @@ def test_none_that_can_be_read(folder):
     for name in files(folder):
         truncate(folder / "images" / name)
     with (
-        pytest.warns(UserWarning, match="cannot be read"),
+        pytest.warns(UserWarning, match="cannot read image"),
         pytest.raises(ValueError, match="none of the 5 images can be read"),
     ):
         dataset(folder, on_bad_image="replace")[0]
