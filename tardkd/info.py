@@ -18,10 +18,10 @@ def build_info() -> dict[str, Any]:
     (the ops run as plain PyTorch on any other). With ``cuda``: ``cuda_runtime``, ``cuda_architectures``,
     ``cuda_devices``.
     """
-    from . import _native
+    from .ops.extension import native_module
     from .ops.fallback import KERNEL_DEVICES
 
-    native = _native.build_info()
+    native = native_module.build_info()
     return {
         "version": __version__,
         **native,
