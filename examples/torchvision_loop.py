@@ -3,9 +3,9 @@
     python examples/torchvision_loop.py --backbone resnet34 --out teacher.pt         # the teacher: the loop as it was
     python examples/torchvision_loop.py --backbone resnet18 --out student.pt --teacher teacher.pt
 
-Lines marked with (+) are what distillation adds, (~) what it changes. The data are tardkd's built-in scenes, so that
-nothing has to be downloaded. Both models start from random weights and see few images: this shows how to write the
-loop, not what distillation gains.
+Lines marked with (+) are what distillation adds, beside the teacher itself, and (~) what it changes. The data are
+tardkd's built-in scenes, so that nothing has to be downloaded. Both models start from random weights and see few
+images: this shows how to write the loop, not what distillation gains.
 """
 
 from __future__ import annotations
@@ -49,22 +49,21 @@ def main() -> None:
     parser.add_argument("--out", default="student.pt", help="where the state dict goes")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--images", type=int, default=400)
-    options = parser.parse_args()
+    args = parser.parse_args()
 
     torch.manual_seed(0)
-    scenes = Scenes(options.images, SIZE, seed=0)
+    scenes = Scenes(args.images, SIZE, seed=0)
     loader = DataLoader(scenes, BATCH, shuffle=True, drop_last=True, collate_fn=lambda items: tuple(zip(*items)))
-    epochs = -(-options.steps // len(loader))
-    model = build(options.backbone, len(scenes.class_names))
+    epochs = -(-args.steps // len(loader))
+    model = build(args.backbone, len(scenes.class_names))
 
     teacher = None
-    if options.teacher:
+    if args.teacher:
         teacher = build("resnet34", len(scenes.class_names))
-        load_teacher_weights(teacher, options.teacher)  # (+) unlike load_state_dict it also reads checkpoints
-    # The weights bring the gradients of the terms near to that of the detector's own losses; `tardkd doctor` measures
-    # yours. With enabled=False the distiller is exactly the student.
-    settings = DistillSettings(feature=0.2, classification=1.0, regression=0.2)
-    distiller = Distiller(model, teacher, settings, enabled=teacher is not None)  # (+)
+        load_teacher_weights(teacher, args.teacher)  # (+) unlike load_state_dict it also reads checkpoints
+    # The weights are to bring the gradients of the terms near to that of the detector's own losses; `tardkd doctor`
+    # measures yours. Without a teacher the distiller is exactly the student. (+)
+    distiller = Distiller(model, teacher, DistillSettings(feature=0.2, regression=0.2), enabled=bool(args.teacher))
     distiller.start(epochs, len(loader))  # (+) the weight of all terms falls from 1 to 0 over so many steps
     # (~) the distiller's parameters: the student's, and a 1x1 convolution where the channels of the two differ
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.005, momentum=0.9, weight_decay=1e-4)
@@ -83,11 +82,11 @@ def main() -> None:
             if step % 20 == 0:
                 print(f"step {step}:", ", ".join(f"{name} {value.item():.3f}" for name, value in losses.items()))
             step += 1
-            if step == options.steps:
+            if step == args.steps:
                 break
     print(f"{step} steps in {time.perf_counter() - began:.0f} s, the last loss {loss.item():.3f}")
 
-    torch.save(model.state_dict(), options.out)  # plainly a torchvision model: no teacher, no adapters
+    torch.save(model.state_dict(), args.out)  # plainly a torchvision model: no teacher, no adapters
 
 
 if __name__ == "__main__":

@@ -29,4 +29,4 @@ def test_a_teacher_helps_a_student(example, monkeypatch, capsys):
 
 def test_five_lines_are_marked_as_added(example):
     with open(example("torchvision_loop").__file__, encoding="utf-8") as file:
-        assert file.read().count("# (+)") == 5
+        assert file.read().count("(+)") == 5 + 1  # and the explanation
