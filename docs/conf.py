@@ -47,6 +47,7 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100  # a longer signature has one argument a line
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False  # the signature has the types
 napoleon_use_rtype = False
 toc_object_entries_show_parents = "hide"
 

@@ -8,7 +8,6 @@ import shlex
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +191,10 @@ def check_command(command: str) -> None:
         cli._parse(launched.training_script_args)
     elif program == "pip":
         assert arguments[0] == "install"
-        for extras in re.findall(r"^\.\[(.+)\]$", "\n".join(arguments), re.MULTILINE):
-            assert set(extras.split(",")) <= set(metadata.metadata("tardkd").get_all("Provides-Extra"))
+        _, extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]")
+        known = re.findall(r"^(\w+) = \[", extras.split("\n[")[0], re.MULTILINE)
+        for wanted in re.findall(r"^\.\[(.+)\]$", "\n".join(arguments), re.MULTILINE):
+            assert set(wanted.split(",")) <= set(known)
     elif program == "pytest":
         paths = [argument for argument in arguments if "/" in argument or argument.isalpha()]
         assert all((ROOT / path).exists() for path in paths if path not in ("slow", "gpu"))
