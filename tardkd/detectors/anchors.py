@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from .parts import backbone
 
@@ -49,20 +50,20 @@ class Anchors:
         return best
 
 
-def anchors_of(model: nn.Module) -> Anchors:
+def anchors_of(model: GeneralizedRCNN) -> Anchors:
     """Those that the model proposes regions from."""
     generator = model.rpn.anchor_generator
     return Anchors(generator.sizes, generator.aspect_ratios, tuple(_strides(model)))
 
 
-def input_scale(model: nn.Module, sizes: Tensor) -> Tensor:
+def input_scale(model: GeneralizedRCNN, sizes: Tensor) -> Tensor:
     """Input pixels per image pixel (G,), as the model resizes images of these widths and heights (G, 2) in use."""
     transform = model.transform
     short, long = sizes.amin(dim=1), sizes.amax(dim=1)
     return (transform.min_size[-1] / short).minimum(transform.max_size / long)
 
 
-def _strides(model: nn.Module) -> list[float]:
+def _strides(model: GeneralizedRCNN) -> list[float]:
     """Input pixels per cell of every level of the pyramid that has anchors."""
     was_training = model.training
     model.eval()

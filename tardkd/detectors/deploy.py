@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Optional
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
 
-def deployable(student: nn.Module) -> nn.Module:
+def deployable(student: GeneralizedRCNN) -> GeneralizedRCNN:
     """A copy of the student that needs no op of tardkd, so that it can be converted to other formats."""
     model = copy.deepcopy(student)
     pool = model.roi_heads.box_roi_pool

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from torch import nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 PREDICTOR = "roi_heads.box_predictor."  # how the names of the tensors begin whose sizes depend on the classes
 
 
-def backbone(model: nn.Module) -> nn.Module:
+def backbone(model: GeneralizedRCNN) -> nn.Module:
     """Backbone and pyramid: what runs once an image."""
     return model.backbone
 
 
-def box_head(model: nn.Module) -> tuple[nn.Module, ...]:
+def box_head(model: GeneralizedRCNN) -> tuple[nn.Module, ...]:
     """What runs on pooled regions, in this order."""
     return model.roi_heads.box_head, model.roi_heads.box_predictor

@@ -31,9 +31,11 @@ def load_teacher_weights(model: nn.Module, source: StateSource) -> None:
         ValueError: keys are missing, unexpected or of another shape; says how many matched and names the first. Or
             there is no state dict.
     """
-    is_state = isinstance(source, Mapping)
-    found = weights.from_content(source, "the given state dict") if is_state else weights.read(source)
-    weights.fill(model, found, called="teacher weights")
+    if isinstance(source, Mapping):
+        content = weights.from_content(source, "the given state dict")
+    else:
+        content = weights.read(source)
+    weights.fill(model, content, called="teacher weights")
 
 
 def _first(keys: Sequence[str]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from .inputs import (
 )
 from .maps import Layout, layout_of, maps_of
 from .registry import kernels_of
+from .spec import RoIAlignSpec
 
 # --- losses over shared regions ---------------------------------------------------------------------------------------
 
@@ -46,34 +48,32 @@ def run_regions(call: RegionCall, wants: Wants, upstream: Tensor | None = None) 
 class _Student(NamedTuple):
     """What a backward pass has to know of the student's tensors: dtypes, and where a pyramid's gradient is to lie."""
 
-    features: torch.dtype
-    logits: torch.dtype
-    deltas: torch.dtype
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]  # of features, logits and deltas
     layout: Layout | None  # None: pooled features, of which the gradient is one tensor
 
     @classmethod
     def of(cls, call: RegionCall) -> _Student:
         layout = None if call.pooling is None else layout_of(call.student_features)
         inputs = call.inputs
-        return cls(call.student_features[0].dtype, inputs.student_logits.dtype, inputs.student_deltas.dtype, layout)
+        dtypes = call.student_features[0].dtype, inputs.student_logits.dtype, inputs.student_deltas.dtype
+        return cls(dtypes, layout)
 
 
 def _input_gradients(
     settings: RegionCall, student: _Student, features: Tensor | None, logits: Tensor | None, deltas: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """What a backward pass returns, one for each argument of ``apply``: None for all but the student's tensors."""
-    maps = settings.student_features
+    maps: Sequence[Tensor | None] = [None] * len(settings.student_features)
     if features is not None:
         maps = [features] if student.layout is None else maps_of(features, *student.layout)
-    inputs = settings.inputs._replace(student_logits=logits, student_deltas=deltas)
-    return None, None, *maps, *settings.teacher_features, *inputs
+    return None, None, *settings.gradients(maps, logits, deltas)
 
 
 class _RegionLoss(torch.autograd.Function):
     """Gradients in the forward pass, for the scalar reductions, where the device prefers that."""
 
     @staticmethod
-    def forward(ctx, settings: RegionCall, wants: Wants, *tensors: Tensor | None):
+    def forward(ctx: Any, settings: RegionCall, wants: Wants, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         call = settings.with_tensors(tensors)
         ctx.settings, ctx.wants, ctx.student = settings, wants, _Student.of(call)
         results = run_regions(call, wants)
@@ -84,10 +84,10 @@ class _RegionLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *upstream: Tensor | None):
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         factors, *gradients = ctx.saved_tensors
         scaled = [
-            scale_gradient(gradient, upstream[term] * factors[term], ctx.student[term])
+            scale_gradient(gradient, upstream[term] * factors[term], ctx.student.dtypes[term])
             if ctx.wants[term] and upstream[term] is not None
             else None
             for term, gradient in enumerate(gradients)
@@ -99,7 +99,7 @@ class _DeferredRegionLoss(torch.autograd.Function):
     """Gradients in the backward pass: the op runs again, with the upstream gradient of every region's terms."""
 
     @staticmethod
-    def forward(ctx, settings: RegionCall, wants: Wants, *tensors: Tensor | None):
+    def forward(ctx: Any, settings: RegionCall, wants: Wants, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         ctx.settings, ctx.wants = settings, wants
         results = run_regions(settings.with_tensors(tensors), NO_GRADIENTS)
         ctx.save_for_backward(results.factors, *tensors)
@@ -109,12 +109,12 @@ class _DeferredRegionLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *upstream: Tensor | None):
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         factors, *tensors = ctx.saved_tensors
         call, terms = ctx.settings.with_tensors(tensors), upstream[:3]
         student = _Student.of(call)
         wants = Wants(*(want and gradient is not None for want, gradient in zip(ctx.wants, terms)))
-        gradients = [None, None, None]
+        gradients: list[Tensor | None] = [None, None, None]
         if any(wants):
             given = next(gradient for gradient in terms if gradient is not None)
             per_region = torch.stack([given if gradient is None else gradient for gradient in terms])
@@ -124,7 +124,7 @@ class _DeferredRegionLoss(torch.autograd.Function):
             results = run_regions(unreduced, wants, per_region)
             gradients = [
                 gradient.to(dtype) if want else None
-                for want, gradient, dtype in zip(wants, results.gradients(), student)
+                for want, gradient, dtype in zip(wants, results.gradients(), student.dtypes)
             ]
         return _input_gradients(ctx.settings, student, *gradients)
 
@@ -135,7 +135,7 @@ class _DeferredRegionLoss(torch.autograd.Function):
 def roi_align(call: AlignCall) -> Tensor:
     """(R, C, p_h, p_w), part of the graph where the features' gradient is wanted."""
     if wanted(*call.features):
-        return _RoIAlign.apply(call._replace(features=[], proposals=None), call.proposals, *call.features)
+        return _RoIAlign.apply(call.scales, call.align, call.proposals, *call.features)
     return torch.ops.tardkd.roi_align(*call.pack())
 
 
@@ -143,17 +143,18 @@ class _RoIAlign(torch.autograd.Function):
     """Keeps only the regions: the gradient does not depend on the features."""
 
     @staticmethod
-    def forward(ctx, settings: AlignCall, proposals: Tensor, *features: Tensor):
+    def forward(ctx: Any, scales: list[float], align: RoIAlignSpec, proposals: Tensor, *features: Tensor) -> Tensor:
         ctx.save_for_backward(proposals)
-        ctx.settings, ctx.layout = settings, layout_of(features)
-        return torch.ops.tardkd.roi_align(*settings._replace(features=list(features), proposals=proposals).pack())
+        ctx.scales, ctx.align, ctx.layout = scales, align, layout_of(features)
+        return torch.ops.tardkd.roi_align(*AlignCall(list(features), proposals, scales, align).pack())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_pooled: Tensor):
+    def backward(ctx: Any, grad_pooled: Tensor) -> tuple[Tensor | None, ...]:
         (proposals,) = ctx.saved_tensors
-        backward = AlignBackward(grad_pooled, proposals, ctx.layout, ctx.settings.scales, ctx.settings.align)
-        return None, None, *maps_of(torch.ops.tardkd.roi_align_backward(*backward.pack()), *ctx.layout)
+        backward = AlignBackward(grad_pooled, proposals, ctx.layout, ctx.scales, ctx.align)
+        maps = maps_of(torch.ops.tardkd.roi_align_backward(*backward.pack()), *ctx.layout)
+        return None, None, None, *maps
 
 
 # --- Gaussian-mask loss -----------------------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ class _GaussianLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, settings: GaussianCall, *tensors: Tensor):
+    def forward(ctx: Any, settings: GaussianCall, *tensors: Tensor) -> Tensor:
         loss, mask_sums = torch.ops.tardkd.gaussian_feature_loss(*settings.with_tensors(tensors).pack())
         ctx.save_for_backward(mask_sums, *tensors)
         ctx.settings = settings
@@ -179,7 +180,7 @@ class _GaussianLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream: Tensor):
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         mask_sums, *tensors = ctx.saved_tensors
         backward = GaussianBackward(ctx.settings.with_tensors(tensors), mask_sums, upstream)
         gradients = torch.ops.tardkd.gaussian_feature_loss_backward(*backward.pack())

@@ -36,11 +36,11 @@ class CpuKernels:
 
     def region_distill(self, *packed: Any) -> RegionResults:
         call, wants, upstream = RegionCall.unpack(packed)
-        dtype = accumulation_dtype(call.student_features[0].dtype)
+        assert call.pooling is not None, "region_distill pools from pyramids"
+        pooling, dtype = call.pooling, accumulation_dtype(call.student_features[0].dtype)
         layout = layout_of(call.student_features if wants.features else [])
         results = region_results(call, wants, empty((flat_size(layout.sizes),), dtype))
-        inputs, upstream = _converted(call.inputs, dtype), _dense(upstream, dtype)
-        pooling = call.pooling
+        inputs, upstream = _converted(call.inputs, dtype), _dense_if_given(upstream, dtype)
         self._module.region_distill(
             describe_pyramid(call.student_features, pooling.student_scales),
             describe_pyramid(call.teacher_features, pooling.teacher_scales),
@@ -67,7 +67,7 @@ class CpuKernels:
             student.contiguous(memory_format=memory_format),
             teacher.contiguous(memory_format=memory_format),
         )
-        inputs, upstream = _converted(call.inputs, dtype), _dense(upstream, dtype)
+        inputs, upstream = _converted(call.inputs, dtype), _dense_if_given(upstream, dtype)
         self._module.pooled_distill(
             describe(student),
             describe(teacher),
@@ -142,10 +142,14 @@ class CpuKernels:
         return [gradient.to(feature.dtype) for gradient, feature in zip(gradients, call.student_features)]
 
 
-def _dense(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if tensor is None or (tensor.dtype == dtype and tensor.is_contiguous()):
+def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.dtype == dtype and tensor.is_contiguous():
         return tensor
     return tensor.to(dtype).contiguous()
+
+
+def _dense_if_given(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else _dense(tensor, dtype)
 
 
 def _converted(inputs: RegionInputs, dtype: torch.dtype) -> RegionInputs:
@@ -158,5 +162,5 @@ def _converted(inputs: RegionInputs, dtype: torch.dtype) -> RegionInputs:
         teacher_deltas=_dense(inputs.teacher_deltas, dtype),
         labels=_dense(inputs.labels, torch.int64),
         gt_boxes=_dense(inputs.gt_boxes, torch.float64),
-        region_weights=_dense(inputs.region_weights, dtype),
+        region_weights=_dense_if_given(inputs.region_weights, dtype),
     )

@@ -55,13 +55,13 @@ class CudaKernels:
 
     def region_distill(self, *packed: Any) -> RegionResults:
         call, wants, upstream = RegionCall.unpack(packed)
+        assert call.pooling is not None, "region_distill pools from pyramids"
         first, proposals, pooling = call.student_features[0], call.inputs.proposals, call.pooling
         count, channels, dtype = proposals.shape[0], first.shape[1], accumulation_dtype(first.dtype)
         layout = layout_of(call.student_features if wants.features else [])
         size = flat_size(layout.sizes)
-        gathers = wants.features and torch.are_deterministic_algorithms_enabled()
         grad_pooled = None
-        if gathers:
+        if gathers := wants.features and torch.are_deterministic_algorithms_enabled():
             grad_pooled = first.new_empty((count, channels, *pooling.align.output_size), dtype=dtype)
         counts = [0 if gathers else size, self._module.region_partials(count, channels), 1]
         gradient, partial, done = zeros(first.device, dtype, counts)
@@ -79,7 +79,7 @@ class CudaKernels:
             call.loss,
             self._target(first.device),
         )
-        if not gathers:
+        if grad_pooled is None:
             return results
         backward = AlignBackward(grad_pooled, proposals, layout, pooling.student_scales, pooling.align)
         return results._replace(grad_features=self._gather(backward, dtype, results.gates))

@@ -120,6 +120,13 @@ class RegionCall(NamedTuple):
         """The settings alone, for autograd, which must see all tensors itself."""
         return self.with_tensors([None] * len(self.tensors()))
 
+    def gradients(
+        self, features: Sequence[Tensor | None], logits: Tensor | None, deltas: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of the student's tensors, in the order of :meth:`tensors`; None for all others."""
+        heads = {"student_logits": logits, "student_deltas": deltas}
+        return (*features, *(None for _ in self.teacher_features), *map(heads.get, RegionInputs._fields))
+
     def pack(self, wants: Wants, upstream: Tensor | None = None) -> tuple[Any, ...]:
         """The registered op's arguments.
 

@@ -6,7 +6,7 @@ It takes addresses, dtypes, shapes and strides. Whoever calls it keeps the descr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +22,14 @@ Named = TypeVar("Named", bound=tuple)
 class DescribedPyramid(NamedTuple):
     levels: list[Description]  # (L,) of (N, C, H_l, W_l) maps
     scales: list[float]  # (L,)
+
+
+@overload
+def describe(tensor: Tensor) -> Description: ...
+
+
+@overload
+def describe(tensor: None) -> None: ...
 
 
 def describe(tensor: Tensor | None) -> Description | None:

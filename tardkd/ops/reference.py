@@ -293,10 +293,11 @@ def divergence(teacher_logits: Tensor, student_logits: Tensor, temperature: floa
         has_mass = teacher_log.exp() > 0
         terms = torch.where(has_mass, teacher_log.exp() * (teacher_log - student_log), teacher_log.new_zeros(()))
     else:
-        terms = sum(
+        present, absent = (
             F.logsigmoid(sign * teacher).exp() * (F.logsigmoid(sign * teacher) - F.logsigmoid(sign * student))
             for sign in (1, -1)
         )
+        terms = present + absent
     return temperature**2 * terms.sum(1)
 
 
@@ -341,7 +342,7 @@ def region_losses(call: RegionCall) -> RegionLosses:
     student, teacher = pooled_pair(call, rows)
     bins = penalty(student - teacher, spec.feature_loss, spec.beta)
     if spec.bin_weight == "gaussian":
-        weight = gaussian_bin_weights(inputs.proposals[rows, 1:], inputs.gt_boxes[rows], tuple(bins.shape[2:]))
+        weight = gaussian_bin_weights(inputs.proposals[rows, 1:], inputs.gt_boxes[rows], (bins.shape[2], bins.shape[3]))
         weight = torch.where(foreground[rows, None, None], weight, torch.zeros_like(weight))
         bins = bins * weight[:, None].to(dtype)
     feature = reduce_regions(bins.mean((1, 2, 3)), rows, weights, count, spec.reduction)

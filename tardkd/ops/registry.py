@@ -6,6 +6,7 @@ them. Their schemas follow from the named tuples that pack their arguments, so t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -50,7 +51,7 @@ def schema_type(hint: Any) -> str:
         return SCALARS[hint]
     if get_origin(hint) is Literal:
         return "str"
-    if get_origin(hint) is tuple:
+    if get_origin(hint) in (tuple, Sequence):
         return f"{SCALARS[get_args(hint)[0]]}[]"
     [present] = [kind for kind in get_args(hint) if kind is not NoneType]
     return f"{schema_type(present)}?"

@@ -97,7 +97,7 @@ class LossSpec(NamedTuple):
     regression_gate: RegressionGate = "vs_proposal"
     temperature: float = 1.0  # of the classification loss
     beta: float = 1 / 9  # smooth-L1 threshold
-    box_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)  # of the box coder: dx, dy, dw, dh
+    box_weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0)  # of the box coder, four: dx, dy, dw, dh
     background: Background = "first"
     activation: Activation = "softmax"
     reduction: Reduction = "mean"

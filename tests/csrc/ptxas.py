@@ -40,8 +40,8 @@ class Usage(NamedTuple):
 
 
 # Kinds of instructions, by what the opcode looks like. LDG and STG go to global memory; a generic LD or ST first has to
-# find out which memory it is. An addition to memory is a RED (REDG from sm_90 on), or an ATOMG, which also brings the old
-# value back and so takes longer.
+# find out which memory it is. An addition to memory is a RED (REDG from sm_90 on), or an ATOMG, which also brings the
+# old value back and so takes longer.
 KINDS = {
     "16-byte loads": r"LDG\.E\.(?:\w+\.)*128\b",
     "8-byte loads": r"LDG\.E\.(?:\w+\.)*64\b",
