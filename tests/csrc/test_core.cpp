@@ -105,6 +105,8 @@ static void test_regions() {
   const double inf = std::numeric_limits<double>::infinity();
   const double wild[5] = {0, 0, 0, inf, 8}, nowhere[4] = {inf, 0, 0, 0};
   CHECK(region_state(proposal, 2, 3, gt, 4, Background::first).foreground);
+  CHECK(is_valid_proposal(proposal, 2) && !is_valid_proposal(proposal, 1) && is_valid_proposal(proposal, -1));
+  CHECK(!is_valid_proposal(wild, 2));
   CHECK(!region_state(proposal, 1, 3, gt, 4, Background::first).valid);
   CHECK(region_state(proposal, -1, 3, gt, 4, Background::first).valid);
   CHECK(!region_state(wild, 2, 3, gt, 4, Background::first).valid);
@@ -130,6 +132,30 @@ static void test_regions() {
         !decide_gates({true, true}, box_only, spec).classification);
   CHECK(!decide_gates({true, false}, box_only, spec).feature);
   CHECK(!decide_gates({false, false}, box_only, spec).regression);
+}
+
+static void test_layouts() {
+  const FeatureMap map{nullptr, 1000, 1, 50, 5, 4, 10, 0.25};
+  CHECK(offset_in(map, 2, 3, 1, 4) == 2000 + 3 + 50 + 20);
+  const FeatureMap moved{nullptr, 400, 40, 10, 1, 4, 10, 0.25}, coarser{nullptr, 400, 40, 10, 1, 4, 10, 0.125};
+  CHECK(same_extent(map, moved) && !same_extent(map, coarser));
+  const double values[6] = {1, 2, 3, 4, 5, 6};
+  CHECK(dense_row<double>(Table{values, DType::float64, 3, 1}, 1)[2] == 6);
+
+  // The centre bin of three lies on the box's centre, the others at two thirds of its half extent.
+  const double box[4] = {0, 0, 9, 9}, gt[4] = {0, 0, 9, 9};
+  CHECK(close(gaussian_bin_weight(false, box, gt, 1, 1, 3, 3), 1.0));
+  CHECK(close(gaussian_bin_weight(false, box, gt, 1, 2, 3, 3), std::exp(-2.0 / 9)));
+  CHECK(gaussian_bin_weight(true, box, gt, 1, 1, 3, 3) == 0.0);
+
+  Pyramid pyramid{};
+  pyramid.levels = 2;
+  pyramid.level[0].scale = pyramid.level[1].scale = 0.25;
+  CHECK(reachable_levels(pyramid) == 1);
+  const RoiAlignSpec spec{2, 3, 2, false, 224.0, 4.0};
+  const double region[4] = {4, 8, 28, 24};
+  CHECK(roi_axis_y(region, map, spec).bin == 2.0 && roi_axis_y(region, map, spec).size == 4);
+  CHECK(roi_axis_x(region, map, spec).bin == 2.0 && roi_axis_x(region, map, spec).size == 10);
 }
 
 static void test_terms() {
@@ -166,6 +192,7 @@ int main() {
   test_levels();
   test_boxes();
   test_regions();
+  test_layouts();
   test_terms();
   test_half();
   std::printf(failures ? "%d checks failed\n" : "all checks passed\n", failures);

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/index.cuh"
 #include "cuda/primitives.cuh"
 
 using tardkd::cuda::kAllLanes;
@@ -137,6 +138,100 @@ static void test_votes() {
     CHECK(out[t * 4 + 2] == (low ? 0u : 1u));
     CHECK(out[t * 4 + 3] == (low ? 0u : 1u));
   }
+}
+
+// Threads that are chosen write their numbers side by side, in several rounds.
+__global__ void rank_kernel(int* out, int* counts) {
+  SharedArena arena;
+  const Shared<int32_t> scratch = arena.take<int32_t>(kThreads / kWarp);
+  int written = 0;
+  for (int divisor : {1, 3, 7, 1000}) {
+    int32_t count;
+    const int32_t rank = tardkd::cuda::block_rank(threadIdx.x % divisor == divisor - 1, scratch, count);
+    if (threadIdx.x % divisor == divisor - 1) out[written + rank] = int(threadIdx.x);
+    written += count;
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) *counts = written;
+}
+
+static void test_ranks() {
+  std::vector<int> expected, out(4 * kThreads, -1);
+  for (int divisor : {1, 3, 7, 1000})
+    for (int t = divisor - 1; t < kThreads; t += divisor) expected.push_back(t);
+  int count = 0;
+  CHECK(launch(rank_kernel, dim3(1), kThreads, shared_bytes<int32_t>(kThreads / kWarp), nullptr, out.data(), &count) ==
+        cudaSuccess);
+  out.resize(expected.size());
+  CHECK(out == expected && count == int(expected.size()));
+}
+
+// Around every multiple near both ends, for divisors of all magnitudes.
+static void test_dividers() {
+  const int64_t top = 0x7fffffff;
+  std::vector<int64_t> divisors;
+  for (int64_t d = 1; d <= 300; ++d) divisors.push_back(d);
+  for (int64_t power = 1; power <= 1 << 30; power *= 2)
+    for (int64_t d = power - 1; d <= power + 1; ++d)
+      if (d > 0) divisors.push_back(d);
+  divisors.push_back(top - 1);
+  divisors.push_back(top);
+  for (int64_t d : divisors) {
+    const tardkd::cuda::Divider divider{int32_t(d)};
+    for (int64_t multiple : {int64_t(0), d, 2 * d, 49 * d, top / d * d, top / 2 / d * d})
+      for (int64_t x = multiple - 2; x <= multiple + 2; ++x) {
+        if (x < 0 || x > top) continue;
+        const tardkd::cuda::Split split = divider.split(int32_t(x));
+        CHECK(split.quotient == x / d && split.remainder == x % d);
+      }
+  }
+}
+
+// ---- devices --------------------------------------------------------------------------------------------------------
+
+static void test_device_guard() {
+  using tardkd::cuda::DeviceGuard;
+  cuda_on_cpu::Devices& devices = cuda_on_cpu::devices;
+  const cuda_on_cpu::Devices before = devices;
+  devices = {};
+  devices.count = 3;
+
+  // The caller's device comes back where it has been used, and is left alone where it has not.
+  CHECK(cudaSetDevice(1) == cudaSuccess);
+  {
+    const DeviceGuard guard(2);
+    CHECK(guard.error() == cudaSuccess && devices.current == 2);
+  }
+  CHECK(devices.current == 1);
+  devices.current = 0;
+  {
+    const DeviceGuard guard(2);
+  }
+  CHECK(!devices.has_context[0]);
+  {
+    const DeviceGuard guard(devices.current);  // nothing to do
+  }
+  CHECK(!devices.has_context[0]);
+
+  // A device that does not exist: the guard says so, and nobody hears of it later.
+  CHECK(cudaSetDevice(1) == cudaSuccess);
+  {
+    const DeviceGuard guard(3);
+    CHECK(guard.error() == cudaErrorInvalidDevice && cudaGetLastError() == cudaSuccess);
+  }
+  CHECK(devices.current == 1);
+  devices = before;
+}
+
+__global__ void empty_kernel() {}
+
+static void test_launches_on() {
+  const auto status = [](int32_t device, int64_t blocks) {
+    return tardkd::cuda::launch_on({device, nullptr}, "empty", empty_kernel, blocks, 0);
+  };
+  CHECK(status(0, 2).error == cudaSuccess && status(0, 0).error == cudaSuccess);
+  CHECK(status(1, 2).error == cudaErrorInvalidDevice && std::string(status(1, 2).kernel) == "empty");
+  CHECK(status(0, int64_t(1) << 32).error == cudaErrorInvalidConfiguration);  // not a grid of no block
 }
 
 struct Sums {
@@ -429,6 +524,10 @@ int main(int count, char** arguments) {
   test_shuffle<float>();
   test_shuffle<double>();
   test_votes();
+  test_ranks();
+  test_dividers();
+  test_device_guard();
+  test_launches_on();
   test_atomics();
   test_errors();
   test_hidden_mistakes();
