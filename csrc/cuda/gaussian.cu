@@ -90,7 +90,7 @@ __device__ bool make_mask(const GaussianJob& job, const Tile& tile, TileShared<A
     __syncthreads();
     for (int32_t first = 0; first < found; first += kBoxes) {
       const int32_t boxes = found - first < kBoxes ? found - first : kBoxes, axes = tile.width + tile.height;
-      const Divider by_axes(axes);
+      const Divider by_axes = Divider::in_block(axes);
       for (int32_t task = threadIdx.x; task < boxes * axes; task += kThreads) {
         const Split split = by_axes.split(task);
         const int32_t b = split.quotient, at = split.remainder, box_at = 4 * (first + b);

@@ -10,20 +10,32 @@ struct Split {
   int32_t quotient, remainder;
 };
 
-// Divides any numbers from 0 to 2^31 - 1 by one of them, `by` > 0. The reciprocal is rounded down, so the quotient that
-// it gives is at most one too small, which the remainder shows.
+// Divides by one number, `by` > 0, with a multiplication: the quotient is x * reciprocal / 2^(31 + shift), rounded
+// down. With reciprocal = 2^(31 + shift) / by + 1, rounded down as well, that is exact while x * by is less than 2^(31
+// + shift).
 struct Divider {
-  uint32_t divisor = 1, reciprocal = 0xffffffffu;
+  uint32_t divisor = 1, reciprocal = 0x80000001u;
+  int32_t shift = 0;
 
   Divider() = default;
-  explicit __host__ __device__ __forceinline__ Divider(int32_t by)
-      : divisor(uint32_t(by)), reciprocal(0xffffffffu / uint32_t(by)) {}
+
+  // By the launcher, for any x from 0 to 2^31 - 1: the reciprocal has all of its 32 bits.
+  explicit Divider(int32_t by) : divisor(uint32_t(by)) {
+    while ((int64_t(1) << shift) < by) ++shift;
+    reciprocal = uint32_t((uint64_t(1) << (31 + shift)) / divisor + 1);
+  }
+
+  // By a kernel, which can divide 32 bits alone, for what fits a block: x * by is less than 2^31.
+  static __device__ __forceinline__ Divider in_block(int32_t by) {
+    Divider divider;
+    divider.divisor = uint32_t(by);
+    divider.reciprocal = 0x80000000u / uint32_t(by) + 1;
+    return divider;
+  }
 
   __host__ __device__ __forceinline__ Split split(int32_t x) const {
-    const uint32_t quotient = uint32_t(uint64_t(uint32_t(x)) * reciprocal >> 32);
-    const uint32_t remainder = uint32_t(x) - quotient * divisor;
-    const bool more = remainder >= divisor;
-    return Split{int32_t(more ? quotient + 1 : quotient), int32_t(more ? remainder - divisor : remainder)};
+    const uint32_t quotient = uint32_t(uint64_t(uint32_t(x)) * reciprocal >> 31) >> shift;
+    return Split{int32_t(quotient), int32_t(uint32_t(x) - quotient * divisor)};
   }
 };
 

@@ -367,7 +367,7 @@ __device__ __forceinline__ void stage(const From& from, bool planar, PoolShared<
   if (planar) {
     const int32_t quads_a_row = columns / 4, quads = rows * quads_a_row, sets = (quads + 7) / 8;
     const int32_t lane = threadIdx.x % kWarp;
-    const Divider by_row(quads_a_row);
+    const Divider by_row = Divider::in_block(quads_a_row);
 #pragma unroll 1
     for (int32_t task = threadIdx.x / kWarp; task < sets * kQuads<A>; task += kThreads / kWarp) {
       const int32_t quad = task / kQuads<A> * 8 + lane % 8, group = task % kQuads<A>, channel = 4 * group + lane / 8;
@@ -378,7 +378,7 @@ __device__ __forceinline__ void stage(const From& from, bool planar, PoolShared<
       for (int k = 0; k < 4; ++k) shared.tile[tile_at<A>(4 * quad + k, group) + lane / 8] = values.at[k];
     }
   } else {
-    const Divider by_row(columns);
+    const Divider by_row = Divider::in_block(columns);
 #pragma unroll 1
     for (int32_t task = threadIdx.x; task < rows * columns * kQuads<A>; task += kThreads) {
       const int32_t pixel = task / kQuads<A>, quad = task % kQuads<A>;
@@ -494,7 +494,8 @@ __device__ void scatter(const MapView& view, int32_t image, int32_t all_channels
   for_each_batch(place, view, group, tables, [&] {
     const int32_t columns = tables.x.count, pixels = tables.y.count * columns;
     if (pixels == 0) return;
-    const Divider by_pixels(pixels), by_columns(columns);
+    const Divider by_columns = Divider::in_block(columns),
+                  by_pixels = view.planar ? Divider::in_block(pixels) : Divider();
     for (int32_t task = threadIdx.x; task < pixels * kQuads<A>; task += kThreads) {
       const Split at_task = view.planar ? by_pixels.split(task) : Split{task % kQuads<A>, task / kQuads<A>};
       const int32_t quad = at_task.quotient;
@@ -533,7 +534,7 @@ __device__ void scatter(const MapView& view, int32_t image, int32_t all_channels
 template <class A, class Body>
 __device__ __forceinline__ void for_pooled(int64_t first, int32_t channels, const RoiAlignSpec& align,
                                            const BinGroup& group, Bins<A>& bins, const Body& body) {
-  const Divider by_bins(group.bins()), by_columns(group.columns);
+  const Divider by_bins = Divider::in_block(group.bins()), by_columns = Divider::in_block(group.columns);
   for (int32_t task = threadIdx.x; task < channels * group.bins(); task += kThreads) {
     const Split at = by_bins.split(task);
     const int32_t channel = at.quotient, bin = at.remainder;

@@ -177,12 +177,15 @@ static void test_dividers() {
   divisors.push_back(top - 1);
   divisors.push_back(top);
   for (int64_t d : divisors) {
-    const tardkd::cuda::Divider divider{int32_t(d)};
-    for (int64_t multiple : {int64_t(0), d, 2 * d, 49 * d, top / d * d, top / 2 / d * d})
+    const tardkd::cuda::Divider divider{int32_t(d)}, in_block = tardkd::cuda::Divider::in_block(int32_t(d));
+    for (int64_t multiple : {int64_t(0), d, 2 * d, 49 * d, top / d * d, top / 2 / d * d, top / d / d * d})
       for (int64_t x = multiple - 2; x <= multiple + 2; ++x) {
         if (x < 0 || x > top) continue;
         const tardkd::cuda::Split split = divider.split(int32_t(x));
         CHECK(split.quotient == x / d && split.remainder == x % d);
+        if (x * d > top) continue;
+        const tardkd::cuda::Split small = in_block.split(int32_t(x));
+        CHECK(small.quotient == x / d && small.remainder == x % d);
       }
   }
 }
