@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .gradients import once_differentiable, scale_gradient, wanted
+from .gradients import once_differentiable, refuse_transforms, scale_gradient, wanted
 from .inputs import (
     NO_GRADIENTS,
     AlignBackward,
@@ -29,6 +29,7 @@ from .spec import RoIAlignSpec
 
 def region_losses(call: RegionCall) -> RegionLosses:
     """The losses of a call, part of the graph where a gradient is wanted."""
+    refuse_transforms(call.tensors())
     inputs = call.inputs
     wants = Wants(wanted(*call.student_features), wanted(inputs.student_logits), wanted(inputs.student_deltas))
     if not any(wants):
@@ -77,7 +78,9 @@ class _RegionLoss(torch.autograd.Function):
         call = settings.with_tensors(tensors)
         ctx.settings, ctx.wants, ctx.student = settings, wants, _Student.of(call)
         results = run_regions(call, wants)
-        ctx.save_for_backward(results.factors, *results.gradients())
+        # The student's tensors are saved for once_differentiable, which must know what the gradients were made of.
+        student = (*call.student_features, call.inputs.student_logits, call.inputs.student_deltas)
+        ctx.save_for_backward(results.factors, *results.gradients(), *student)
         ctx.mark_non_differentiable(results.gates, results.scores)
         ctx.set_materialize_grads(False)
         return tuple(results.losses())
@@ -85,12 +88,12 @@ class _RegionLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        factors, *gradients = ctx.saved_tensors
+        factors, *saved = ctx.saved_tensors
         scaled = [
             scale_gradient(gradient, upstream[term] * factors[term], ctx.student.dtypes[term])
             if ctx.wants[term] and upstream[term] is not None
             else None
-            for term, gradient in enumerate(gradients)
+            for term, gradient in enumerate(saved[:3])
         ]
         return _input_gradients(ctx.settings, ctx.student, *scaled)
 
@@ -134,6 +137,7 @@ class _DeferredRegionLoss(torch.autograd.Function):
 
 def roi_align(call: AlignCall) -> Tensor:
     """(R, C, p_h, p_w), part of the graph where the features' gradient is wanted."""
+    refuse_transforms((*call.features, call.proposals))
     if wanted(*call.features):
         return _RoIAlign.apply(call.scales, call.align, call.proposals, *call.features)
     return torch.ops.tardkd.roi_align(*call.pack())
@@ -162,6 +166,7 @@ class _RoIAlign(torch.autograd.Function):
 
 def gaussian_loss(call: GaussianCall) -> Tensor:
     """The loss () of a call."""
+    refuse_transforms(call.tensors())
     return _GaussianLoss.apply(call.without_tensors(), *call.tensors())
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+import tardkd.ops.reference
+
 from .scenes import LEVEL_RULE, make_boxes, make_scene
 from .test_pooled_loss import make_pooled
 
@@ -282,3 +284,70 @@ def test_a_graph_over_the_gradients_is_allowed_while_nobody_differentiates_them(
     actual = torch.autograd.grad(sum(losses[:3]), scene.leaves, create_graph=True)
     for got, want in zip(actual, expected):
         assert torch.equal(got, want) and got.any()
+
+
+# --- derivatives that the kernels do not have -----------------------------------------------------------
+
+
+def scalar_of_a_map(ops, scene, op):
+    """A function of one feature map with a curvature, and the map."""
+    others, scales = scene.student_features[1:], dict(scales=scene.student_scales)
+    gt_boxes = [make_boxes(torch.Generator().manual_seed(1), 4).to(scene.labels.device)] * 2
+    per_region = [x.detach() for x in scene.per_region]
+    functions = {
+        "region": lambda x: (
+            ops.region_distill_loss(
+                [x, *others], scene.teacher_features, *per_region, **scene.scales, **LEVEL_RULE
+            ).feature
+        ),
+        "region, all gates open": lambda x: (
+            ops.region_distill_loss(
+                [x, *others], scene.teacher_features, *per_region, **scene.scales, **LEVEL_RULE, feature_gate="all"
+            ).feature
+        ),
+        "align": lambda x: ops.multiscale_roi_align([x, *others], scene.proposals, **scales, **LEVEL_RULE).pow(2).sum(),
+        "gaussian": lambda x: ops.gaussian_feature_loss([x, *others], scene.teacher_features, gt_boxes, **scales),
+    }
+    return functions[op], scene.student_features[0].detach()
+
+
+def tangent_of(function, x):
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        return torch.autograd.forward_ad.unpack_dual(function(dual)).tangent
+
+
+SECOND = {
+    "hvp": lambda f, x: torch.autograd.functional.hvp(f, x, torch.ones_like(x))[1],
+    "vhp": lambda f, x: torch.autograd.functional.vhp(f, x, torch.ones_like(x))[1],
+}
+FORWARD = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "dual numbers": tangent_of,
+    "func.grad": lambda f, x: torch.func.grad(f)(x),
+    "vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, x])),
+}
+
+
+@pytest.mark.parametrize("derivative", [*SECOND, *FORWARD])
+@pytest.mark.parametrize("op", ["region", "region, all gates open", "align", "gaussian"])
+def test_a_derivative_that_the_kernels_lack_is_refused(kernel, op, derivative):
+    """Not silently zero: the reference, which has all of them, shows that it is not."""
+    scene = make_scene(119).to(torch.float64, device=kernel.device)
+    function, x = scalar_of_a_map(tardkd.ops.reference, scene, op)
+    compute = {**SECOND, **FORWARD}[derivative]
+    if derivative != "vmap":  # the reference's regions are found by nonzero
+        assert compute(function, x).any()
+    function, x = scalar_of_a_map(kernel.ops, scene, op)
+    message = "differentiate twice" if derivative in SECOND else "none for forward mode or the transforms of torch.func"
+    with pytest.raises(RuntimeError, match=message):
+        compute(function, x)
+
+
+def test_a_transform_of_something_else_leaves_the_ops_alone(kernel):
+    scene = make_scene(120).to(torch.float64, device=kernel.device)
+    for leaf in scene.leaves:
+        leaf.requires_grad_(False)
+    function, x = scalar_of_a_map(kernel.ops, scene, "region")
+    expected = function(x)
+    assert torch.equal(torch.func.grad(lambda w: w * function(x))(torch.ones_like(expected)), expected)
