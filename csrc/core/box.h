@@ -11,10 +11,11 @@ struct Box {
   double x1, y1, x2, y2;
 };
 
-// `box`: (4,).
+// Whether the corners of `box`, (4,), are finite float32 numbers. Beyond that a box means nothing, and the squares of
+// its sides would not be finite in double precision either. A NaN compares as false.
 TARDKD_HD bool is_finite(const double* box) {
-  // A sum is not enough (inf - inf aside, it may overflow), so each coordinate is looked at.
-  return fabs(box[0]) <= 1.7e308 && fabs(box[1]) <= 1.7e308 && fabs(box[2]) <= 1.7e308 && fabs(box[3]) <= 1.7e308;
+  constexpr double largest = 3.4028234663852886e38;
+  return fabs(box[0]) <= largest && fabs(box[1]) <= largest && fabs(box[2]) <= largest && fabs(box[3]) <= largest;
 }
 
 // `xyxy`: (4,).

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from .inputs import RegionInputs
-from .spec import Activation, Background, LossSpec, class_count, is_foreground
+from .spec import Activation, Background, LossSpec, class_count, is_foreground, positive
 
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BOX_DTYPES = (torch.float32, torch.float64)
+
+
+LARGEST_COORDINATE = torch.finfo(torch.float32).max
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -85,8 +88,8 @@ def check_scales(name: str, scales: Sequence[float], features_name: str, feature
     """One positive scale per level, finest level first."""
     if len(scales) != len(features):
         raise ValueError(f"{name} has {len(scales)} scales but {features_name} has {len(features)} levels")
-    if not min(scales) > 0:
-        raise ValueError(f"{name} must be positive, got {tuple(scales)}")
+    for scale in scales:
+        positive(name, scale)
 
 
 def check_pyramids(
@@ -130,8 +133,7 @@ def check_same_pyramids(
 
 def check_gaussian(gt_boxes: Sequence[Tensor], like: Tensor, sigma_squared: float) -> None:
     """``gt_boxes``: N x (G_n, 4), one per image of ``like`` (N, C, H, W)."""
-    if not sigma_squared > 0:
-        raise ValueError(f"sigma_squared must be positive, got {sigma_squared}")
+    positive("sigma_squared", sigma_squared)
     check_box_list("gt_boxes", gt_boxes, like.shape[0])
     for boxes in gt_boxes[:1]:
         check_same_device("student_features", like, "gt_boxes", boxes)
@@ -284,6 +286,14 @@ def check_head_widths(inputs: RegionInputs, activation: Activation) -> int:
     return num_classes
 
 
+def are_finite(boxes: Tensor) -> Tensor:
+    """(R,) bool: the ``boxes`` (R, 4) whose corners are finite float32 numbers, whatever dtype they are stored in.
+
+    Beyond that a box means nothing, and the squares of its sides would not be finite in float64 either.
+    """
+    return (boxes.abs() <= LARGEST_COORDINATE).all(1)
+
+
 # --- values, on request ---------------------------------------------------------------------------
 
 
@@ -300,7 +310,7 @@ def region_faults(regions: Tensor, num_images: int | None) -> Faults:
 
     With ``num_images`` None the image index has no meaning and only the box is looked at.
     """
-    faults = [("the proposal is not finite", ~regions[:, 1:].isfinite().all(1), regions)]
+    faults = [("the proposal is not finite", ~are_finite(regions[:, 1:]), regions)]
     if num_images is not None:
         image = regions[:, 0].floor()
         in_range = (image >= 0) & (image < num_images)
@@ -314,7 +324,7 @@ def label_faults(inputs: RegionInputs, background: Background, num_classes: int)
     is_object = is_foreground(labels, background, num_classes)
     return [
         (f"the label is not in [0, {num_classes}]", (labels < 0) | (labels > num_classes), labels),
-        ("its gt box is not finite", is_object & ~gt_boxes.isfinite().all(1), gt_boxes),
+        ("its gt box is not finite", is_object & ~are_finite(gt_boxes), gt_boxes),
     ]
 
 
@@ -329,7 +339,7 @@ def check_region_values(faults: Faults) -> None:
 def check_box_values(name: str, boxes: Sequence[Tensor]) -> None:
     """Raise a ValueError that names the first box that is not finite."""
     for image, box in enumerate(boxes):
-        rows = (~box.isfinite().all(1)).nonzero()
+        rows = (~are_finite(box)).nonzero()
         if len(rows):
             index = int(rows[0])
             raise ValueError(f"{name}[{image}]: box {index} is not finite, got {box[index].tolist()}")

@@ -12,8 +12,11 @@ KERNEL_DEVICES = frozenset(key.lower() for key in IMPLEMENTATIONS)
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether the native kernels run on ``device``. Warns once per device type if not."""
-    if device.type in KERNEL_DEVICES:
+    """Whether the native kernels run on ``device``. Warns once per device type if not.
+
+    Tensors on ``meta`` have shapes alone, which the registered ops know how to work out.
+    """
+    if device.type in KERNEL_DEVICES or device.type == "meta":
         return True
     if not torch.compiler.is_compiling():
         _warn(device.type)

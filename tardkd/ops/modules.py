@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .functional import gaussian_feature_loss, multiscale_roi_align, pooled_distill_loss, region_distill_loss
 from .inputs import RegionLosses
-from .spec import output_pair
+from .spec import LossSpec, RoIAlignSpec, output_pair, positive
 
 
 class MultiScaleRoIAlign(nn.Module):
@@ -74,11 +74,13 @@ def infer_scales(features: Sequence[Tensor], image_shapes: Sequence[tuple[int, i
     if not image_shapes:
         raise ValueError("image_shapes is empty: the scales of the maps follow from the images' sizes")
     height = max(shape[0] for shape in image_shapes)
+    if height < 1:
+        raise ValueError(f"image_shapes must hold (height, width) of at least a pixel, got {list(image_shapes)}")
     return [2.0 ** round(math.log2(feature.shape[-2] / height)) for feature in features]
 
 
 class _Loss(nn.Module):
-    """A functional loss with its options bound; unknown options are refused at construction."""
+    """A functional loss with its options bound; unknown options and values are refused at construction."""
 
     function: Any
 
@@ -89,10 +91,20 @@ class _Loss(nn.Module):
         for key in options:
             if key not in known:
                 raise TypeError(f"{type(self).__name__} has no option {key!r}; it takes {', '.join(known)}")
+        _check_values(options)
         self.options = options
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value!r}" for key, value in self.options.items())
+
+
+def _check_values(options: dict[str, Any]) -> None:
+    """What the call would refuse is refused here."""
+    LossSpec(**{key: value for key, value in options.items() if key in LossSpec._fields}).checked()
+    align: dict[str, Any] = {**RoIAlignSpec._field_defaults, **options}
+    RoIAlignSpec.checked(**{key: align[key] for key in RoIAlignSpec._fields})
+    if "sigma_squared" in options:
+        positive("sigma_squared", options["sigma_squared"])
 
 
 class RegionDistillLoss(_Loss):

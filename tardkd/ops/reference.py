@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import gaussian, region
 from . import roi_align as roi_align_calls
-from .checks import accumulation_dtype
+from .checks import accumulation_dtype, are_finite
 from .inputs import AlignCall, GaussianCall, RegionCall, RegionInputs, RegionLosses
 from .signature import function_of
 from .spec import (
@@ -40,7 +40,7 @@ MAX_SIZE_DELTA = math.log(1000.0 / 16)  # torchvision's clamp of dw and dh
 
 def valid_regions(regions: Tensor, num_images: int | None) -> Tensor:
     """(R,) bool: finite box and, where the number of images is known, an image index in range."""
-    valid = regions[:, 1:].isfinite().all(1)
+    valid = are_finite(regions[:, 1:])
     if num_images is not None:
         image = regions[:, 0].floor()
         valid = valid & (image >= 0) & (image < num_images)
@@ -204,7 +204,7 @@ def gates_and_scores(
     num_classes = class_count(inputs.student_logits.shape[1], spec.activation)
     is_object = is_foreground(labels, spec.background, num_classes)
     valid = valid_regions(regions, num_images) & (labels >= 0) & (labels <= num_classes)
-    valid = valid & (~is_object | gt_boxes.isfinite().all(1))
+    valid = valid & (~is_object | are_finite(gt_boxes))
     foreground = valid & is_object
 
     scores = inputs.student_logits.new_zeros(len(regions), 4)
@@ -368,7 +368,7 @@ def region_losses(call: RegionCall) -> RegionLosses:
 def gaussian_mask(boxes: Tensor, height: int, width: int, sigma_squared: float) -> Tensor:
     """(height, width) float64: the maximum of the Gaussians inside (G, 4) boxes, in map pixels."""
     boxes = boxes.double()
-    boxes = boxes[boxes.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)]
+    boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]
     mask = boxes.new_zeros(height, width)
     y = torch.arange(height, dtype=torch.float64, device=boxes.device)[:, None]
     x = torch.arange(width, dtype=torch.float64, device=boxes.device)[None, :]
@@ -382,7 +382,8 @@ def gaussian_mask(boxes: Tensor, height: int, width: int, sigma_squared: float) 
 def gaussian_loss(call: GaussianCall) -> Tensor:
     """Squared distance of the pyramids under a Gaussian at every ground-truth box; a scalar."""
     dtype = accumulation_dtype(call.student_features[0].dtype)
-    image, boxes = call.gt_boxes[:, 0], call.gt_boxes[:, 1:].double()
+    usable = call.gt_boxes[are_finite(call.gt_boxes[:, 1:])]
+    image, boxes = usable[:, 0], usable[:, 1:].double()
     level_losses = []
     for student, teacher, scale in zip(call.student_features, call.teacher_features, call.scales):
         images, _, height, width = student.shape

@@ -32,7 +32,7 @@ if hasattr(native_module, "cuda"):  # else built without CUDA kernels
 
 
 def kernels_of(device: torch.device) -> Kernels:
-    return IMPLEMENTATIONS[device.type.upper()]
+    return IMPLEMENTATIONS.get(device.type.upper(), IMPLEMENTATIONS["CPU"])  # "meta" goes by the CPU's habits
 
 
 # --- schemas ----------------------------------------------------------------------------------------------------------

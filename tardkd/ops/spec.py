@@ -6,8 +6,10 @@ torch's dispatcher. Everything else reads it by name: the public functions, the 
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -46,6 +48,59 @@ def class_count(logits_width: int, activation: Activation) -> int:
     return logits_width - 1 if activation == "softmax" else logits_width
 
 
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+MAX_BINS = 4096  # a side of a pooled region
+MAX_SAMPLES = 1024  # a bin and axis
+_INT32 = 2**31
+
+
+def integer(name: str, value: Any, *, low: int = -_INT32, high: int = _INT32 - 1) -> int:
+    """``value`` as an int in [low, high]; numpy's integers and tensors of one integer are ints too.
+
+    Raises:
+        TypeError: it is none. ValueError: it is out of range.
+    """
+    if not isinstance(value, int):
+        try:
+            value = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name} must be an int, got {value!r}") from None
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+    return value
+
+
+def positive(name: str, value: Any) -> float:
+    """``value`` as a float in (0, infinity).
+
+    Raises:
+        TypeError: it is no number. ValueError: it is out of range.
+    """
+    result = _finite(name, value)
+    if result <= 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+    return result
+
+
+def not_negative(name: str, value: Any) -> float:
+    """``value`` as a float in [0, infinity); raises as :func:`positive`."""
+    result = _finite(name, value)
+    if result < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    return result
+
+
+def _finite(name: str, value: Any) -> float:
+    try:
+        result = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+    if not -math.inf < result < math.inf:
+        raise ValueError(f"{name} must be finite, got {result}")
+    return result
+
+
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -72,16 +127,19 @@ class RoIAlignSpec(NamedTuple):
         Raises:
             ValueError, TypeError: a setting is out of range or of another type; names it.
         """
-        if not canonical_scale > 0:
-            raise ValueError(f"canonical_scale must be positive, got {canonical_scale}")
-        if not isinstance(canonical_level, int):
-            raise TypeError(f"canonical_level must be an int, got {canonical_level!r}")
-        return cls(output_pair(output_size), sampling_ratio, aligned, float(canonical_scale), canonical_level)
+        return cls(
+            output_pair(output_size),
+            integer("sampling_ratio", sampling_ratio, high=MAX_SAMPLES),
+            bool(aligned),
+            positive("canonical_scale", canonical_scale),
+            integer("canonical_level", canonical_level),
+        )
 
 
 def output_pair(output_size: int | Sequence[int]) -> tuple[int, int]:
     """``output_size`` as (height, width) in bins."""
-    pair = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+    given = output_size if isinstance(output_size, Sequence) else (output_size, output_size)
+    pair = tuple(integer("output_size", bins, high=MAX_BINS) for bins in given)
     if len(pair) != 2 or min(pair) < 1:
         raise ValueError(f"output_size must be a positive int or (height, width), got {output_size!r}")
     return pair
@@ -111,20 +169,15 @@ class LossSpec(NamedTuple):
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
-        if not self.beta >= 0:
-            raise ValueError(f"beta must not be negative, got {self.beta}")
-        if len(self.box_weights) != 4 or not min(self.box_weights) > 0:
+        if len(self.box_weights) != 4 or not all(0 < weight < math.inf for weight in self.box_weights):
             raise ValueError(
                 f"box_weights must be four positive numbers (wx, wy, ww, wh), got {tuple(self.box_weights)}"
             )
-        x, y, w, h = self.box_weights
         return LossSpec(
             *self[:5],
-            float(self.temperature),
-            float(self.beta),
-            (float(x), float(y), float(w), float(h)),
+            positive("temperature", self.temperature),
+            not_negative("beta", self.beta),
+            tuple(map(float, self.box_weights)),
             *self[8:],
         )
 

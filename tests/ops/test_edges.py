@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from tolerances import assert_tensors_close, assert_values_close
+
+import tardkd.ops
+from tardkd.ops.spec import LossSpec
 
 from .parity import TERMS, assert_losses_match
 from .scenes import LEVEL_RULE, make_scene
@@ -768,14 +772,85 @@ def test_misfits_of_the_gaussian_loss(backend, misfit):
         ("box_weights", (10.0, 10.0, 5.0, 0.0)),
         ("output_size", 0),
         ("output_size", (7, 7, 7)),
+        ("output_size", 2**31),
+        ("sampling_ratio", 10**7),
+        ("sampling_ratio", 2**40),
+        ("temperature", INF),
+        ("beta", NAN),
+        ("box_weights", (10.0, 10.0, 5.0, NAN)),
         ("canonical_scale", 0),
         ("canonical_scale", -224),
+        ("canonical_scale", INF),
+        ("canonical_level", 2**31),
+        ("student_scales", (0.25, NAN, 0.1, 0.1)),
+        ("student_scales", (INF, 0.5, 0.25, 0.1)),
     ],
 )
 def test_options_that_are_none(backend, option, value):
     scene = make_scene(96).to(torch.float32, device=backend.device)
-    with pytest.raises(ValueError, match=rf"{option} must .*{re.escape(str(value))}"):
+    shown = "nan|inf" if option == "student_scales" else re.escape(str(value))
+    with pytest.raises(ValueError, match=rf"{option} must .*({shown})"):
         region_loss(backend, scene, **{option: value})
-    if option not in ("output_size", "canonical_scale"):
-        with pytest.raises(ValueError, match=rf"{option} must .*{re.escape(str(value))}"):
+    if option in LossSpec._fields:
+        with pytest.raises(ValueError, match=rf"{option} must .*({shown})"):
             pooled_loss(backend, scene, **{option: value})
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("output_size", 7.0),
+        ("output_size", "77"),
+        ("sampling_ratio", 2.0),
+        ("canonical_level", 4.0),
+        ("canonical_scale", "large"),
+        ("temperature", "hot"),
+    ],
+)
+def test_options_of_another_type(backend, option, value):
+    scene = make_scene(96).to(torch.float32, device=backend.device)
+    with pytest.raises(TypeError, match=rf"{option} must be an? (int|number), got"):
+        region_loss(backend, scene, **{option: value})
+
+
+@pytest.mark.parametrize("number", [np.int64, np.uint8, torch.tensor], ids=["int64", "uint8", "tensor"])
+def test_integers_of_other_kinds(backend, number):
+    scene = make_scene(97).to(torch.float32, device=backend.device)
+    expected = region_loss(backend, scene, output_size=5, sampling_ratio=2, canonical_level=4)
+    options = dict(output_size=number(5), sampling_ratio=number(2), canonical_level=number(4))
+    assert torch.equal(region_loss(backend, scene, **options).feature, expected.feature)
+    options["output_size"] = (number(5), number(5))
+    assert torch.equal(region_loss(backend, scene, **options).feature, expected.feature)
+
+
+def test_boxes_too_large_for_float32_count_as_not_finite(backend):
+    """The squares of their sides are not finite in float64 either."""
+    scene = make_scene(98).to(torch.float64, device=backend.device)
+    for size in (1e39, 1e154, 1e300):
+        huge = scene.replace(proposals=scene.proposals.double(), gt_boxes=scene.gt_boxes.double())
+        huge.proposals[::2, 1:] *= size
+        rows = torch.arange(1, len(huge.labels), 2, device=backend.device)
+        losses = region_loss(backend, huge, reduction="sum", feature_gate="all")
+        expected = region_loss(backend, huge.rows(rows), reduction="sum", feature_gate="all")
+        assert not losses.gates[::2].any()
+        for loss, target in zip(losses[:3], expected[:3]):
+            torch.testing.assert_close(loss, target)
+        gt_boxes = [huge.gt_boxes * size, huge.gt_boxes]
+        others = [f.detach() + 1 for f in huge.student_features]
+        options = dict(scales=huge.student_scales)
+        loss = backend.ops.gaussian_feature_loss(huge.student_features, others, gt_boxes, **options)
+        target = backend.ops.gaussian_feature_loss(
+            huge.student_features, others, [gt_boxes[0][:0], gt_boxes[1]], **options
+        )
+        assert loss.isfinite() and torch.equal(loss, target)
+
+
+def test_tensors_without_data():
+    scene = make_scene(99).to(torch.float32)
+    scene = scene.to(torch.float32, device="meta")
+    losses = tardkd.ops.region_distill_loss(*scene.inputs, **scene.scales)
+    assert losses.feature.shape == () and losses.gates.shape == (32, 3)
+    gradients = torch.autograd.grad(sum(losses[:3]), scene.leaves)
+    assert [g.shape for g in gradients] == [leaf.shape for leaf in scene.leaves]
+    pooled = tardkd.ops.multiscale_roi_align(scene.student_features, scene.proposals, scales=scene.student_scales)
+    assert pooled.shape == (32, 5, 7, 7) and pooled.is_meta

@@ -121,3 +121,22 @@ def test_losses_as_modules():
 def test_modules_refuse_unknown_options(name):
     with pytest.raises(TypeError, match="temprature"):
         getattr(tardkd.ops, name)(temprature=2.0)
+
+
+@pytest.mark.parametrize(
+    "module, option, value",
+    [
+        (tardkd.ops.RegionDistillLoss, "reduction", "x"),
+        (tardkd.ops.RegionDistillLoss, "output_size", 0),
+        (tardkd.ops.PooledDistillLoss, "temperature", -1.0),
+        (tardkd.ops.GaussianFeatureLoss, "sigma_squared", 0.0),
+    ],
+)
+def test_a_value_that_the_call_would_refuse_is_refused_by_the_constructor(module, option, value):
+    with pytest.raises(ValueError, match=f"{option} must"):
+        module(**{option: value})
+
+
+def test_maps_of_images_without_height():
+    with pytest.raises(ValueError, match="image_shapes must hold"):
+        tardkd.ops.MultiScaleRoIAlign(["0"], 7, 2)({"0": torch.zeros(1, 2, 4, 4)}, [torch.zeros(1, 4)], [(0, 8)])
