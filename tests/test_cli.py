@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +10,7 @@ import yaml
 from train.recipe import tree
 
 from tardkd import cli
-from tardkd.demo import demo
 from tardkd.train import checkpoint
-from tardkd.train.folder import claim
 
 
 @pytest.fixture(scope="module")
@@ -148,34 +145,3 @@ def test_help_needs_no_optional_package():
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "usage: tardkd" in shown.stdout
-
-
-def test_demo(tmp_path, monkeypatch, capsys):
-    """All of the demo on a recipe still smaller than --quick."""
-    monkeypatch.chdir(tmp_path)
-    small = {**tree(tmp_path), "output": None}
-    monkeypatch.setattr(demo, "demo_recipe", lambda: small)
-    monkeypatch.setattr(demo, "QUICK", ("data.train=4", "train.epochs=2"))
-    assert cli.main(["demo", "--quick", "--seeds", "2"]) == 0
-    out = tmp_path / "runs" / "demo"
-    results = json.loads((out / "results.json").read_text())
-    for role in ("teacher", "baseline", "distilled"):
-        values = [seed[role]["AP"] for seed in results["seeds"]]
-        assert results[role]["AP"] == pytest.approx(sum(values) / 2)
-        assert (results["std"][role]["AP"] is None) == (role == "teacher")  # the seeds share one teacher
-    folders = {str(path.parent.relative_to(out)) for path in out.glob("seed*/*/last.pt")}
-    assert folders == {"seed0/teacher", *(f"seed{i}/{role}" for i in (0, 1) for role in ("baseline", "distilled"))}
-    assert [row["epoch"] for row in results["seeds"][0]["gates"]] == [1, 2]
-    assert results["seeds"][0]["gates"][0]["lambda"] == 1 and results["settings"]["train"]["epochs"] == 2
-    assert {path.name for path in out.iterdir()} == {"results.json", "curves.png", "detections.png", "seed0", "seed1"}
-    shown = capsys.readouterr().out
-    assert "AP in percent, 2 seeds" in shown and "distilled" in shown and "gain" in shown
-    assert cli.main(["demo", "--out", "runs/demo", "--quick"]) == 2
-    assert "holds an earlier demo" in capsys.readouterr().err
-    claim(out, lambda held: "", overwrite=True, patterns=demo.OUTPUTS)
-    assert not list(out.iterdir())
-
-
-def test_the_packaged_demo_recipe_is_complete():
-    config = demo.demo_config(Path("out"), 3, quick=False)
-    assert config.train.seed == 3 and config.teacher.model is not None and config.distill.enabled

@@ -7,7 +7,8 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from tardkd.demo.side_by_side import Job, Outcome, count_workers, run_side_by_side
 from tardkd.seeing.curves import plot_curves
 from tardkd.seeing.plots import draw_detections
 from tardkd.train import checkpoint
@@ -26,10 +28,10 @@ from tardkd.train.config import Config, parse_config
 from tardkd.train.evaluate import METRICS
 from tardkd.train.folder import claim
 from tardkd.train.loop import train
-from tardkd.train.roles import ROLES
+from tardkd.train.roles import ROLES, Role
 
 OUTPUTS = ("results.json", "curves.png", "detections.png", "seed[0-9]*")
-QUICK = ("data.train=24", "data.val=12", "train.epochs=2", "train.log_every=6")
+QUICK = ("data.train=24", "data.val=12", "train.epochs=2", "train.log_every=3")
 PICTURES = 4  # images drawn
 SHARES = {  # columns of train.csv shown per epoch
     "lambda": "weight",
@@ -48,27 +50,25 @@ def run_demo(
 ) -> dict[str, Any]:
     """Train a teacher, then both students for every seed, print what came out and write it to `out`/results.json.
 
-    The seeds share the one teacher, as one would in practice: they tell how far a student's score is luck. All runs
-    have the same number of epochs and the same optimizer, both students of a seed the same first weights and the same
-    images in the same order; last weights are compared, without choosing by the score.
+    The trainings go on side by side, in as many processes as there are cores. The seeds share the one teacher, as one
+    would in practice: they tell how far a student's score is luck. All runs have the same number of epochs and the same
+    optimizer, both students of a seed the same first weights and the same images in the same order; last weights are
+    compared, without choosing by the score.
     """
     console = console or Console()
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), cpu_seconds()
     claim(out, _refusal(out), overwrite=overwrite, patterns=OUTPUTS)
     configs = {seed: demo_config(out, seed, quick=quick) for seed in range(seeds)}
-    runs: list[dict[str, Any]] = []
-    for seed, config in configs.items():
-        values: dict[str, Any] = {"seed": seed}
-        for role in ROLES:
-            if role == "teacher" and runs:
-                values[role] = runs[0][role]
-                continue
-            console.rule(f"seed {seed}: {role}")
-            result = train(config.for_role(role), console=console, label=role)
-            values[role] = {**{name: result.metrics[name] for name in METRICS}, "seconds": round(result.seconds, 1)}
-        values["gates"] = gates_by_epoch(out / f"seed{seed}" / "distilled")
-        runs.append(values)
-
+    workers = count_workers()
+    outcomes = run_side_by_side(demo_jobs(configs), workers=workers, say=partial(_say, console))
+    runs = [
+        {
+            "seed": seed,
+            **{role: _scores(outcomes[job_name(role, seed, seeds)]) for role in ROLES},
+            "gates": gates_by_epoch(out / f"seed{seed}" / "distilled"),
+        }
+        for seed in configs
+    ]
     results = {
         **{role: {name: _mean([run[role][name] for run in runs]) for name in METRICS} for role in ROLES},
         "std": {
@@ -77,8 +77,10 @@ def run_demo(
         },
         "seeds": runs,
         "seconds": round(time.perf_counter() - began, 1),
+        "cpu_seconds": round(cpu_seconds() - cpu_began, 1),
         "quick": quick,
-        "threads": torch.get_num_threads(),
+        "processes": workers,
+        "threads": configs[0].train.threads,
         "settings": configs[0].plain(),
     }
     _write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
@@ -86,12 +88,28 @@ def run_demo(
     draw_comparison(configs[0], out / "detections.png")
     console.print(results_table(results, seeds), gates_table(runs[0]["gates"]))
     console.print(
-        f"{results['seconds']:.0f} s in all; {out}: results.json, curves.png, detections.png, and a folder "
-        "for every run",
+        f"{results['seconds']:.0f} s in all, {results['cpu_seconds']:.0f} s of CPU; "
+        f"{out}: results.json, curves.png, detections.png, and a folder for every run",
         highlight=False,
         soft_wrap=True,
     )
     return results
+
+
+def demo_jobs(configs: Mapping[int, Config]) -> list[Job]:
+    """All trainings: first those that need nothing, the longest at the front, then those that need the teacher."""
+    teacher = job_name("teacher", 0, len(configs))
+    jobs = [Job(teacher, partial(_train, configs[0], "teacher", teacher))]
+    for role, after in (("baseline", None), ("distilled", teacher)):
+        for seed, config in configs.items():
+            name = job_name(role, seed, len(configs))
+            jobs.append(Job(name, partial(_train, config, role, name), after))
+    return jobs
+
+
+def job_name(role: Role, seed: int, seeds: int) -> str:
+    """What the lines of a training begin with: its role, and of several seeds which; they share the teacher."""
+    return role if role == "teacher" or seeds == 1 else f"{role} {seed}"
 
 
 def demo_config(out: Path, seed: int, *, quick: bool) -> Config:
@@ -135,7 +153,8 @@ def draw_comparison(config: Config, out: Path) -> None:
 
 
 def results_table(results: dict[str, Any], seeds: int) -> Table:
-    """Fits 80 columns, spreads included."""
+    """Each metric's mean over the seeds with its spread, in 80 columns; one that counts no object is left out."""
+    metrics = [name for name in METRICS if results["teacher"][name] is not None]
     seconds = ", ".join(
         f"{role} {statistics.fmean(run[role]['seconds'] for run in results['seeds']):.0f}" for role in ROLES
     )
@@ -146,20 +165,13 @@ def results_table(results: dict[str, Any], seeds: int) -> Table:
         padding=(0, 1, 0, 0),
     )
     table.add_column("")
-    for name in METRICS:
+    for name in metrics:
         table.add_column({"APs": "small", "APm": "medium", "APl": "large"}.get(name, name), justify="right")
     for role in ROLES:
-        table.add_row(role, *(_cell(results[role][name], results["std"][role][name]) for name in METRICS))
-    gains = {
-        name: [
-            run["distilled"][name] - run["baseline"][name]
-            for run in results["seeds"]
-            if run["distilled"][name] is not None
-        ]
-        for name in METRICS
-    }
+        table.add_row(role, *(_cell(results[role][name], results["std"][role][name]) for name in metrics))
+    gains = [[run["distilled"][name] - run["baseline"][name] for run in results["seeds"]] for name in metrics]
     table.add_section()
-    table.add_row("gain", *(_cell(_mean(gain), _std(gain), signed=True) for gain in gains.values()))
+    table.add_row("gain", *(_cell(_mean(gain), _std(gain), signed=True) for gain in gains))
     return table
 
 
@@ -180,9 +192,28 @@ def gates_table(epochs: list[dict[str, float]]) -> Table:
     return table
 
 
-def _cell(mean: float | None, std: float | None, *, signed: bool = False) -> str:
-    if mean is None:
-        return "-"
+def cpu_seconds() -> float:
+    """Of the processor's time, what this process and its children that have ended have used."""
+    return sum(os.times()[:4])
+
+
+def _train(config: Config, role: Role, name: str, console: Console) -> dict[str, float | None]:
+    """One training, in a process of its own; the metrics of its last epoch."""
+    result = train(config.for_role(role), console=console, label=name)
+    return {metric: result.metrics[metric] for metric in METRICS}
+
+
+def _scores(outcome: Outcome) -> dict[str, float | None]:
+    return {**outcome.value, "seconds": round(outcome.seconds, 1), "cpu_seconds": round(outcome.cpu_seconds, 1)}
+
+
+def _say(console: Console, line: str) -> None:
+    """A line of progress; a terminal shows so much of it as fits, as the most important comes first."""
+    room = {"no_wrap": True, "overflow": "ellipsis"} if console.is_terminal else {"soft_wrap": True}
+    console.print(line, highlight=False, markup=False, **room)
+
+
+def _cell(mean: float, std: float | None, *, signed: bool = False) -> str:
     return f"{mean:{'+' if signed else ''}.1f}" + (f"±{std:.1f}" if std is not None else "")
 
 
