@@ -24,9 +24,7 @@ class Teacher:
     """
 
     model: nn.Module  # a detector of a family that tardkd.detectors knows
-    classes: Sequence[str] | None = (
-        None  # names in the order of the labels, without the background; None: the student's
-    )
+    classes: Sequence[str] | None = None  # names in the order of the labels, no background; None: the student's
     class_map: Mapping[str, str | None] | None = None  # its class: the student's, or None for "not transferred"
     name: str | None = None  # what messages call it; None: "the teacher", or of several "teacher 0" and so on
 

@@ -220,7 +220,7 @@ def make_scene(
         first = 1 if background == "first" and form == "specific+background" else 0
         all_classes = randn(regions, columns, 4)
         all_classes[torch.arange(regions), number + first] = own + noise * randn(regions, 4)
-        return all_classes.reshape(regions, -1)
+        return all_classes.flatten(1)
 
     return Scene(
         student_features=student_features,
