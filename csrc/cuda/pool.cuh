@@ -494,16 +494,13 @@ __device__ void scatter(const MapView& view, int32_t image, int32_t all_channels
   for_each_batch(place, view, group, tables, [&] {
     const int32_t columns = tables.x.count, pixels = tables.y.count * columns;
     if (pixels == 0) return;
-    const Divider by_columns = Divider::in_block(columns),
-                  by_pixels = view.planar ? Divider::in_block(pixels) : Divider();
-    for (int32_t task = threadIdx.x; task < pixels * kQuads<A>; task += kThreads) {
-      const Split at_task = view.planar ? by_pixels.split(task) : Split{task % kQuads<A>, task / kQuads<A>};
-      const int32_t quad = at_task.quotient;
-      const Split at_pixel = by_columns.split(at_task.remainder);
+    const Divider by_columns = Divider::in_block(columns);
+    const auto scatter_quad = [&](int32_t pixel, int32_t quad) {
+      const Split at_pixel = by_columns.split(pixel);
       const int32_t y = at_pixel.quotient, x = at_pixel.remainder;
       const int32_t i0 = tables.y.pixel_range[2 * y], i1 = tables.y.pixel_range[2 * y + 1];
       const int32_t j0 = tables.x.pixel_range[2 * x], j1 = tables.x.pixel_range[2 * x + 1];
-      if (i0 >= i1 || j0 >= j1 || 4 * quad >= channels) continue;
+      if (i0 >= i1 || j0 >= j1 || 4 * quad >= channels) return;
       Four<A> sum{};
       for (int32_t i = i0; i < i1; ++i)
         for (int32_t j = j0; j < j1; ++j) {
@@ -522,6 +519,18 @@ __device__ void scatter(const MapView& view, int32_t image, int32_t all_channels
         for (int k = 0; k < 4; ++k)
           if (4 * quad + k < channels) add(at + steps(k, stride_c), sum.at[k]);
       }
+    };
+    if (view.planar) {
+      const Divider by_pixels = Divider::in_block(pixels);
+#pragma unroll 1
+      for (int32_t task = threadIdx.x; task < pixels * kQuads<A>; task += kThreads) {
+        const Split at = by_pixels.split(task);
+        scatter_quad(at.remainder, at.quotient);
+      }
+    } else {
+#pragma unroll 1
+      for (int32_t task = threadIdx.x; task < pixels * kQuads<A>; task += kThreads)
+        scatter_quad(task / kQuads<A>, task % kQuads<A>);
     }
   });
 }
@@ -571,15 +580,14 @@ __host__ __device__ inline int32_t channel_groups(int32_t channels) {
   return (channels + kChunksPerBlock * kChunk<A> - 1) / (kChunksPerBlock * kChunk<A>);
 }
 
-// Which region and which group of its channels this block works on; `groups` divides by their number.
+// Which region and which of the `groups` groups of its channels this block works on.
 struct RegionBlock {
   int64_t region;
   int32_t group;
 };
 
-__device__ __forceinline__ RegionBlock region_block(const Divider& groups) {
-  const Split at = groups.split(int32_t(blockIdx.x));
-  return RegionBlock{at.quotient, at.remainder};
+__device__ __forceinline__ RegionBlock region_block(int32_t groups) {
+  return RegionBlock{int64_t(blockIdx.x / groups), int32_t(blockIdx.x % groups)};
 }
 
 // Calls body(first channel) for the chunks of a group.

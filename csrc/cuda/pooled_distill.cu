@@ -3,6 +3,7 @@
 // The gates are decided first; a region whose feature gate is closed reads no feature. The last block to finish adds
 // the terms up in a fixed order.
 #include "../core/penalty.h"
+#include "index.cuh"
 #include "kernels.h"
 #include "maps.cuh"
 #include "region.cuh"
@@ -209,6 +210,7 @@ Status pooled_distill(const PooledTensor& student, const PooledTensor& teacher, 
   job.out = out;
   job.scratch = scratch;
   job.spec = spec;
+  job.groups = 1;
   // Without regions one block still writes the losses.
   return launch_on(target, "pooled_distill", pooled_distill_kernel<A>, in.regions > 0 ? in.regions : 1,
                    RegionShared<A>::bytes() + shared_bytes<A>(bins), job);

@@ -7,7 +7,6 @@
 #include "../core/classification.h"
 #include "../core/penalty.h"
 #include "../core/region.h"
-#include "index.cuh"
 #include "kernels.h"
 #include "primitives.cuh"
 
@@ -20,7 +19,7 @@ struct RegionTask {
   RegionOutputs<A> out;
   Scratch<A> scratch;
   LossSpec spec;
-  Divider groups;  // of channels: by the number of blocks a region
+  int32_t groups;  // of channels: blocks a region
 };
 
 struct Decision {
@@ -299,8 +298,7 @@ __device__ void finish_losses(const RegionTask<A>& task, const RegionShared<A>& 
   double sums[3] = {}, open[3] = {};
   for (int64_t r = threadIdx.x; r < regions; r += kThreads) {
     double feature = 0.0;
-    for (int group = 0; group < int(task.groups.divisor); ++group)
-      feature += load_fresh(&partial[(2 + group) * regions + r]);
+    for (int group = 0; group < task.groups; ++group) feature += load_fresh(&partial[(2 + group) * regions + r]);
     const double values[3] = {feature, double(load_fresh(&partial[r])), double(load_fresh(&partial[regions + r]))};
 #pragma unroll
     for (int term = 0; term < 3; ++term) {

@@ -169,10 +169,10 @@ Status region_distill(const Pyramid& student, const Pyramid& teacher, const Pyra
   job.scratch = scratch;
   job.align = align;
   job.spec = spec;
-  job.groups = Divider(blocks_of_region<A>(student.channels));
+  job.groups = blocks_of_region<A>(student.channels);
   const size_t shared = RegionShared<A>::bytes() + feature_shared_bytes<A>(job.tables);
   // Without regions one block still writes the losses.
-  const int64_t blocks = (in.regions > 0 ? in.regions : 1) * job.groups.divisor;
+  const int64_t blocks = (in.regions > 0 ? in.regions : 1) * job.groups;
   return launch_on(target, "region_distill", region_distill_kernel<A>, blocks, shared, job);
 }
 

@@ -32,7 +32,7 @@ struct AlignJob {
   void* pooled;         // (R, C, pooled_h, pooled_w), written, or read for the gradient
   DType pooled_dtype;
   RoiAlignSpec align;
-  Divider groups;  // of channels: by the number of blocks a region
+  int32_t groups;  // of channels: blocks a region
 };
 
 template <class A>
@@ -112,10 +112,8 @@ Status launch_by_region(const char* name, Kernel kernel, const Pyramid& pyramid,
                         int64_t regions, void* pooled, DType pooled_dtype, const RoiAlignSpec& align,
                         const Target& target) {
   if (!strides_fit(pyramid)) return Status{cudaErrorInvalidValue, name};
-  const int32_t groups = channel_groups<A>(pyramid.channels);
-  AlignJob<A> job{view_of(pyramid), proposals, pooled, pooled_dtype, align, {}};
-  if (groups > 0) job.groups = Divider(groups);
-  return launch_on(target, name, kernel, regions * groups, align_shared<A>(), job);
+  const AlignJob<A> job{view_of(pyramid), proposals, pooled, pooled_dtype, align, channel_groups<A>(pyramid.channels)};
+  return launch_on(target, name, kernel, regions * job.groups, align_shared<A>(), job);
 }
 
 // ---- by tile of the map: gather ------------------------------------------------------------------------------------
