@@ -13,42 +13,54 @@ namespace {
 
 constexpr int64_t kGrain = 32;
 
-// log softmax(z / temperature) of `z`, (columns,), into `log_p`, (columns,).
-template <class A>
-void log_softmax(const A* z, int32_t columns, A temperature, A* log_p) {
-  A top = z[0];
-  for (int32_t k = 1; k < columns; ++k) top = std::max(top, z[k]);
-  A sum = 0;
+// log softmax(z / temperature) of `z`, (columns,), into `log_p`, (columns,), whose type C is that of the computation.
+template <class A, class C>
+void log_softmax(const A* z, int32_t columns, C temperature, C* log_p) {
+  C top = z[0];
+  for (int32_t k = 1; k < columns; ++k) top = std::max<C>(top, z[k]);
+  C sum = 0;
   for (int32_t k = 0; k < columns; ++k) {
     log_p[k] = (z[k] - top) / temperature;
     sum += std::exp(log_p[k]);
   }
-  const A log_sum = std::log(sum);
+  const C log_sum = std::log(sum);
   for (int32_t k = 0; k < columns; ++k) log_p[k] -= log_sum;
 }
 
 // Classification term of one region, T^2 KL(teacher || student), and `slope` times its gradient T (q - p) where `grad`
 // is given; all three are (columns,). `teacher` and `student` hold log-probabilities for softmax, logits for sigmoid;
-// `temperature` is T.
-template <class A>
-A classification_term(const A* teacher, const A* student, int32_t columns, Activation activation, A temperature,
-                      A slope, A* grad) {
-  A sum = 0;
+// `temperature` is T; C is the type of the computation.
+template <class A, class C>
+A classification_term(const C* teacher, const C* student, int32_t columns, Activation activation, C temperature,
+                      C slope, A* grad) {
+  C sum = 0;
   for (int32_t k = 0; k < columns; ++k) {
-    A p, q = 0;
+    C p, q = 0;
     if (activation == Activation::softmax) {
       p = std::exp(teacher[k]);
       sum += kl_term(p, teacher[k], student[k]);
       if (grad) q = std::exp(student[k]);
     } else {
-      const A t = teacher[k] / temperature, s = student[k] / temperature;
+      const C t = teacher[k] / temperature, s = student[k] / temperature;
       sum += binary_kl(t, s);
       p = sigmoid(t);
       if (grad) q = sigmoid(s);
     }
-    if (grad) grad[k] = slope * temperature * (q - p);
+    if (grad) grad[k] = static_cast<A>(slope * temperature * (q - p));
   }
-  return temperature * temperature * sum;
+  return static_cast<A>(temperature * temperature * sum);
+}
+
+// The same from logits, (columns,), computed in double.
+template <class A>
+A exact_classification_term(const A* teacher, const A* student, int32_t columns, Activation activation,
+                            double temperature, A slope, A* grad) {
+  std::vector<double> t(teacher, teacher + columns), s(student, student + columns);
+  if (activation == Activation::softmax) {
+    log_softmax(teacher, columns, temperature, t.data());
+    log_softmax(student, columns, temperature, s.data());
+  }
+  return classification_term<A, double>(t.data(), s.data(), columns, activation, temperature, slope, grad);
 }
 
 }  // namespace
@@ -112,13 +124,16 @@ void RegionTerms<A>::decide(int64_t begin, int64_t end) {
     out_.gates[3 * r + 2] = gates.regression;
 
     A* grad = out_.grad_logits ? out_.grad_logits + r * columns : nullptr;
-    if (gates.classification) {
+    if (gates.classification && spec_.temperature > kCoolEnough) {
+      classification_[r] =
+          exact_classification_term(z_t, z_s, columns, spec_.activation, spec_.temperature, factor(1, r), grad);
+    } else if (gates.classification) {
       if (softmax && temperature != A(1)) {
         log_softmax(z_t, columns, temperature, log_t.data());
         log_softmax(z_s, columns, temperature, log_s.data());
       }
-      classification_[r] = classification_term(softmax ? log_t.data() : z_t, softmax ? log_s.data() : z_s, columns,
-                                               spec_.activation, temperature, factor(1, r), grad);
+      classification_[r] = classification_term<A, A>(softmax ? log_t.data() : z_t, softmax ? log_s.data() : z_s,
+                                                     columns, spec_.activation, temperature, factor(1, r), grad);
     } else if (grad) {
       std::fill(grad, grad + columns, A(0));
     }

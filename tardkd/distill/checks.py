@@ -27,7 +27,7 @@ def load_teacher_weights(model: nn.Module, source: StateSource) -> None:
             state dict under ``"model"`` is read too. No code in the file is executed (``weights_only=True``).
 
     Raises:
-        CheckpointError: the file cannot be read; see :mod:`tardkd.weights`.
+        CheckpointError: the file cannot be read; see ``tardkd.weights``.
         ValueError: keys are missing, unexpected or of another shape; says how many matched and names the first. Or
             there is no state dict.
     """

@@ -286,7 +286,9 @@ def gaussian_exponent(position: Tensor, low: Tensor, high: Tensor, sigma_squared
 
 def divergence(teacher_logits: Tensor, student_logits: Tensor, temperature: float, activation: Activation) -> Tensor:
     """(r,) T^2 KL(teacher || student) at temperature T; for sigmoid heads the sum of the K binary ones."""
-    teacher, student = teacher_logits / temperature, student_logits / temperature
+    # In float64: at high temperatures the logarithms are nearly equal, and T^2 multiplies what rounding leaves of them.
+    dtype, teacher, student = student_logits.dtype, teacher_logits.double(), student_logits.double()
+    teacher, student = teacher / temperature, student / temperature
     if activation == "softmax":
         teacher_log, student_log = F.log_softmax(teacher, 1), F.log_softmax(student, 1)
         # A class without mass adds nothing (0 log 0 = 0), also where both logits are -inf.
@@ -298,7 +300,7 @@ def divergence(teacher_logits: Tensor, student_logits: Tensor, temperature: floa
             for sign in (1, -1)
         )
         terms = present + absent
-    return temperature**2 * terms.sum(1)
+    return (temperature**2 * terms.sum(1)).to(dtype)
 
 
 def reduce_regions(losses: Tensor, rows: Tensor, weights: Tensor, num_regions: int, reduction: Reduction) -> Tensor:

@@ -139,6 +139,16 @@ def test_numbers(kernel, options):
     assert_losses_match(kernel.ops, scene, classification_gate="foreground", **options)
 
 
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [4.0, 5.0, 30.0, 1000.0])
+def test_high_temperatures(backend, temperature, dtype, activation):
+    """The softened probabilities are nearly equal, and what their logarithms differ by counts T^2 times."""
+    scene = make_scene(13, classes=20, activation=activation).to(dtype, device=backend.device)
+    options = dict(temperature=temperature, activation=activation, classification_gate="all")
+    assert_losses_match(backend.ops, scene, **options)
+
+
 def test_box_deltas_beyond_the_clamp(kernel):
     scene = make_scene(11).to(torch.float32, device=kernel.device)
     scene.teacher_deltas[::2] *= 50
