@@ -113,8 +113,8 @@ def training(
     """What a training had before it: the regions that ``record_regions.py`` kept, on maps of COCO's size.
 
     Proposals, what they were matched with, and both models' scores and deltas for the region's own class are those of
-    a training on the built-in scenes at 144 pixels (seed 0, to its end), so the gates are its gates. The rest of logits and deltas, and the
-    maps, are random. ``regions`` an image: at most 512.
+    a training on the built-in scenes at 144 pixels (seed 0, to its end), so the gates are its gates. The rest of logits
+    and deltas, and the maps, are random. ``regions`` an image: at most 512.
     """
     generator = torch.Generator().manual_seed(seed)
     with np.load(RECORDED) as arrays:

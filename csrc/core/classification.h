@@ -7,11 +7,6 @@
 
 namespace tardkd {
 
-// Above this temperature the classification term is computed in double precision. The softened probabilities of teacher
-// and student are then nearly equal, their logarithms cancel, and T^2 multiplies what rounding leaves of the
-// difference.
-constexpr double kCoolEnough = 4.0;
-
 // log(1 + exp(x))
 template <class A>
 TARDKD_HD A softplus(A x) {

@@ -150,41 +150,6 @@ __device__ int64_t own_deltas(const Table& deltas, int32_t columns, int64_t r, c
   return first;
 }
 
-// The classification term of region r without T^2 and weight, as the share of it that this lane has found, and the
-// gradient of the student's logits, (columns,), where `grad` is given; by one warp, computed in type C. `slope`: T
-// times what the gradient is to be multiplied by.
-template <class C, class A>
-__device__ C classification_share(const RegionInputs& in, int64_t r, const LossSpec& spec, C slope, A* grad) {
-  const int lane = threadIdx.x % kWarp, columns = in.logit_columns;
-  const Logits<C> teacher(in.teacher_logits, r, columns), student(in.student_logits, r, columns);
-  const C inverse = C(1) / static_cast<C>(spec.temperature);
-  C sum = C(0);
-  if (spec.activation == Activation::softmax) {
-    const LogSoftmax<C> log_t(teacher, inverse), log_s(student, inverse);
-#pragma unroll 1
-    for (int k = lane; k < columns; k += kWarp) {
-      const C t = log_t(teacher[k]), s = log_s(student[k]), p = exp(t);
-      sum += kl_term(p, t, s);
-      if (grad) grad[k] = static_cast<A>(slope * (exp(s) - p));
-    }
-  } else {
-#pragma unroll 1
-    for (int k = lane; k < columns; k += kWarp) {
-      const C t = teacher[k] * inverse, s = student[k] * inverse;
-      sum += binary_kl(t, s);
-      if (grad) grad[k] = static_cast<A>(slope * (sigmoid(s) - sigmoid(t)));
-    }
-  }
-  return sum;
-}
-
-// The same in double. Not inlined: it is rarely used, and would take registers from what is.
-template <class A>
-__device__ __noinline__ double exact_classification_share(const RegionInputs& in, int64_t r, const LossSpec& spec,
-                                                          double slope, A* grad) {
-  return classification_share<double>(in, r, spec, slope, grad);
-}
-
 // Classification term and the gradient of the student's logits; by one warp.
 template <class A>
 __device__ void write_classification(const RegionTask<A>& task, int64_t r, bool open) {
@@ -195,13 +160,26 @@ __device__ void write_classification(const RegionTask<A>& task, int64_t r, bool 
   A* grad = out.grad_logits ? out.grad_logits + r * columns : nullptr;
   A sum = A(0);
   if (open) {
-    const A temperature = static_cast<A>(spec.temperature);
+    const Logits<A> teacher(in.teacher_logits, r, columns), student(in.student_logits, r, columns);
+    const A temperature = static_cast<A>(spec.temperature), inverse = A(1) / temperature;
     const A slope = grad ? temperature * term_factor<A>(in, 1, r) : A(0);
-    const A scale = temperature * temperature * region_weight<A>(in, r);
-    if (sizeof(A) < sizeof(double) && spec.temperature > kCoolEnough)
-      sum = static_cast<A>(warp_sum(exact_classification_share(in, r, spec, static_cast<double>(slope), grad)) * scale);
-    else
-      sum = warp_sum(classification_share<A>(in, r, spec, slope, grad)) * scale;
+    if (spec.activation == Activation::softmax) {
+      const LogSoftmax<A> log_t(teacher, inverse), log_s(student, inverse);
+#pragma unroll 1
+      for (int k = lane; k < columns; k += kWarp) {
+        const A t = log_t(teacher[k]), s = log_s(student[k]), p = exp(t);
+        sum += kl_term(p, t, s);
+        if (grad) grad[k] = slope * (exp(s) - p);
+      }
+    } else {
+#pragma unroll 1
+      for (int k = lane; k < columns; k += kWarp) {
+        const A t = teacher[k] * inverse, s = student[k] * inverse;
+        sum += binary_kl(t, s);
+        if (grad) grad[k] = slope * (sigmoid(s) - sigmoid(t));
+      }
+    }
+    sum = warp_sum(sum) * temperature * temperature * region_weight<A>(in, r);
   } else if (grad) {
     for (int k = lane; k < columns; k += kWarp) grad[k] = A(0);
   }

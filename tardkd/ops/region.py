@@ -90,7 +90,8 @@ def region_distill_loss(
         classification_gate: "all", "foreground", or "teacher_better": foreground and p_T(y_i) > p_S(y_i).
         regression_gate: "foreground", "vs_proposal": foreground and IoU(decode(r_T), g_i) > IoU(P_i, g_i), or
             "vs_student": against IoU(decode(r_S), g_i).
-        temperature: T, of the classification loss only.
+        temperature: T, of the classification loss only. With CUDA kernels in float32 that loss is a difference of
+            nearly equal numbers at high temperatures: its absolute error is about ``1e-7 T^2``.
         beta: smooth-L1 threshold; 0: absolute error.
         box_weights: of the box coder, (dx, dy, dw, dh).
         background: index of the background: "first" (torchvision) or "last" (Detectron2, MMDetection).
