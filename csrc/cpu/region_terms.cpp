@@ -14,7 +14,8 @@ namespace {
 constexpr int64_t kGrain = 32;
 
 // Above this temperature the classification term is computed in double precision. The softened probabilities of teacher
-// and student are then nearly equal, their logarithms cancel, and T^2 multiplies what rounding leaves of the difference.
+// and student are then nearly equal, their logarithms cancel, and T^2 multiplies what rounding leaves of the
+// difference.
 constexpr double kCoolEnough = 4.0;
 
 // log softmax(z / temperature) of `z`, (columns,), into `log_p`, (columns,), whose type C is that of the computation.
