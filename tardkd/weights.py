@@ -1,11 +1,13 @@
 """Files of weights: one way to read them, and one way to say whether they fit a model.
 
 A file is read onto the CPU with ``weights_only=True``, so that nothing in it is ever executed. What a disk has damaged
-is noticed: torch writes a checksum of every record but never compares it, so it is compared here.
+is noticed: torch writes a checksum of every record but never compares it, so it is compared here. A file that does not
+hold what it must is an error that names the file, whatever it holds instead.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import re
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 FOREIGN = "it is no file that torch.save wrote"
+DOS_FOLDER = 0x10  # in the attributes of a record of an archive
 SHOWN = 5  # names of tensors in a message
 COUNTER = "num_batches_tracked"  # of BatchNorm: no output depends on it, and frozen BatchNorm has none
 
@@ -43,6 +46,10 @@ class UnreadableFileError(CheckpointError, pickle.UnpicklingError):
 
 class NoStateDictError(CheckpointError, ValueError):
     """The file can be read, but names no tensors."""
+
+
+class NonFiniteWeightsError(CheckpointError):
+    """Weights that hold a NaN or an infinity."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +111,65 @@ def read(path: str | PathLike[str]) -> Weights:
 def from_content(content: Mapping[str, Any], source: str) -> Weights:
     """The same from what :func:`read_content` returns, or from a state dict that is in memory already."""
     tensors = content["model"] if isinstance(content.get("model"), Mapping) else content
-    if not all(isinstance(value, Tensor) for value in tensors.values()):
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()):
         raise NoStateDictError(f"{source} holds no state dict (names to tensors, at the top or under 'model')")
+    odd = [name for name, value in tensors.items() if not is_plain(value)]
+    if odd:
+        raise NoStateDictError(f"{source} holds tensors that are no plain arrays of real numbers: {_first(odd)}")
     classes = content.get("classes")
-    are_told = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    are_told = isinstance(classes, list) and all(map(is_text, classes))
     return Weights(source, tensors, classes if are_told else None, content)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor holds real numbers as they are: it is not complex, sparse, quantized or without memory."""
+    return tensor.layout == torch.strided and not (tensor.is_complex() or tensor.is_quantized or tensor.is_meta)
+
+
+def is_text(value: Any) -> bool:
+    """Whether the value is a text that every file and terminal takes: it is Unicode, and holds no NUL.
+
+    JSON, YAML and pickle can also hold halves of characters (lone surrogates), which nothing can write out again.
+    """
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors that hold a NaN or an infinity."""
+    real = {name: value for name, value in tensors.items() if value.is_floating_point()}
+    if not real:
+        return []
+    finite = torch.stack([value.isfinite().all() for value in real.values()])  # one wait for a GPU, not one a tensor
+    return [name for name, good in zip(real, finite.tolist()) if not good]
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights that hold a NaN or an infinity.
+
+    Raises:
+        NonFiniteWeightsError: the message begins with the `source`.
+    """
+    names = not_finite(tensors)
+    if names:
+        raise NonFiniteWeightsError(
+            f"{source}: {len(names)} of {len(tensors)} tensors hold NaN or infinity: {_first(names)}; "
+            "the training went wrong before they were saved"
+        )
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A digest of names, shapes and values: two state dicts with the same digest hold the same weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_content(path: str | PathLike[str]) -> dict[str, Any]:
@@ -149,17 +210,29 @@ def _load_torch(path: str | PathLike[str]) -> Any:
     if not start:
         raise ValueError("it is empty")
     if start == b"PK\3\4":
-        _check_records(path)
+        _check_archive(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of some files that are refused in any case
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _check_records(path: str | PathLike[str]) -> None:
-    """Read every record of the archive against its checksum, which torch.load does not."""
+def _check_archive(path: str | PathLike[str]) -> None:
+    """Read every record of the archive against its checksum, and its header for what torch would read differently.
+
+    torch compares no checksum, and believes the headers: of a record that one bit there calls a folder it reads nothing
+    and leaves the memory of the tensor as it finds it.
+    """
     with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if len({record.filename for record in records}) < len(records):
+            raise zipfile.BadZipFile("two of its records have one name")
+        for record in records:
+            if record.external_attr & DOS_FOLDER and not record.is_dir():
+                raise zipfile.BadZipFile(f"the record {record.filename} is marked as a folder")
+            if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+                raise zipfile.BadZipFile(f"the record {record.filename} is marked as compressed")
         # All checksums are zero where the user told torch not to compute them.
-        if any(record.CRC for record in archive.infolist()):
+        if any(record.CRC for record in records):
             damaged = archive.testzip()
             if damaged is not None:
                 raise zipfile.BadZipFile(f"the record {damaged} does not fit its checksum")
@@ -169,6 +242,8 @@ def _load_safetensors(path: str | PathLike[str]) -> dict[str, Any]:
     with safetensors().safe_open(path, framework="pt", device="cpu") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it cannot be iterated over)
         metadata = file.metadata() or {}
+    if metadata.get("fingerprint") not in (None, fingerprint(tensors)):
+        raise ValueError("it is damaged: its tensors are not those that were written")
     return {"model": tensors, "classes": json.loads(metadata.get("classes", "null"))}
 
 
@@ -176,7 +251,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):  # torch's own message says at length how to run it nevertheless
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         return f"it asks to run {wanted[1]}, which is never done" if wanted else FOREIGN
-    if isinstance(error, zipfile.BadZipFile):
+    if isinstance(error, (zipfile.BadZipFile, NotImplementedError, UnicodeError)):  # zipfile's words for it
         return f"it is damaged or cut short: {error}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

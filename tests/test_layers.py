@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "tardkd"
 # From the bottom to the top. A module may import from its own package and from the layers below; of two packages in
 # one layer neither may import the other.
 LAYERS = (
-    ("_native", "device", "weights"),
+    ("_native", "device", "files", "weights"),
     ("ops", "data"),
     ("info", "tardkd"),  # the face of the package, which says what the ops were built with
     ("detectors",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -161,3 +162,72 @@ def test_the_students_file_is_read_once(tmp_path, monkeypatch):
     names = opened(monkeypatch)
     build_distiller(config, list(CLASSES))
     assert names == ["student.pt"]
+
+
+def flipped(path: Path, where: int, bit: int) -> Path:
+    """A copy of the file with one bit turned over."""
+    data = bytearray(path.read_bytes())
+    data[where] ^= 1 << bit
+    copy = path.with_name("flipped.pt")
+    copy.write_bytes(data)
+    return copy
+
+
+def headers(path: Path) -> dict[str, range]:
+    """Where the headers of the records are in the archive's directory."""
+    with zipfile.ZipFile(path) as archive:
+        start, places = archive.start_dir, {}
+        for record in archive.infolist():
+            length = 46 + len(record.filename.encode()) + len(record.extra)
+            places[record.filename] = range(start, start + length)
+            start += length
+    return places
+
+
+def test_a_record_that_one_bit_calls_a_folder_is_damaged(tmp_path):
+    """torch reads nothing of such a record, and leaves the memory of its tensor as it finds it."""
+    torch.save({"model": model().state_dict()}, tmp_path / "file.pt")
+    for name, header in headers(tmp_path / "file.pt").items():
+        with pytest.raises(CheckpointError, match=f"flipped.pt as a checkpoint: .* {name} is marked as a folder"):
+            weights.read(flipped(tmp_path / "file.pt", header.start + 38, 4))
+
+
+def test_no_bit_of_a_header_gives_other_weights(tmp_path):
+    state = model().state_dict()
+    torch.save(state, tmp_path / "file.pt")
+    header = next(place for name, place in headers(tmp_path / "file.pt").items() if name.endswith("data/0"))
+    for where in header:
+        for bit in range(8):
+            path = flipped(tmp_path / "file.pt", where, bit)
+            try:
+                found = weights.read(path).tensors
+            except CheckpointError as error:
+                assert str(path) in str(error)
+            else:
+                torch.testing.assert_close(dict(found), dict(state), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.ones(2, dtype=torch.complex64), torch.eye(2).to_sparse(), torch.ones(2, device="meta")],
+    ids=["complex", "sparse", "meta"],
+)
+def test_tensors_that_no_model_takes_are_named(tensor):
+    with pytest.raises(CheckpointError, match="file holds tensors that are no plain arrays of real numbers: w"):
+        weights.from_content({"model": {"w": tensor}}, "file")
+    with pytest.raises(CheckpointError, match="file holds no state dict"):
+        weights.from_content({1: torch.ones(2)}, "file")
+
+
+def test_a_damaged_safetensors_file(tmp_path):
+    """The format has no checksums: tardkd's own files carry a fingerprint."""
+    library = pytest.importorskip("safetensors.torch")
+    state = model().state_dict()
+    notes = {"fingerprint": weights.fingerprint(state)}
+    library.save_file(state, tmp_path / "a.safetensors", metadata=notes)
+    assert weights.read(tmp_path / "a.safetensors").tensors.keys() == state.keys()
+    data = bytearray((tmp_path / "a.safetensors").read_bytes())
+    data[-3] ^= 1
+    (tmp_path / "a.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"a.safetensors as a checkpoint: it is damaged"):
+        weights.read(tmp_path / "a.safetensors")

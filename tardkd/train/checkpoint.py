@@ -1,24 +1,29 @@
 """Checkpoints: the plain student under ``model``, everything else that resuming needs beside it.
 
-They are written to a temporary file in the same folder, synced and renamed, so that a crash leaves the one before
-whole, and read by :mod:`tardkd.weights`, which executes nothing in them and notices what a disk has damaged since.
+They are written by :mod:`tardkd.files`, so that a crash leaves the one before whole, and read by
+:mod:`tardkd.weights`, which executes nothing in them and notices what a disk has damaged since. What a file of the
+right format lacks is told here, before anybody uses it.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from tardkd.weights import CheckpointError, read_content
+from tardkd import files
+from tardkd.weights import (
+    CheckpointError,
+    fingerprint,
+    from_content,
+    is_text,
+    read_content,
+)
+
+__all__ = ["BEST", "FORMAT", "LAST", "PREVIOUS", "CheckpointError", "fingerprint", "load", "load_last", "save"]
 
 FORMAT = "tardkd checkpoint 1"
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # in a run's folder
@@ -41,28 +46,12 @@ def save(path: str | Path, state: dict[str, Any], *, previous: str | Path | None
 
 @contextmanager
 def replacing(path: str | Path, *, previous: str | Path | None = None) -> Iterator[Path]:
-    """A temporary file beside `path` for the body to write; then it is synced and takes the place of `path`.
-
-    Whatever goes wrong, `path` is as it was and the temporary file is gone.
-    """
-    path = Path(path)
-    temporary, replaced = path.with_name(path.name + ".tmp"), False
+    """As :func:`tardkd.files.replacing`, but what cannot be written is a CheckpointError."""
     try:
-        yield temporary
-        _sync(temporary)
-        if previous is not None and path.exists():
-            _keep(path, Path(previous))
-        os.replace(temporary, path)
-        replaced = True
-        _sync_folder(path.parent)  # the rename itself must survive a power cut
-    except OSError as error:
-        free = shutil.disk_usage(path.parent).free
-        kept = "; what it held before is untouched" if path.exists() and not replaced else ""
-        raise CheckpointError(
-            f"cannot write {path}: {error.strerror or error}; {free / 2**20:.0f} MiB are free in {path.parent}{kept}"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        with files.replacing(path, previous=previous) as temporary:
+            yield temporary
+    except files.UnwritableFileError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def write(content: Any, path: Path) -> None:
@@ -72,37 +61,6 @@ def write(content: Any, path: Path) -> None:
             torch.save(content, file)
         except RuntimeError as error:
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-
-
-def _keep(path: Path, previous: Path) -> None:
-    """`path` under a second name, without copying it."""
-    second = previous.with_name(previous.name + ".tmp")
-    second.unlink(missing_ok=True)
-    try:
-        os.link(path, second)
-        os.replace(second, previous)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
-            raise
-        os.replace(path, previous)  # this file system has no links, so that for a moment there is `previous` alone
-    finally:
-        second.unlink(missing_ok=True)  # os.replace does nothing where both are names of one file
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(path: Path) -> None:
-    try:
-        _sync(path)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that sync no folders
-            raise
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -117,6 +75,41 @@ def load(path: str | Path) -> dict[str, Any]:
             f"{state.get('format')!r}, expected {FORMAT!r}"
         )
     return state
+
+
+def load_trained(path: str | Path) -> dict[str, Any]:
+    """The same, with what is needed to build the student again: ``model``, ``classes`` and ``config``.
+
+    Raises:
+        CheckpointError: it cannot be read, or one of these is missing or of another kind.
+    """
+    state = load(path)
+    check_trained(state, path)
+    return state
+
+
+def check_trained(state: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse a checkpoint without a trained student."""
+    require(state, path, "config", dict, "the configuration of its run")
+    require(state, path, "model", dict, "the student's tensors")
+    classes = require(state, path, "classes", list, "the names of the classes")
+    if not classes or not all(map(is_text, classes)) or len(set(classes)) < len(classes):
+        raise CheckpointError(f"{path} is damaged: its classes must be different names, found {classes!r:.80}")
+    from_content({"model": state["model"]}, str(path))
+
+
+def require(state: Mapping[str, Any], path: str | Path, key: str, kind: type | tuple[type, ...], what: str) -> Any:
+    """The value of a key that a checkpoint must have.
+
+    Raises:
+        CheckpointError: it is missing, or not of that kind; the message says `what` it would have been.
+    """
+    if key not in state:
+        raise CheckpointError(f"{path} is not whole: it lacks {key!r}, {what}")
+    value = state[key]
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise CheckpointError(f"{path} is damaged: {key!r}, {what}, is of the type {type(value).__name__}")
+    return value
 
 
 def load_last(folder: str | Path) -> dict[str, Any]:
@@ -135,12 +128,3 @@ def load_last(folder: str | Path) -> dict[str, Any]:
                 f"cp {folder / name} {folder / LAST}"
             ) from None
         raise
-
-
-def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """A digest of names, shapes and values: two state dicts with the same digest hold the same weights."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
