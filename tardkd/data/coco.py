@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -18,6 +19,10 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tardkd.weights import is_text
+
+# The kinds of images that Pillow decodes by itself. It knows others, some of which start programs: Ghostscript for EPS.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 MIN_SIDE = 0.1  # pixels; a thinner box carries no object and its log-width target would dominate the loss
 STAND_IN = 64  # pixels, the side of what is shown for an image that cannot be read
 
@@ -52,6 +57,7 @@ class CocoDetection(Dataset):
     """
 
     on_bad_image: OnBadImage = "error"
+    _longest_aspect = math.inf
 
     def __init__(
         self,
@@ -97,6 +103,17 @@ class CocoDetection(Dataset):
             return torch.zeros(3, STAND_IN, STAND_IN, dtype=torch.uint8), {**target, "unreadable": True}
         return self.transform(image, target) if self.transform else (image, target)
 
+    def limit_aspect(self, longest: float) -> None:
+        """From now on an image with a side more than `longest` times the other counts as one that cannot be read.
+
+        Raises:
+            ValueError: there is such an image, and ``on_bad_image`` is "error".
+        """
+        self._longest_aspect = longest
+        for index, size in enumerate(self.sizes):
+            if max(size) > longest * min(size) and self.on_bad_image == "error":
+                self._image(index)
+
     @property
     def bad_images(self) -> list[int]:
         """The ids of the images found bad so far, by this process and the loader's."""
@@ -127,8 +144,11 @@ class CocoDetection(Dataset):
             warnings.warn(f"{error}; {instead}", stacklevel=2)
 
     def _image(self, index: int) -> Tensor:
+        path, (height, width) = self.image_folder / self._file_names[index], self.sizes[index]
         try:
-            return read_image(self.image_folder / self._file_names[index], self.sizes[index])
+            if max(height, width) > self._longest_aspect * min(height, width):
+                raise ValueError(f"image {path} is {width}x{height}, too thin: resized for the model nothing is left")
+            return read_image(path, (height, width))
         except (FileNotFoundError, ValueError) as error:
             raise type(error)(f"image id {self._image_ids[index]}: {error}") from error
 
@@ -180,23 +200,45 @@ def missing_files(folder: Path, names: list[str], source: str) -> list[str]:
 def read_image(path: Path, size: tuple[int, int]) -> Tensor:
     """The image at ``path`` as uint8 RGB (3, H, W); 16-bit grey is scaled to 8 bits, transparency is left out.
 
+    Nothing is decoded of an image whose header has another size than the annotation: it may be huge.
+
     The annotated ``size`` = (height, width) tells whether the boxes were drawn on the stored pixels or on the image as
     EXIF turns it. Where both have that size (half turns, square images), EXIF is followed, as Detectron2, MMDetection
     and annotation tools do.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_formats()) as image:
+            _compare(path, (image.height, image.width), size, (size, size[::-1]))
             upright = ImageOps.exif_transpose(image)
             if (upright.height, upright.width) == size:
                 image = upright
+            _compare(path, (image.height, image.width), size, (size,))
             array = np.array(_eight_bit(image).convert("RGB"))
     except FileNotFoundError:
         raise FileNotFoundError(f"image not found: {path}") from None
+    except _OtherSize as error:
+        raise ValueError(str(error)) from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... on broken files
         raise ValueError(f"cannot read image {path}: {error}") from error
-    if array.shape[:2] != size:
-        raise ValueError(f"image {path} is {array.shape[1]}x{array.shape[0]}, its annotation says {size[1]}x{size[0]}")
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+class _OtherSize(Exception):
+    pass
+
+
+def _compare(
+    path: Path, found: tuple[int, int], annotated: tuple[int, int], allowed: tuple[tuple[int, int], ...]
+) -> None:
+    if found not in allowed:
+        raise _OtherSize(f"image {path} is {found[1]}x{found[0]}, its annotation says {annotated[1]}x{annotated[0]}")
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of ``FORMATS`` that this Pillow was built with."""
+    Image.init()
+    return tuple(kind for kind in FORMATS if kind in Image.OPEN)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -249,7 +291,8 @@ def _check(data: Any) -> dict[str, Any]:
 
     for i, category in enumerate(data["categories"]):
         _expect(_is_int(category.get("id")), f"categories[{i}].id", "an integer", category.get("id"))
-        _expect(isinstance(category.get("name"), str), f"categories[{i}].name", "a string", category.get("name"))
+        name = category.get("name")
+        _expect(is_text(name), f"categories[{i}].name", "a string of whole characters without NUL", name)
     for i, image in enumerate(data["images"]):
         _expect(_is_int(image.get("id")), f"images[{i}].id", "an integer", image.get("id"))
         _expect(
@@ -309,7 +352,7 @@ def _unique(entries: list[dict[str, Any]], where: str, key: str) -> set[Any]:
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _is_number(value: Any) -> bool:
@@ -321,7 +364,7 @@ def _inside(name: Any) -> bool:
     if not isinstance(name, str) or not name or "\0" in name:
         return False
     paths = PurePosixPath(name), PureWindowsPath(name)
-    return not any(path.is_absolute() or path.anchor or ".." in path.parts for path in paths)
+    return all(path.name and not path.anchor and ".." not in path.parts for path in paths)
 
 
 def coco_index(data: dict[str, Any]) -> COCO:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageFile
 
 from tardkd.data import CocoDetection, build_loader
 from tardkd.data.scenes import write_scenes
@@ -135,3 +136,30 @@ def test_modes(folder, mode):
     assert image.shape == (3, 64, 64) and image.dtype == torch.uint8
     if mode == "I;16":
         assert (image.float() / 255 - 40000 / 65535).abs().max() < 0.005
+
+
+def test_an_image_of_another_size_is_not_decoded(folder, monkeypatch):
+    """Its header alone tells, and what a few bytes decode to may fill the memory."""
+    name = files(folder)[2]
+    Image.new("L", (3000, 2000)).save(folder / "images" / name)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("the image was decoded"))
+    with pytest.raises(ValueError, match=f"image id 3: image .*{name} is 3000x2000, its annotation says 64x64"):
+        dataset(folder)[2]
+
+
+def test_no_program_is_started_for_an_image(folder, monkeypatch):
+    """Pillow leaves PostScript to Ghostscript, whatever the file's name."""
+    name = files(folder)[2]
+    Image.new("RGB", (64, 64)).save(folder / "images" / name, format="EPS")
+    monkeypatch.setattr(subprocess, "check_call", lambda *args, **settings: pytest.fail("a program was started"))
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **settings: pytest.fail("a program was started"))
+    with pytest.raises(ValueError, match=f"image id 3: cannot read image .*{name}"):
+        dataset(folder)[2]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "TGA"])
+def test_the_usual_kinds_of_images_are_read(folder, kind):
+    name = files(folder)[2]
+    Image.new("RGB", (64, 64), (0, 255, 0)).save(folder / "images" / name, format=kind)
+    image, _ = dataset(folder)[2]
+    assert abs(image.float().mean((1, 2)) - torch.tensor([0.0, 255.0, 0.0])).max() < 3

@@ -120,6 +120,9 @@ def test_quiet(tmp_path, capsys):
         ("categories.1.id", 90, r"categories\[1\]\.id must be unique"),
         ("categories.1.name", "toothbrush", r"categories\[1\]\.name must be unique"),
         ("categories.0.name", ..., r"categories\[0\]\.name"),
+        ("categories.0.name", "caf\ud800", r"categories\[0\]\.name must be a string of whole characters"),
+        ("categories.0.name", "a\0b", r"categories\[0\]\.name must be a string of whole characters without NUL"),
+        ("images.0.id", 2**63, r"images\[0\]\.id must be an integer"),
         ("annotations.2.image_id", 8, r"annotations\[2\]\.image_id"),
         ("annotations.2.image_id", [7], r"annotations\[2\]\.image_id"),
         ("annotations.2.category_id", 1, r"annotations\[2\]\.category_id"),
@@ -137,7 +140,21 @@ def test_errors_name_file_and_key(tmp_path, path, value, key):
 
 
 @pytest.mark.parametrize(
-    "name", ["../b.png", "sub/../../b.png", "/etc/passwd", "C:\\b.png", "..\\b.png", "\\b.png", "", "a\0b", 5, None]
+    "name",
+    [
+        "../b.png",
+        "sub/../../b.png",
+        "/etc/passwd",
+        "C:\\b.png",
+        "..\\b.png",
+        "\\b.png",
+        "",
+        "a\0b",
+        5,
+        None,
+        ".",
+        "./.",
+    ],
 )
 def test_paths_stay_in_the_image_folder(tmp_path, name):
     with pytest.raises(ValueError, match=r"images\[1\]\.file_name must be a path inside the image folder"):
