@@ -17,12 +17,12 @@ from torchvision.models import get_model_weights
 from tardkd import distill
 from tardkd.data import CocoDetection, Scenes, VocDetection
 from tardkd.data.transforms import build_transform
-from tardkd.detectors.parts import PREDICTOR, backbone
+from tardkd.detectors.parts import PREDICTOR, backbone, longest_aspect
 from tardkd.distill import Distiller
 from tardkd.train import checkpoint
 from tardkd.train.config import Config, ConfigError, SceneData, Teacher, VocData, parse_config
 from tardkd.train.models import ModelSpec, build_model, load
-from tardkd.weights import Weights, from_content, read
+from tardkd.weights import Weights, check_finite, fill, from_content, read
 
 
 def build_dataset(config: Config, split: str, *, augment: bool = False) -> Dataset:
@@ -43,6 +43,15 @@ def build_dataset(config: Config, split: str, *, augment: bool = False) -> Datas
     if not len(dataset):
         raise ConfigError(f"data.{split} has no images")
     return dataset
+
+
+def fit_images(dataset: Any, *models: nn.Module) -> None:
+    """Let images count as unreadable of which the resizing of one of these models would leave nothing.
+
+    Raises:
+        ValueError: there is one, and the recipe does not say ``on_bad_image: skip``.
+    """
+    dataset.limit_aspect(min(map(longest_aspect, models)))
 
 
 def check_classes(left: str, left_names: list[str], right: str, right_names: list[str]) -> None:
@@ -142,6 +151,7 @@ def read_teacher(teacher: Teacher, class_names: list[str], key: str = "teacher")
     if teacher.weights == "DEFAULT":
         return None
     weights, spec = read(teacher.weights), teacher.model
+    check_finite(weights.tensors, teacher.weights)
     if weights.content.get("format") == checkpoint.FORMAT:
         spec = stored_config(weights.content, teacher.weights).student
     if spec is None:
@@ -187,14 +197,22 @@ def _torchvision_teacher(spec: ModelSpec, wanted: list[str]) -> tuple[nn.Module,
 
 
 def load_student(state: dict[str, Any], path: str | Path) -> nn.Module:
-    """The trained model of one of our checkpoints."""
+    """The trained model of one of our checkpoints.
+
+    Raises:
+        CheckpointError: what it needs is missing from the checkpoint, or its weights are not finite.
+        MisfitError: the tensors are not those of the model that its configuration describes.
+    """
+    checkpoint.check_trained(state, path)
+    check_finite(state["model"], str(path))
     model = build_model(_with_weights(stored_config(state, path).student, None), len(state["classes"]))
-    model.load_state_dict(state["model"])
+    fill(model, from_content(state, str(path)), called="the student")
     return model
 
 
-def stored_config(state: dict[str, Any], path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def stored_config(state: Mapping[str, Any], path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The configuration that a checkpoint was trained with."""
+    checkpoint.require(state, path, "config", dict, "the configuration of its run")
     return parse_config(state["config"], overrides, source=str(path))
 
 

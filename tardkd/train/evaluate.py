@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import compress
 from typing import Any, Protocol
 
@@ -15,10 +16,16 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
 from tardkd.data import VocDetection, to_float
+from tardkd.detectors.parts import heads
 from tardkd.train.distributed import Processes
 from tardkd.train.voc_metric import voc_ap50
+from tardkd.weights import NonFiniteWeightsError, check_finite
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # in the order of COCOeval.stats
+
+
+class EvaluationError(RuntimeError):
+    """A model of which no average precision can be said; the message names the reason."""
 
 
 class DetectionDataset(Protocol):
@@ -41,18 +48,28 @@ def evaluate(
     comes back in the mode it was in.
 
     Raises:
-        RuntimeError: a detection is not finite; the message names the image.
+        EvaluationError: a weight, an output of the model's heads or a detection is not finite. A detector drops boxes
+            with such numbers without a word, so that its precision would look as if it had found nothing.
     """
+    try:
+        check_finite(model.state_dict(), "the model to be evaluated")
+    except NonFiniteWeightsError as error:
+        raise EvaluationError(str(error)) from None
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     results: list[dict[str, Any]] = []
     image_ids: list[int] = []
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _watched(heads(model)) as finite:
             for images, targets in loader:
-                outputs = model(to_float(images, device))
                 of_batch = [int(target["image_id"]) for target in targets]
+                outputs = model(to_float(images, device))
+                if finite and not torch.stack(finite).all():
+                    raise EvaluationError(
+                        f"the model's outputs on images {', '.join(map(str, of_batch))} are not finite"
+                    )
+                finite.clear()
                 readable = [not target.get("unreadable") for target in targets]  # the others are without detections
                 results += detections_to_coco(
                     list(compress(outputs, readable)), list(compress(of_batch, readable)), dataset.category_ids
@@ -73,6 +90,26 @@ def evaluate(
     return processes.from_first(metrics)
 
 
+@contextmanager
+def _watched(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """A list that grows with every pass of the modules: for each of their outputs () bool, whether it is finite."""
+    finite: list[Tensor] = []
+
+    def note(module: nn.Module, inputs: Any, outputs: Any) -> None:
+        if isinstance(outputs, Tensor):
+            finite.append(outputs.isfinite().all())
+        else:
+            for output in outputs:
+                note(module, inputs, output)
+
+    handles = [module.register_forward_hook(note) for module in modules]
+    try:
+        yield finite
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def detections_to_coco(
     outputs: Sequence[dict[str, Tensor]], image_ids: Sequence[int], category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
@@ -84,7 +121,7 @@ def detections_to_coco(
     for output, image_id in zip(outputs, image_ids, strict=True):
         boxes, scores = output["boxes"].double().cpu(), output["scores"].double().cpu()
         if not (boxes.isfinite().all() and scores.isfinite().all()):
-            raise RuntimeError(f"the model's detections on image {image_id} are not finite")
+            raise EvaluationError(f"the model's detections on image {image_id} are not finite")
         corners_to_sizes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
         for box, label, score in zip(
             corners_to_sizes.tolist(), output["labels"].tolist(), scores.tolist(), strict=True

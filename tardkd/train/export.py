@@ -32,10 +32,11 @@ from tardkd.train import checkpoint
 from tardkd.train.build import load_student, stored_config
 from tardkd.train.formats import SUFFIXES
 from tardkd.train.models import COMMON, LIGHT, ModelSpec
-from tardkd.weights import safetensors
+from tardkd.weights import check_finite, fingerprint, safetensors
 
 OPSET = 17
 OUTPUTS = ("boxes", "labels", "scores")
+CHECKPOINTS = (checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST)
 
 Detections = dict[str, Tensor]  # OUTPUTS: (n, 4) xyxy in pixels, (n,) from 1, (n,)
 Detect = Callable[[Tensor], Detections]
@@ -60,7 +61,8 @@ def export(
 
     Raises:
         CheckpointError: `source` cannot be read, or `out` not written.
-        ExportError: `out` exists, a package is missing, or the file does not detect what the student does.
+        ExportError: `out` exists or is no place for a file, a package is missing, or the file does not detect what
+            the student does.
     """
     source, out = Path(source), Path(out)
     kind = kind or SUFFIXES.get(out.suffix)
@@ -68,9 +70,9 @@ def export(
         raise ExportError(f"the name {out} does not tell a format ({', '.join(SUFFIXES)}); give --format")
     if size is not None and kind != "onnx":
         raise ExportError(f"--size is for onnx, whose input has one size; a {kind} file takes images of any")
-    if out.exists() and not overwrite:
-        raise ExportError(f"{out} exists; --overwrite replaces it")
-    state = checkpoint.load(source)
+    _check_target(source, out, overwrite=overwrite)
+    state = checkpoint.load_trained(source)
+    check_finite(state["model"], str(source))
     spec, classes = stored_config(state, source).student, state["classes"]
     out.parent.mkdir(parents=True, exist_ok=True)
     with checkpoint.replacing(out) as file:
@@ -90,6 +92,21 @@ def export(
             count = sum(check_detections(student, detect, size) for size in sizes)
             notes = f"its {count} detections in test images are the student's"
     return f"{out}: {kind}, {len(classes)} classes ({', '.join(classes)}), {notes}"
+
+
+def _check_target(source: Path, out: Path, *, overwrite: bool) -> None:
+    """Refuse to write where something would be lost: over a checkpoint of that run, a device, or a file in use."""
+    if not out.exists():
+        return
+    if not out.is_file():
+        raise ExportError(f"{out} is a {'folder' if out.is_dir() else 'device or pipe'}, not a file to be replaced")
+    checkpoints = (source, *(source.with_name(name) for name in CHECKPOINTS))
+    if any(path.exists() and path.samefile(out) for path in checkpoints):
+        raise ExportError(
+            f"{out} is a checkpoint of the run that it would be exported from; choose another name for --out"
+        )
+    if not overwrite:
+        raise ExportError(f"{out} exists; --overwrite replaces it")
 
 
 def metadata(spec: ModelSpec, classes: list[str]) -> dict[str, str]:
@@ -128,7 +145,8 @@ def _write_state_dict(tensors: dict[str, Tensor], file: Path) -> None:
 
 def _write_safetensors(tensors: dict[str, Tensor], notes: dict[str, str], file: Path) -> None:
     library = safetensors()
-    file.write_bytes(library.torch.save(tensors, metadata={"format": "pt", **notes}))
+    notes = {"format": "pt", **notes, "fingerprint": fingerprint(tensors)}  # the format has no checksums of its own
+    file.write_bytes(library.torch.save(tensors, metadata=notes))
     _check_tensors(library.torch.load_file(file), tensors)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from torch.utils.data import Subset
 
 from tardkd.data import Scenes, build_loader
 from tardkd.train.distributed import Processes
-from tardkd.train.evaluate import METRICS, detections_to_coco, evaluate
+from tardkd.train.evaluate import METRICS, EvaluationError, detections_to_coco, evaluate
+from tardkd.train.models import ModelSpec, build_model
+
+from .recipe import MODEL
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +132,32 @@ def test_detections_that_are_not_finite_name_the_image(scenes):
     with pytest.raises(RuntimeError, match="image 7 are not finite"):
         evaluate(model, batches(scenes), scenes)
     assert model.training
+
+
+def small_model(dataset) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(ModelSpec(**MODEL), len(dataset.class_names))
+
+
+def test_weights_that_are_not_finite_have_no_precision(scenes):
+    """Such a detector drops all of its boxes: AP 0.0 would look like a model that has learned nothing."""
+    model = small_model(scenes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(math.nan)
+    with pytest.raises(EvaluationError, match=r"the model to be evaluated: \d+ of \d+ tensors hold NaN or infinity: "):
+        evaluate(model, batches(scenes), scenes)
+
+
+@pytest.mark.parametrize("part", ["rpn.head.cls_logits", "roi_heads.box_predictor.cls_score"])
+def test_outputs_that_are_not_finite_have_no_precision(scenes, part):
+    """The weights are finite here, but so large that what comes out is not."""
+    model = small_model(scenes)
+    with torch.no_grad():
+        model.get_submodule(part).weight.fill_(3e38)
+    with pytest.raises(EvaluationError, match="outputs on images 1, 2, 3, 4, 5 are not finite"):
+        evaluate(model, batches(scenes), scenes)
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 class Shares(Processes):
