@@ -6,20 +6,19 @@ A wrong key or value is an error that names the key, the file or override it cam
 from __future__ import annotations
 
 import difflib
+import reprlib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Discriminator,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     Tag,
     TypeAdapter,
     ValidationError,
@@ -27,10 +26,15 @@ from pydantic import (
 )
 
 from tardkd.distill import DistillSettings
+from tardkd.train.bounds import Count, Factor, Images, Pixels, Seed, Text, Threads, Workers
 from tardkd.train.models import ModelSpec
+from tardkd.train.plain_yaml import DEEPEST, LONGEST, PlainYamlError, read_yaml
 from tardkd.train.roles import Role
 
 VARIANTS = ("coco", "voc", "scenes", "one", "several")  # the kinds of a data section, and of a teacher section
+
+
+MOST_PROBLEMS = 50  # that are described at once
 
 
 class ConfigError(ValueError):
@@ -44,8 +48,8 @@ class Section(BaseModel):
 class Split(Section):
     """One split of a COCO-format data set; both paths are relative to ``data.root``."""
 
-    images: str  # the folder of the image files
-    annotations: str  # the COCO JSON file
+    images: Text  # the folder of the image files
+    annotations: Text  # the COCO JSON file
 
 
 OnBadImage = Literal["error", "skip"]
@@ -55,7 +59,7 @@ class CocoData(Section):
     """Images and COCO JSON files."""
 
     kind: Literal["coco"]  # the data set is in COCO format
-    root: str  # the folder that all other paths start from
+    root: Text  # the folder that all other paths start from
     train: Split  # what the student learns from
     val: Split  # what is evaluated during training
     test: Split | None = None  # what tardkd eval --split test evaluates
@@ -66,11 +70,11 @@ class VocData(Section):
     """A Pascal VOC folder; train, val and test are names of its ``ImageSets/Main`` lists."""
 
     kind: Literal["voc"]  # the data set is a Pascal VOC folder
-    root: str  # the path of that folder
-    train: str = "train"  # the list in ImageSets/Main of the images to learn from
-    val: str = "val"  # the list of those that are evaluated during training
-    test: str | None = None  # the list for tardkd eval --split test
-    classes: tuple[str, ...] | None = None  # names in the order of the labels; None: all in the folder, by alphabet
+    root: Text  # the path of that folder
+    train: Text = "train"  # the list in ImageSets/Main of the images to learn from
+    val: Text = "val"  # the list of those that are evaluated during training
+    test: Text | None = None  # the list for tardkd eval --split test
+    classes: tuple[Text, ...] | None = None  # names in the order of the labels; None: all in the folder, by alphabet
     on_bad_image: OnBadImage = "error"  # skip: train on the next good image instead, evaluate the bad one as empty
 
 
@@ -78,23 +82,23 @@ class SceneData(Section):
     """The built-in scenes; train, val and test are numbers of images."""
 
     kind: Literal["scenes"]  # images are drawn as they are needed, so that no data is
-    image_size: PositiveInt = 192  # height and width of an image in pixels
-    train: PositiveInt = 400  # how many images there are to learn from
-    val: PositiveInt = 200  # how many are evaluated during training
-    test: PositiveInt | None = None  # how many there are for tardkd eval --split test
-    seed: NonNegativeInt = 0  # decides what is on the images
+    image_size: Pixels = 192  # height and width of an image in pixels
+    train: Images = 400  # how many images there are to learn from
+    val: Images = 200  # how many are evaluated during training
+    test: Images | None = None  # how many there are for tardkd eval --split test
+    seed: Seed = 0  # decides what is on the images
 
 
 class Augment(Section):
     """Random views of the training images; see tardkd.data.transforms.build_transform."""
 
     flip: Annotated[float, Field(ge=0, le=1)] = 0.5  # probability of a mirror image
-    scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)  # smallest and largest factor of the content's size
+    scale: tuple[Factor, Factor] = (1.0, 1.0)  # smallest and largest factor of the content's size
     shift: Annotated[float, Field(ge=0, lt=1)] = 0.0  # largest displacement, as a share of the sides
     photometric: bool = False  # random brightness, contrast, saturation, hue and channel order
-    zoom_out: Annotated[float, Field(ge=1)] = 1.0  # half the images on a canvas up to so much longer (SSD: 4)
+    zoom_out: Annotated[float, Field(ge=1, le=16)] = 1.0  # half the images on a canvas up to so much longer (SSD: 4)
     iou_crop: bool = False  # SSD's crop, which holds an object's centre
-    large_scale_jitter: tuple[PositiveFloat, PositiveFloat] | None = None  # resizes, e.g. by [0.1, 2]; crops or fills
+    large_scale_jitter: tuple[Factor, Factor] | None = None  # resizes, e.g. by [0.1, 2]; crops or fills
 
     @model_validator(mode="after")
     def _ordered(self) -> Augment:
@@ -113,9 +117,11 @@ class Teacher(Section):
     teacher's classes teach the student's of the same name; `classes` pairs others, or takes one out with null.
     """
 
-    weights: str | None = None  # a file or DEFAULT; null with --role distilled: from the recipe's own teacher run
+    weights: Text | None = None  # a file or DEFAULT; null with --role distilled: from the recipe's own teacher run
     model: ModelSpec | None = None  # what the weights are of, where they do not say so; what the role teacher trains
-    classes: dict[str, str | None] | None = None  # a class of the teacher's: the class of the student's that it teaches
+    classes: dict[Text, Text | None] | None = (
+        None  # a class of the teacher's: the class of the student's that it teaches
+    )
     compile: bool = False  # compile its backbone, which takes minutes at the start and saves time in long trainings
 
 
@@ -142,10 +148,10 @@ class Optimizer(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # momentum of sgd
     weight_decay: NonNegativeFloat = 1e-4  # decay of all parameters
     clip_norm: PositiveFloat | None = None  # longest norm of the gradient of all parameters; null: no limit
-    warmup: NonNegativeInt = 0  # iterations over which the rate rises linearly
+    warmup: Annotated[int, Field(ge=0, le=10**9)] = 0  # iterations over which the rate rises linearly
     warmup_factor: Annotated[float, Field(gt=0, le=1)] = 1e-3  # share of the rate that the warm-up begins with
     schedule: Literal["constant", "multistep", "cosine"] = "constant"  # the rate after warm-up; cosine ends at 0
-    milestones: tuple[PositiveInt, ...] = ()  # epochs after which multistep multiplies the rate by gamma
+    milestones: tuple[Count, ...] = ()  # epochs after which multistep multiplies the rate by gamma
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1  # factor of the rate at each milestone of multistep
 
     @model_validator(mode="after")
@@ -163,22 +169,22 @@ class Optimizer(Section):
 class Train(Section):
     """How long, on what and how exactly the loop trains."""
 
-    epochs: PositiveInt  # passes over the training images
-    batch_size: PositiveInt = 2  # images of a step, of all processes together
-    accumulate: PositiveInt = 1  # in how many parts a process takes its share of a step, to save memory
-    seed: NonNegativeInt = 0  # decides the first weights, the order, the views and the choice of regions
+    epochs: Count  # passes over the training images
+    batch_size: Count = 2  # images of a step, of all processes together
+    accumulate: Count = 1  # in how many parts a process takes its share of a step, to save memory
+    seed: Seed = 0  # decides the first weights, the order, the views and the choice of regions
     amp: Literal["none", "bf16", "fp16"] = "none"  # precision of autocast; fp16 comes with a gradient scaler
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # evaluate an average of the weights with this decay
     sync_bn: bool = False  # share BatchNorm's statistics among all processes, which works on GPUs alone
     on_non_finite: Literal["stop", "skip"] = "stop"  # on a loss that is not finite; the 10th skip in a row stops too
     channels_last: bool = False  # memory format of student and teachers, faster on most machines
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train; auto: on CUDA where torch finds it
-    threads: PositiveInt | None = None  # threads of the CPU; null: as many as torch takes
-    workers: NonNegativeInt = 0  # processes that load images, for each process that trains
+    threads: Threads | None = None  # threads of the CPU; null: as many as torch takes
+    workers: Workers = 0  # processes that load images, for each process that trains
     group_by_aspect: bool = True  # keep wide images apart from others, so that batches need less padding
-    eval_every: PositiveInt = 1  # epochs between evaluations; the last epoch is always evaluated
-    save_every: PositiveInt | None = None  # iterations between checkpoints within an epoch; each epoch's end has one
-    log_every: PositiveInt = 20  # iterations between lines when the output is not a terminal
+    eval_every: Count = 1  # epochs between evaluations; the last epoch is always evaluated
+    save_every: Count | None = None  # iterations between checkpoints within an epoch; each epoch's end has one
+    log_every: Count = 20  # iterations between lines when the output is not a terminal
 
 
 class Config(Section):
@@ -191,7 +197,7 @@ class Config(Section):
     distill: Distill = Distill()  # what is transferred, and how much it weighs
     optimizer: Optimizer = Optimizer()  # the step rule and its learning rate
     train: Train  # how long, on what and how exactly
-    output: str  # the run's folder; made if it is not there
+    output: Text  # the run's folder; made if it is not there
 
     @model_validator(mode="after")
     def _teacher_present(self) -> Config:
@@ -251,14 +257,15 @@ class Config(Section):
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a recipe and apply overrides such as ``optimizer.lr=0.01``; raises ConfigError."""
-    path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    tree = _read_yaml(text, _UniqueKeyLoader, f"{path} is not valid YAML")
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"cannot read the configuration {path}: {reason}") from None
+    tree = _read_yaml(text, f"{path} is not valid YAML")
     return parse_config(tree, overrides, source=str(path))
 
 
@@ -270,34 +277,26 @@ def parse_config(tree: Any, overrides: list[str] | tuple[str, ...] = (), *, sour
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        lines = [_describe(problem, source, overridden) for problem in error.errors()]
+        problems = error.errors()
+        lines = [_describe(problem, source, overridden) for problem in problems[:MOST_PROBLEMS]]
+        if len(problems) > MOST_PROBLEMS:
+            lines.append(f"{source}: and {len(problems) - MOST_PROBLEMS} more such problems")
         raise ConfigError("\n".join(lines)) from None
 
 
-def _read_yaml(text: str, loader: type[yaml.SafeLoader], problem: str) -> Any:
+def _read_yaml(text: str, problem: str) -> Any:
     try:
-        return yaml.load(text, loader)
-    except Exception as error:  # PyYAML lets out what its constructors meet in 2001-99-99, "!!int ''" or deep nesting
-        raise ConfigError(f"{problem}: {error or type(error).__name__}") from None
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML keeps the last of two equal keys without a word; here the second one is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+        return read_yaml(text)
+    except PlainYamlError as error:
+        raise ConfigError(f"{problem}: {error}") from None
 
 
 def _apply_override(tree: dict, override: str) -> str:
     key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
+    if not equals or not all(key.split(".")) or key.count(".") >= DEEPEST:
         raise ConfigError(f"override {override!r} must have the form section.key=value")
     problem = f"override {override!r}: the value is not valid YAML"
-    value = _read_yaml(text, yaml.SafeLoader, problem) if text else ""
+    value = _read_yaml(text, problem) if text else ""
     *parents, last = key.split(".")
     for name in parents:
         place = _place(tree, name, override)
@@ -342,16 +341,32 @@ def _describe(problem: Any, source: str, overridden: list[str]) -> str:
 
 
 def _shown(value: Any) -> str:
+    """The value in at most 200 characters and little more time, whatever lists of lists of lists it is."""
     try:
-        text = repr(value)
+        text = SHORT.repr(value)
     except ValueError:  # Python writes out no integer of thousands of digits
         return "a number too large"
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
+def _short_repr() -> reprlib.Repr:
+    short = reprlib.Repr()
+    short.maxlevel, short.maxlist, short.maxtuple, short.maxdict = 4, 20, 20, 20
+    short.maxstring = short.maxother = short.maxlong = 300
+    return short
+
+
+SHORT = _short_repr()
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    return TypeAdapter(Config).json_schema()
+
+
 def _known_keys(location: list[str]) -> list[str]:
     """The keys that a section of the configuration takes, from the schema."""
-    schema = TypeAdapter(Config).json_schema()
+    schema = _schema()
     options = [schema]
     for part in location:
         if part.isdecimal():

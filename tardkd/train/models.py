@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, model_validator
 from torch import nn
 from torchvision.models import detection, get_model_weights, resnet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -20,6 +20,7 @@ from torchvision.ops import MultiScaleRoIAlign as TorchvisionRoIAlign
 from tardkd import build_info
 from tardkd.detectors.parts import PREDICTOR
 from tardkd.ops import MultiScaleRoIAlign
+from tardkd.train.bounds import Channels, Factor, Layers, Pixels, Regions, Text
 from tardkd.weights import MisfitError, Weights, fill, from_content, read
 
 LIGHT = "resnet_fpn"
@@ -45,7 +46,7 @@ class ModelSpec(BaseModel):
     The second group goes to torchvision's ``FasterRCNN`` under its own names; the third is for ``resnet_fpn`` alone.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     # one of torchvision's detectors, or resnet_fpn: a light family for CPU work
     name: Literal[
@@ -56,31 +57,31 @@ class ModelSpec(BaseModel):
         "fasterrcnn_mobilenet_v3_large_fpn",
         "fasterrcnn_mobilenet_v3_large_320_fpn",
     ] = LIGHT
-    weights: str | None = None  # a file to start the whole detector from; DEFAULT: torchvision downloads its own
+    weights: Text | None = None  # a file to start the whole detector from; DEFAULT: torchvision downloads its own
     new_head: bool = False  # take all but the class and box predictor from weights that are not of the same classes
-    backbone_weights: str | None = None  # a file of a classifier to start the backbone from, or DEFAULT
+    backbone_weights: Text | None = None  # a file of a classifier to start the backbone from, or DEFAULT
     freeze_norm: bool = False  # keep BatchNorm constant, as is usual where small batches fine-tune a detector
     norm_eps: NonNegativeFloat | None = None  # BatchNorm's epsilon; torchvision's COCO_V1 files were trained with 0
     frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0  # how many leading ResNet stages are not trained; 1: the stem
 
-    min_size: PositiveInt | tuple[PositiveInt, ...] | None = None  # an image's shortest side; of several, one at random
-    max_size: PositiveInt | None = None  # longest side of an image in pixels
-    rpn_pre_nms_top_n_train: PositiveInt | None = None  # proposals of each level before suppression, in training
-    rpn_pre_nms_top_n_test: PositiveInt | None = None  # the same in evaluation
-    rpn_post_nms_top_n_train: PositiveInt | None = None  # proposals of each image after suppression, in training
-    rpn_post_nms_top_n_test: PositiveInt | None = None  # the same in evaluation
-    rpn_batch_size_per_image: PositiveInt | None = None  # anchors of each image in the losses of the proposals
-    box_batch_size_per_image: PositiveInt | None = None  # regions of each image that train the box head
-    box_detections_per_img: PositiveInt | None = None  # most detections of an image
+    min_size: Pixels | tuple[Pixels, ...] | None = None  # an image's shortest side; of several, one at random
+    max_size: Pixels | None = None  # longest side of an image in pixels
+    rpn_pre_nms_top_n_train: Regions | None = None  # proposals of each level before suppression, in training
+    rpn_pre_nms_top_n_test: Regions | None = None  # the same in evaluation
+    rpn_post_nms_top_n_train: Regions | None = None  # proposals of each image after suppression, in training
+    rpn_post_nms_top_n_test: Regions | None = None  # the same in evaluation
+    rpn_batch_size_per_image: Regions | None = None  # anchors of each image in the losses of the proposals
+    box_batch_size_per_image: Regions | None = None  # regions of each image that train the box head
+    box_detections_per_img: Regions | None = None  # most detections of an image
     box_score_thresh: Annotated[float, Field(ge=0, lt=1)] | None = None  # least score of a detection
 
-    blocks: Annotated[tuple[PositiveInt, ...], Field(min_length=2, max_length=4)] = (2, 2, 2, 2)  # blocks of each stage
-    width: PositiveFloat = 1.0  # factor of the stages' 64, 128, 256, 512 channels
-    fpn_channels: PositiveInt = 256  # channels of every pyramid level
-    head_dim: PositiveInt = 1024  # width of the box head's two layers
+    blocks: Annotated[tuple[Layers, ...], Field(min_length=2, max_length=4)] = (2, 2, 2, 2)  # blocks of each stage
+    width: Factor = 1.0  # factor of the stages' 64, 128, 256, 512 channels
+    fpn_channels: Channels = 256  # channels of every pyramid level
+    head_dim: Channels = 1024  # width of the box head's two layers
     norm: Literal["batch", "group"] = "batch"  # statistics of a batch, or of groups of an image's channels
-    anchor_sizes: tuple[PositiveInt, ...] = (32, 64, 128, 256, 512)  # pixels, one for each level (stages + 1)
-    canonical_scale: PositiveInt = 224  # pixels; regions of this size are pooled from stride 16, of half of it from 8
+    anchor_sizes: tuple[Pixels, ...] = (32, 64, 128, 256, 512)  # pixels, one for each level (stages + 1)
+    canonical_scale: Pixels = 224  # pixels; regions of this size are pooled from stride 16, of half of it from 8
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelSpec:

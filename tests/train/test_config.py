@@ -53,6 +53,19 @@ WRONG = [  # key, value, what the message must say
     ("distill.schedule", {"kind": "bumpy"}, "recipe: distill.schedule.kind: Input should be 'linear', "),
     ("distill.schedule", {"when": 1}, "recipe: distill.schedule.when: unknown key; known keys here: gamma, kind"),
     ("output", 3, "recipe: output: Input should be a valid string"),
+    ("output", "a\0b", "recipe: output: must be a text of whole characters without NUL, got 'a\\x00b'"),
+    ("output", "a\ud800", "recipe: output: must be a text of whole characters without NUL"),
+    ("student.weights", "a\0b", "recipe: student.weights: must be a text of whole characters without NUL"),
+    ("train.threads", 10**6, "recipe: train.threads: Input should be less than or equal to 1024"),
+    ("train.workers", 10**6, "recipe: train.workers: Input should be less than or equal to 1024"),
+    ("train.seed", 10**30, "recipe: train.seed: Input should be less than 9223372036854775808"),
+    ("data.seed", 2**63, "recipe: data.seed: Input should be less than 9223372036854775808"),
+    ("data.image_size", 10**9, "recipe: data.image_size: Input should be less than or equal to 16384"),
+    ("train.epochs", 10**30, "recipe: train.epochs: Input should be less than or equal to 1000000000"),
+    ("student.max_size", 10**30, "recipe: student.max_size: Input should be less than or equal to 16384"),
+    ("student.width", float("inf"), "recipe: student.width: Input should be a finite number"),
+    ("student.fpn_channels", 10**12, "recipe: student.fpn_channels: Input should be less than or equal to 16384"),
+    ("augment.zoom_out", 1e300, "recipe: augment.zoom_out: Input should be less than or equal to 16"),
 ]
 
 
