@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tardkd.files import write_text
 from tardkd.train.formats import FORMATS
 from tardkd.train.interrupt import Interrupted
 from tardkd.train.roles import ROLES
@@ -20,25 +23,27 @@ class UsageError(ValueError):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for what the user can mend, 130 when interrupted, 143 if ended.
+    """Run one command; returns the exit status: 0, 2 for what the user can mend, 130 after Ctrl-C, 143 after SIGTERM.
 
     The doctor's is 1 where it has found a problem.
     """
+    _prepare_output()
     options = _parse(arguments)
     try:
-        return options.run(options) or 0
+        status = options.run(options) or 0
+        sys.stdout.flush()  # here, where a reader who has gone is no error
+        return status
     except ModuleNotFoundError as error:
         if options.traceback or (error.name or "tardkd").startswith("tardkd"):
             raise
         return _fail(f'this command needs the package {error.name}: pip install "tardkd[train]"')
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return _fail("interrupted", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # keep the interpreter's last flush quiet
         return 0
     except Interrupted as error:
-        return _fail(str(error), 143)
+        return _fail(str(error), 128 + error.number)
     except (ValueError, OSError, RuntimeError) as error:
         if _rank() is not None and _lost_another(error):
             return _fail("ended, because another process has")
@@ -77,7 +82,7 @@ def doctor(options: argparse.Namespace) -> int:
         options.config, options.overrides, role=options.role, images=options.images, thorough=options.thorough
     )
     if options.json:
-        Path(options.json).write_text(json.dumps(report.plain(), indent=2), encoding="utf-8")
+        write_text(options.json, json.dumps(report.plain(), indent=2))
     return report.status
 
 
@@ -86,31 +91,31 @@ def evaluate(options: argparse.Namespace) -> None:
 
     from tardkd.train import checkpoint
     from tardkd.train.batches import build_batches
-    from tardkd.train.build import build_dataset, check_classes, load_student, stored_config
+    from tardkd.train.build import build_dataset, check_classes, fit_images, load_student, stored_config
     from tardkd.train.distributed import pick_device
     from tardkd.train.evaluate import evaluate as run
     from tardkd.train.logs import describe
 
     path = _checkpoint(options.checkpoint)
-    state = checkpoint.load(path)
+    state = checkpoint.load_trained(path)
     config = stored_config(state, path, options.overrides)
     dataset = build_dataset(config, options.split)
     check_classes(path, state["classes"], f"data.{options.split}", dataset.class_names)
     model = load_student(state, path).to(pick_device(config.train.device))
+    fit_images(dataset, model)
     metrics = run(model, build_batches(config, dataset), dataset)
     print(f"{path} on {options.split}, {len(dataset)} images: {describe(metrics)}")
     for name, value in metrics["per_class"].items():
         print(f"  {name}: {'-' if value is None else format(value, '.1f')}")
     if options.json:
-        Path(options.json).write_text(json.dumps(metrics, indent=2))
+        write_text(options.json, json.dumps(metrics, indent=2))
 
 
 def plot(options: argparse.Namespace) -> None:
     from tardkd.seeing.curves import plot_curves, unique_names
 
     runs = unique_names(options.runs)
-    plot_curves(runs, options.out)
-    print(f"{options.out}: {', '.join(runs)}")
+    print(f"{plot_curves(runs, options.out)}: {', '.join(runs)}")
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -162,8 +167,22 @@ def _checkpoint(given: str) -> Path:
 
 def _fail(message: str, status: int = 2) -> int:
     rank = _rank()
-    print(f"tardkd: {message if rank is None else f'process {rank}: {message}'}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody may be reading any more
+        print(f"tardkd: {message if rank is None else f'process {rank}: {message}'}", file=sys.stderr, flush=True)
     return status
+
+
+def _prepare_output() -> None:
+    """Let what is printed go nowhere where the command was started without an output.
+
+    Escape what the terminal's encoding lacks, such as letters of a class's name where LANG is C.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it is there as long as the process)
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _rank() -> int | None:

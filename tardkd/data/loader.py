@@ -112,8 +112,9 @@ def _chunks(indices: list[int], size: int) -> list[list[int]]:
 
 
 def _ignore_termination(worker: int) -> None:
-    """A scheduler may send SIGTERM to all processes of a job: the one that trains ends them when it has saved."""
+    """A scheduler or Ctrl-C tells all processes of a job to end: the one that trains ends them when it has saved."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def collate(items: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tardkd.demo.side_by_side import Job, Outcome, count_workers, run_side_by_side
+from tardkd.files import FolderLock, write_text
 from tardkd.seeing.curves import plot_curves
 from tardkd.seeing.plots import draw_detections
 from tardkd.train import checkpoint
@@ -29,6 +29,7 @@ from tardkd.train.evaluate import METRICS
 from tardkd.train.folder import claim
 from tardkd.train.loop import train
 from tardkd.train.roles import ROLES, Role
+from tardkd.train.terminal import patient_console
 
 OUTPUTS = ("results.json", "curves.png", "detections.png", "seed[0-9]*")
 QUICK = ("data.train=24", "data.val=12", "train.epochs=2", "train.log_every=3")
@@ -55,9 +56,14 @@ def run_demo(
     optimizer, both students of a seed the same first weights and the same images in the same order; last weights are
     compared, without choosing by the score.
     """
-    console = console or Console()
+    with FolderLock(out) as lock:
+        claim(out, _refusal(out), overwrite=overwrite, patterns=OUTPUTS, lock=lock)
+        return _run(out, seeds, quick, console or patient_console())
+
+
+def _run(out: Path, seeds: int, quick: bool, console: Console) -> dict[str, Any]:
+    """The trainings of :func:`run_demo` in a folder of their own, and what they came to."""
     began, cpu_began = time.perf_counter(), cpu_seconds()
-    claim(out, _refusal(out), overwrite=overwrite, patterns=OUTPUTS)
     configs = {seed: demo_config(out, seed, quick=quick) for seed in range(seeds)}
     workers = count_workers()
     outcomes = run_side_by_side(demo_jobs(configs), workers=workers, say=partial(_say, console))
@@ -83,7 +89,7 @@ def run_demo(
         "threads": configs[0].train.threads,
         "settings": configs[0].plain(),
     }
-    _write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     plot_curves({role: out / "seed0" / role for role in ROLES}, out / "curves.png")
     draw_comparison(configs[0], out / "detections.png")
     console.print(results_table(results, seeds), gates_table(runs[0]["gates"]))
@@ -146,7 +152,7 @@ def draw_comparison(config: Config, out: Path) -> None:
     columns: dict[str, Any] = {"ground truth": [target for _, target in items]}
     for role in ROLES:
         path = Path(config.output) / role / "last.pt"
-        model = load_student(checkpoint.load(path), path).eval()
+        model = load_student(checkpoint.load_trained(path), path).eval()
         with torch.inference_mode():
             columns[role] = model([image.float() / 255 for image in images])
     draw_detections(images, columns, dataset.class_names, out)
@@ -229,9 +235,3 @@ def _std(values: list[float | None]) -> float | None:
 
 def _refusal(out: Path) -> Callable[[list[str]], str]:
     return lambda held: f"{out} holds an earlier demo ({held[0]}); --overwrite removes it, or choose another --out"
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

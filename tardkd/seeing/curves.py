@@ -5,8 +5,6 @@ A colour is a run in all panels, a line style a quantity.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from tardkd.seeing.plots import COLOURS, literal, save
+from tardkd.train.tables import read_table
 
 COLUMNS = 3  # panels beside each other
 WINDOW = 0.03  # share of a run's steps that the moving mean spans
@@ -56,7 +55,7 @@ PANELS = (
 )
 
 
-def plot_curves(runs: Mapping[str, str | Path], out: str | Path) -> None:
+def plot_curves(runs: Mapping[str, str | Path], out: str | Path) -> Path:
     """Draw the runs against each other over their epochs, into the picture file ``out`` (its ending says the format).
 
     Panels that no run has values for are left out; so a baseline has no gates, and takes part in the rest.
@@ -64,8 +63,11 @@ def plot_curves(runs: Mapping[str, str | Path], out: str | Path) -> None:
     Args:
         runs: name to run folder, or a file in it; reads its ``train.csv`` and ``eval.csv`` as far as they are written.
 
+    Returns:
+        The file that holds the picture: ``out``, or ``out`` with .png behind it if it has no ending.
+
     Raises:
-        ValueError: a run has no log, no step in it yet, or a cell that is no number; names the file.
+        ValueError: a run has no log, no step in it yet, or a log that is damaged; names the file.
     """
     logs = {name: _read_run(Path(path)) for name, path in runs.items()}
     lengths = [length for steps, evaluations in logs.values() if (length := _epoch_length(steps, evaluations))]
@@ -105,7 +107,7 @@ def plot_curves(runs: Mapping[str, str | Path], out: str | Path) -> None:
         fontsize=8,
         color="0.35",
     )
-    save(figure, out)
+    return save(figure, out)
 
 
 def unique_names(paths: Sequence[str | Path]) -> dict[str, Path]:
@@ -143,15 +145,9 @@ def _read_run(path: Path) -> tuple[Table, Table]:
 
 
 def _read_table(path: Path) -> Table:
-    """Empty where the file is absent or has no row; a last line that is still being written is left out."""
-    if not path.is_file():
-        return {}
-    text = path.read_text(encoding="utf-8")
-    header, *rows = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))) or [[]]
-    try:
-        return {key: np.array([float(row[i] or "nan") for row in rows]) for i, key in enumerate(header) if rows}
-    except (ValueError, IndexError):
-        raise ValueError(f"{path} is not a run's log: it has a row that does not fit its columns") from None
+    """Empty where the file is absent or has no row."""
+    header, rows = read_table(path)
+    return {key: np.array([float(row[i] or "nan") for row in rows]) for i, key in enumerate(header) if rows}
 
 
 def _epoch_length(steps: Table, evaluations: Table) -> float | None:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from tardkd.distill.distiller import REGION_TERMS
+from tardkd.files import replacing
 from tardkd.seeing.region_plots import draw_overview, draw_page
 from tardkd.seeing.regions import COLUMNS, TaughtRegions, detect, look_at, teachers_detections
 from tardkd.train import checkpoint
-from tardkd.train.build import build_dataset, check_classes, load_student, pair, stored_config
+from tardkd.train.build import build_dataset, check_classes, fit_images, load_student, pair, stored_config
 from tardkd.train.config import Config, ConfigError
 from tardkd.train.distributed import pick_device
 
@@ -39,13 +40,15 @@ def inspect_run(
     Raises:
         ConfigError: the run was not a distilled one, an id is not in the split, or the teacher is elsewhere now.
     """
-    state = checkpoint.load(path)
+    state = checkpoint.load_trained(path)
     config = stored_config(state, path, list(overrides))
     _check_distilled(config, path)
     dataset = build_dataset(config, split)
     check_classes(path, state["classes"], f"data.{split}", dataset.class_names)
     indices = _choose(dataset, f"data.{split}", count, ids)
     distiller = pair(config, load_student(state, path), state["classes"]).to(pick_device(config.train.device))
+
+    fit_images(dataset, distiller.student, *distiller.teachers)
 
     out.mkdir(parents=True, exist_ok=True)
     compared = "student" if config.distill.regression_gate == "vs_student" else "region"
@@ -66,7 +69,7 @@ def inspect_run(
         draw_page(image, columns, taught[-1], dataset.class_names, out / name, title=title, compared=compared)
     if not taught:
         raise ConfigError(f"none of the {len(indices)} images of data.{split} can be read")
-    with open(out / "regions.csv", "w", newline="", encoding="utf-8") as file:
+    with replacing(out / "regions.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([COLUMNS, *(row for regions in taught for row in regions.rows(dataset.class_names))])
     draw_overview(taught, dataset.class_names, out / "overview.png", compared=compared)
     return _summary(taught)

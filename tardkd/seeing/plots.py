@@ -15,6 +15,8 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from tardkd.files import replacing
+
 # Okabe and Ito's colours, which stay apart for colour-blind readers, as far as they go; then further ones.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#A5AA99", "#8C564B", "#F0E442")
 
@@ -208,6 +210,23 @@ def _match(boxes: Tensor, labels: Tensor, true_boxes: Tensor, true_labels: Tenso
     return right, missed
 
 
-def save(figure: Figure, out: str | Path) -> None:
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=130)
+def save(figure: Figure, out: str | Path) -> Path:
+    """Write the picture whole or not at all; without an ending to its name it is a PNG. Returns the file it is in.
+
+    Raises:
+        ValueError: pictures of that ending are not supported.
+        UnwritableFileError: the file cannot be written.
+    """
+    out = Path(out)
+    if not out.suffix:
+        out = out.with_name(f"{out.name}.png")
+    kind = out.suffix[1:].lower()
+    known = figure.canvas.get_supported_filetypes()
+    if kind not in known:
+        raise ValueError(
+            f"{out}: pictures that end in .{kind} are not supported; supported: {', '.join(sorted(known))}"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as temporary:
+        figure.savefig(temporary, format=kind, dpi=130)
+    return out

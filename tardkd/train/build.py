@@ -45,13 +45,15 @@ def build_dataset(config: Config, split: str, *, augment: bool = False) -> Datas
     return dataset
 
 
-def fit_images(dataset: Any, *models: nn.Module) -> None:
+def fit_images(dataset: Any, *models: nn.Module, crop: float = 1.0) -> None:
     """Let images count as unreadable of which the resizing of one of these models would leave nothing.
+
+    `crop` is the smallest share of a side that a training view may keep.
 
     Raises:
         ValueError: there is one, and the recipe does not say ``on_bad_image: skip``.
     """
-    dataset.limit_aspect(min(map(longest_aspect, models)))
+    dataset.limit_aspect(crop * min(map(longest_aspect, models)))
 
 
 def check_classes(left: str, left_names: list[str], right: str, right_names: list[str]) -> None:

@@ -37,6 +37,7 @@ class Display:
         self._label, self._epochs, self._total, self._epoch, self._step = label, epochs, total, 0, step
         self._values: dict[str, float] = {}
         self._steps = self._images = self._seconds = self._teachers = 0.0  # decaying sums over the last steps
+        self._console = console
         self._live = Live(get_renderable=self.table, console=console, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> Display:
@@ -65,31 +66,41 @@ class Display:
         self._teachers = MEMORY * self._teachers + teachers_seconds
 
     def table(self) -> Table:
-        """The first row says how far and how fast, each further one a group of values."""
+        """The first row says how far and how fast, each further one a group of values.
+
+        What does not fit the terminal goes on in the next line, but no value is parted from its name.
+        """
+        label, groups = self._label or "training", self._groups()
+        room = self._console.width - max(map(len, (label, *groups))) - 4
+        bar = 20 if room >= 60 else 0
         head = Table.grid(padding=(0, 2))
-        head.add_row(ProgressBar(self._total, self._step, width=20), Text(f"{self._position()}  {self._speed()}"))
+        first, *further = _lines([self._position(), *self._speed()], room - (bar + 2 if bar else 0))
+        head.add_row(*([ProgressBar(self._total, self._step, width=bar)] if bar else []), Text(first))
+        for line in further:
+            head.add_row(*([""] if bar else []), Text(line))
         table = Table.grid(padding=(0, 2))
-        table.add_row(Text(self._label or "training", style="bold"), head)
-        for group, values in self._groups().items():
-            table.add_row(Text(group, style="dim"), Text("  ".join(values)))
+        table.add_row(Text(label, style="bold"), head)
+        for group, values in groups.items():
+            table.add_row(Text(group, style="dim"), Text("\n".join(_lines(values, room))))
         return table
 
     def line(self) -> str:
         groups = [f"{group}: {' '.join(values)}" for group, values in self._groups().items() if group in LINE_GROUPS]
-        return "  ".join([f"{self._label} {self._position()}".strip(), self._speed(), *groups])
+        return "  ".join([f"{self._label} {self._position()}".strip(), *self._speed(), *groups])
 
     def _position(self) -> str:
         return f"epoch {self._epoch}/{self._epochs} step {self._step}/{self._total}"
 
-    def _speed(self) -> str:
-        if not self._seconds:
-            return memory_peak()
-        left = timedelta(seconds=round((self._total - self._step) * self._seconds / self._steps))
-        teacher = f"teacher {self._teachers / self._seconds:.0%} of the time  " if self._teachers else ""
-        return (
-            f"{self._steps / self._seconds:.1f} steps/s  {self._images / self._seconds:.1f} images/s  "
-            f"{left} left  {teacher}{memory_peak()}".rstrip()
-        )
+    def _speed(self) -> list[str]:
+        """How fast, how much longer, and at what cost in memory."""
+        facts = []
+        if self._seconds:
+            left = timedelta(seconds=round((self._total - self._step) * self._seconds / self._steps))
+            facts = [_rate(self._steps, self._seconds, "step"), _rate(self._images, self._seconds, "image")]
+            facts.append(f"{left} left")
+            if self._teachers:
+                facts.append(f"teacher {self._teachers / self._seconds:.0%} of the time")
+        return [fact for fact in (*facts, memory_peak()) if fact]
 
     def _groups(self) -> dict[str, list[str]]:
         groups: dict[str, list[str]] = {}
@@ -97,6 +108,22 @@ class Display:
             group, name = place(key)
             groups.setdefault(group, []).append(f"{name} {value:.3g}")
         return groups
+
+
+def _rate(count: float, seconds: float, what: str) -> str:
+    """So many a second, or where that would be 0.0, how many seconds each takes."""
+    return f"{count / seconds:.1f} {what}s/s" if count / seconds >= 0.05 else f"{seconds / count:.1f} s/{what}"
+
+
+def _lines(words: list[str], width: int) -> list[str]:
+    """The words in lines of at most that width, where they fit."""
+    lines = words[:1]
+    for word in words[1:]:
+        if len(lines[-1]) + 2 + len(word) <= width:
+            lines[-1] += f"  {word}"
+        else:
+            lines.append(word)
+    return lines
 
 
 def memory_peak() -> str:

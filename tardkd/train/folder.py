@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from tardkd.files import FolderLock, remove_abandoned
 from tardkd.train.config import ConfigError
 
 # What a training leaves in its folder.
@@ -18,7 +19,12 @@ def outputs_in(folder: Path, patterns: Iterable[str] = OUTPUTS) -> list[Path]:
 
 
 def claim(
-    folder: Path, refusal: Callable[[list[str]], str], *, overwrite: bool, patterns: Iterable[str] = OUTPUTS
+    folder: Path,
+    refusal: Callable[[list[str]], str],
+    *,
+    overwrite: bool,
+    patterns: Iterable[str] = OUTPUTS,
+    lock: FolderLock | None = None,
 ) -> None:
     """Make the folder, and refuse it where it holds earlier outputs.
 
@@ -26,13 +32,18 @@ def claim(
         refusal: the message of that error, from the names of those outputs.
         overwrite: remove the outputs, and nothing else, instead of refusing.
         patterns: the names of what counts as an output.
+        lock: of that folder, taken before anything in it is looked at.
 
     Raises:
         ConfigError: the folder is in use, or a file is in its place.
+        FolderInUseError: another process writes into it.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output {folder} is a file, not a folder")
     folder.mkdir(parents=True, exist_ok=True)
+    if lock is not None:
+        lock.take()
+        remove_abandoned(folder)
     used = outputs_in(folder, patterns)
     if used and not overwrite:
         raise ConfigError(refusal([path.name for path in used]))
@@ -40,7 +51,7 @@ def claim(
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def claim_for_run(folder: Path, *, overwrite: bool) -> None:
+def claim_for_run(folder: Path, *, overwrite: bool, lock: FolderLock | None = None) -> None:
     """Claim the folder for one training."""
     claim(
         folder,
@@ -49,4 +60,12 @@ def claim_for_run(folder: Path, *, overwrite: bool) -> None:
             "--resume continues that run, --overwrite starts again, or choose another output="
         ),
         overwrite=overwrite,
+        lock=lock,
     )
+
+
+def reclaim(folder: Path, lock: FolderLock) -> None:
+    """Claim the folder for the training that has begun there, if there is such a folder."""
+    if folder.is_dir():
+        lock.take()
+        remove_abandoned(folder)

@@ -45,12 +45,17 @@ class Readings:
     def blaming(self, step: Step) -> Iterator[None]:
         """Turn what the distiller raises of tensors that are not finite into an error that names the step.
 
-        Where the device is not waited for, the distiller's check is of the step before.
+        Where the device is not waited for, the distiller's check is of the step before. Errors of other kinds get a
+        note of the step and its images, which a traceback shows.
         """
         try:
             yield
         except FloatingPointError as error:
             raise self._blame.own(step if self._waiting is None else self._waiting, error) from None
+        except Exception as error:
+            if hasattr(error, "add_note"):  # as Python has it from 3.11 on
+                error.add_note(f"at {step}")
+            raise
 
     def take(self, step: Step, losses: dict[str, Tensor], stats: dict[str, Tensor]) -> None:
         """Send these scalars on their way.

@@ -6,6 +6,7 @@ ended: all that is random depends on the seed, the epoch or step and the image a
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -18,19 +19,28 @@ import yaml
 from rich.console import Console
 
 from tardkd.distill import Distiller
+from tardkd.files import FolderLock, write_text
 from tardkd.train import checkpoint, late
 from tardkd.train.batches import Part, build_batches, by_step
 from tardkd.train.blame import Blame, NonFiniteLoss
-from tardkd.train.build import build_dataset, build_distiller, check_classes, place, start_from
+from tardkd.train.build import (
+    build_dataset,
+    build_distiller,
+    check_classes,
+    fit_images,
+    place,
+    start_from,
+    stored_config,
+)
 from tardkd.train.config import Config, ConfigError
 from tardkd.train.distributed import Processes, join_processes
 from tardkd.train.evaluate import evaluate
-from tardkd.train.folder import claim_for_run
+from tardkd.train.folder import claim_for_run, reclaim
 from tardkd.train.interrupt import Interrupted, Termination
 from tardkd.train.late import Readings
 from tardkd.train.logs import NoLog, RunLog
 from tardkd.train.optim import learning_rate
-from tardkd.train.resume import check_teachers, resumed_state
+from tardkd.train.resume import check_teachers, lengthened, restoring, resumed_state
 from tardkd.train.skip import Skipping
 from tardkd.train.steps import Step, Stopwatch
 from tardkd.train.update import Update
@@ -67,9 +77,9 @@ def train(
     began = time.perf_counter()
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    with join_processes(config.train.device) as processes:
-        run = Run(config, processes, resume=resume, overwrite=overwrite)
-        with run.open_log(console, label) as log, Termination() as termination:
+    with join_processes(config.train.device) as processes, FolderLock(Path(config.output)) as lock:
+        run = Run(config, processes, lock, resume=resume, overwrite=overwrite)
+        with run.open_log(console, label) as log, Termination(is_alone=processes.count == 1) as termination:
             run.train(log, termination)
     return Result(run.progress.metrics, run.progress.best_ap, run.folder, time.perf_counter() - began)
 
@@ -77,23 +87,29 @@ def train(
 class Run:
     """One training: its parts, and how far it has come."""
 
-    def __init__(self, config: Config, processes: Processes, *, resume: bool, overwrite: bool) -> None:
+    def __init__(
+        self, config: Config, processes: Processes, lock: FolderLock, *, resume: bool, overwrite: bool
+    ) -> None:
         self.config, self.processes, self.folder = config, processes, Path(config.output)
+        if resume and processes.is_first:
+            reclaim(self.folder, lock)
         state = resumed_state(self.folder, config) if resume else None
         self.train_set, self.val_set = build_dataset(config, "train", augment=True), build_dataset(config, "val")
         self._check_data()
         self.distiller = self._build_distiller(resumed=state is not None)
+        self._check_sizes()
         self.fingerprints = [checkpoint.fingerprint(teacher.state_dict()) for teacher in self.distiller.teachers]
         self.update = Update(config, self.distiller, processes)
         self.steps_per_epoch = len(self.batches(epoch=0)) // config.train.accumulate
         self.distiller.start(config.train.epochs, self.steps_per_epoch)
         self.progress, self.resumed = Progress(), state is not None
+        self.lengthened: str | None = None  # what that means, where the run goes on for more epochs
         if state is not None:
             self._restore(state)
         elif processes.is_first:
-            claim_for_run(self.folder, overwrite=overwrite)
-            text = yaml.safe_dump(config.plain(), sort_keys=False)
-            (self.folder / "config.yaml").write_text(text, encoding="utf-8")
+            claim_for_run(self.folder, overwrite=overwrite, lock=lock)
+        if processes.is_first:
+            write_text(self.folder / "config.yaml", yaml.safe_dump(config.plain(), sort_keys=False))
         processes.gather(None)  # nobody goes on before there is a folder
 
     # ---- the loop
@@ -109,17 +125,17 @@ class Run:
         blame = Blame(self.folder, self.distiller.student, self.processes, late=is_late)
         readings = Readings(self.update, blame, log, termination, late=is_late)
         skipping = Skipping(self.update, log, allowed=self._may_skip)
-        for line in self.distiller.describe():
+        for line in filter(None, (self.lengthened, *self.distiller.describe())):
             log.say(line)
         while self.progress.epoch < self.config.train.epochs:
             for asked_to_end in self.steps(readings, skipping):
                 self.save(checkpoint.LAST)
                 if asked_to_end:
-                    self._end()
+                    self._end(termination)
             self.finish_epoch(log, termination)
             self.save(checkpoint.LAST)
             if any(self.processes.gather(termination.requested)):
-                self._end()
+                self._end(termination)
 
     def steps(self, readings: Readings, skipping: Skipping) -> Iterator[bool]:
         """The rest of an epoch. After a step that is to be saved it yields: whether the run is to end with it."""
@@ -225,17 +241,27 @@ class Run:
     def _until_asked_to_end(self, batches: Iterable[Part], termination: Termination) -> Iterator[Part]:
         for batch in batches:
             if termination.requested:
-                self._end()
+                self._end(termination)
             yield batch
 
-    def _end(self) -> None:
+    def _end(self, termination: Termination) -> None:
         last = self.folder / checkpoint.LAST
-        raise Interrupted(f"ended by SIGTERM after step {self.progress.step}, which {last} holds")
+        raise Interrupted(
+            f"ended by {termination.name} after step {self.progress.step}, which {last} holds; "
+            "--resume goes on from there",
+            termination.number or signal.SIGTERM,
+        )
 
     def _check_data(self) -> None:
         check_classes("data.train", self.train_set.class_names, "data.val", self.val_set.class_names)
         if all(annotation["iscrowd"] for annotation in self.val_set.coco.dataset["annotations"]):
             raise ConfigError("data.val holds no object, so nothing can be evaluated")
+
+    def _check_sizes(self) -> None:
+        """Images that are too thin for one of the models count as bad ones; a crop makes them thinner still."""
+        crop = 0.3 if self.config.augment.iou_crop else 1.0
+        fit_images(self.train_set, self.distiller.student, *self.distiller.teachers, crop=crop)
+        fit_images(self.val_set, self.distiller.student)
 
     def _build_distiller(self, *, resumed: bool) -> Distiller:
         """A resumed run needs none of the files that the student began from: they may be gone."""
@@ -245,7 +271,18 @@ class Run:
         return distiller
 
     def _restore(self, state: dict[str, Any]) -> None:
+        path, train = self.folder / checkpoint.LAST, self.config.train
+        check_classes(str(path), state["classes"], "data.train", self.train_set.class_names)
         check_teachers(self.config, self.fingerprints, state.get("teachers", self.fingerprints))
-        self.update.load_state_dict(state["model"], state)
-        self.distiller.load_task_state(state["task"])
-        self.progress = Progress(**{item.name: state[item.name] for item in fields(Progress)})
+        with restoring(path):
+            self.update.load_state_dict(state["model"], state)
+            self.distiller.load_task_state(state["task"])
+        self.progress = progress = Progress(**{item.name: state[item.name] for item in fields(Progress)})
+        if progress.step != progress.epoch * self.steps_per_epoch + progress.batch:
+            raise ConfigError(
+                f"{path} belongs to a run with other data: it has done {progress.step} steps, {progress.epoch} epochs "
+                f"and {progress.batch} of the next one, which has {self.steps_per_epoch} now"
+            )
+        self.distiller.start(train.epochs, self.steps_per_epoch)  # the state has the length that the run had before
+        before = stored_config(state, path)
+        self.lengthened = lengthened(self.config, before, self.steps_per_epoch, progress.step)

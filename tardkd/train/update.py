@@ -130,13 +130,30 @@ class Update:
         return state
 
     def load_state_dict(self, model: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned, and the student that was evaluated.
+
+        Raises:
+            ValueError: a tensor of the optimizer does not fit its parameter. Errors of other types come from torch.
+        """
         self.evaluated.load_state_dict(model)
         if self.average is not None:
             self.distiller.student.load_state_dict(state["student"])
             self.average.n_averaged.fill_(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._load_optimizer(state["optimizer"])
         if self._scaler.is_enabled():
             self._scaler.load_state_dict(state["scaler"])
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Take the tensors of the state alone: all settings are the recipe's, and the rate is set in every step."""
+        own = self.optimizer.state_dict()["param_groups"]
+        if [group["params"] for group in state["param_groups"]] != [group["params"] for group in own]:
+            raise ValueError("the optimizer's parameters are not those of the run")
+        self.optimizer.load_state_dict({"state": state["state"], "param_groups": own})
+        for parameter, values in self.optimizer.state.items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                    found, wanted = tuple(value.shape), tuple(parameter.shape)
+                    raise ValueError(f"the optimizer's {name} has the shape {found} for a parameter of {wanted}")
 
     def _seed_all(self, step: int, part: int, targets: Sequence[dict[str, Any]]) -> None:
         seeds = [mix(self._seed, step, int(target["image_id"])) for target in targets]

@@ -15,8 +15,9 @@ import pytest
 import torch
 import yaml
 
+from tardkd import cli
 from tardkd.train import checkpoint, loop
-from tardkd.train.interrupt import Interrupted, Termination
+from tardkd.train.interrupt import NAMES, Interrupted, Termination
 from tardkd.train.loop import train
 
 from .recipe import recipe, tree
@@ -85,6 +86,30 @@ def test_told_to_end_it_saves_first(runs, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "baseline", runs / "baseline")
 
 
+def test_ctrl_c_saves_and_says_how_to_go_on(runs, tmp_path, monkeypatch, capsys):
+    recipe_file = tmp_path / "recipe.yaml"
+    recipe_file.write_text(yaml.safe_dump(tree(tmp_path)))
+    command = ["train", "--config", str(recipe_file), "--role", "baseline"]
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: signal.raise_signal(signal.SIGINT))
+        assert cli.main(command) == 130
+    last = tmp_path / "baseline" / "last.pt"
+    expected = f"ended by Ctrl-C after step 2, which {last} holds; --resume goes on from there"
+    assert expected in capsys.readouterr().err
+    assert cli.main([*command, "--resume"]) == 0
+    assert_same_run(tmp_path / "baseline", runs / "baseline")
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        at_step(patch, 2, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+        train(recipe(tmp_path).for_role("baseline"))
+    with Termination(is_alone=False) as termination:  # torchrun repeats the first one
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    assert termination.requested and termination.name == "Ctrl-C"
+
+
 def test_told_to_end_while_it_evaluates(runs, tmp_path, monkeypatch):
     config = recipe(tmp_path).for_role("baseline")
     original = loop.evaluate
@@ -102,8 +127,9 @@ def test_told_to_end_while_it_evaluates(runs, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "baseline", runs / "baseline")
 
 
-def test_workers_leave_the_signal_to_the_run(tmp_path):
-    """As of a scheduler, which tells every process of a job to end."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_workers_leave_the_signal_to_the_run(tmp_path, number):
+    """As of a scheduler or a terminal, which tell every process of a job to end."""
     description = tree(tmp_path)
     description["train"] |= {"workers": 1, "epochs": 50}
     config = tmp_path / "recipe.yaml"
@@ -113,18 +139,19 @@ def test_workers_leave_the_signal_to_the_run(tmp_path):
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path, start_new_session=True
     )
     wait_for_another_step(tmp_path / "baseline", process)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     output = process.communicate(timeout=120)[0].decode()
-    assert process.returncode == 143 and "ended by SIGTERM" in output, output
+    assert process.returncode == 128 + number and f"ended by {NAMES[number]}" in output, output
 
 
 def test_the_signal_is_given_back():
-    before = signal.getsignal(signal.SIGTERM)
-    with Termination() as termination:
-        assert not termination.requested
-        signal.raise_signal(signal.SIGTERM)
-        assert termination.requested
-    assert signal.getsignal(signal.SIGTERM) is before
+    before = [signal.getsignal(number) for number in NAMES]
+    for number in NAMES:
+        with Termination() as termination:
+            assert not termination.requested
+            signal.raise_signal(number)
+            assert termination.requested and termination.name == NAMES[number]
+    assert [signal.getsignal(number) for number in NAMES] == before
 
 
 def test_killed_at_random_moments(tmp_path):
