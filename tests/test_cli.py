@@ -145,3 +145,15 @@ def test_help_needs_no_optional_package():
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "usage: tardkd" in shown.stdout
+
+
+def test_results_are_written_whole_or_into_a_pipe(trained, tmp_path, capsys):
+    _, run = trained
+    out = tmp_path / "metrics.json"
+    out.write_text("before")
+    assert cli.main(["eval", str(run), "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["AP"] is not None and [path.name for path in tmp_path.iterdir()] == [out.name]
+    assert cli.main(["eval", str(run), "--json", "/dev/null"]) == 0
+    assert Path("/dev/null").is_char_device()
+    assert cli.main(["eval", str(run), "--json", str(tmp_path)]) == 2
+    assert f"cannot write {tmp_path}: Is a directory" in capsys.readouterr().err

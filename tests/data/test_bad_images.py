@@ -163,3 +163,28 @@ def test_the_usual_kinds_of_images_are_read(folder, kind):
     Image.new("RGB", (64, 64), (0, 255, 0)).save(folder / "images" / name, format=kind)
     image, _ = dataset(folder)[2]
     assert abs(image.float().mean((1, 2)) - torch.tensor([0.0, 255.0, 0.0])).max() < 3
+
+
+def thin(folder: Path, index: int, size: tuple[int, int]) -> str:
+    """Make that image and its annotation so many pixels (width, height)."""
+    path = folder / "annotations/train.json"
+    annotations = json.loads(path.read_text())
+    annotations["images"][index] |= {"width": size[0], "height": size[1]}
+    path.write_text(json.dumps(annotations))
+    name = annotations["images"][index]["file_name"]
+    Image.new("RGB", size).save(folder / "images" / name)
+    return name
+
+
+@pytest.mark.parametrize("size", [(5000, 1), (1, 5000)])
+def test_an_image_that_is_too_thin_is_named(folder, size):
+    """A detector resizes by the longer side, and would be left with none of the shorter one."""
+    name = thin(folder, 2, size)
+    data = dataset(folder)
+    assert data[2][0].shape == (3, size[1], size[0])  # whoever sets no limit may have it
+    with pytest.raises(ValueError, match=f"image id 3: image .*{name} is {size[0]}x{size[1]}, too thin"):
+        data.limit_aspect(1333)
+    skipping = dataset(folder, on_bad_image="replace")
+    skipping.limit_aspect(1333)
+    with pytest.warns(UserWarning, match=f"{name} is {size[0]}x{size[1]}, too thin.*; the next good one"):
+        assert skipping[2][1]["image_id"] == 4

@@ -207,3 +207,12 @@ def test_several_images_without_truth_or_detections(tmp_path, figures):
     assert sum(len(axes.patches) for axes in figures[0].axes) == 1
     with pytest.raises(ValueError, match="column 'a' has 1 entries for 2 images"):
         draw_detections(images, {"a": [boxes()]}, ["x", "y", "z"], tmp_path / "two.png")
+
+
+@pytest.mark.parametrize("name, written", [("p", "p.png"), ("p.svg", "p.svg"), ("a.b/p", "a.b/p.png")])
+def test_plot_names_the_file_that_it_wrote(tmp_path, capsys, name, written):
+    folder = write_run(tmp_path / "a", distilled=False)
+    assert cli.main(["plot", str(folder), "--out", str(tmp_path / name)]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path / written}: a")
+    assert (tmp_path / written).stat().st_size > 1000
+    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "p").exists()

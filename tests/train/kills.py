@@ -106,7 +106,7 @@ def main() -> None:
         if step < before:
             raise SystemExit(f"the checkpoint went back from step {before} to {step}")
         kills += 1
-        leftover = " (while writing a checkpoint)" if last.with_name("last.pt.tmp").exists() else ""
+        leftover = " (while writing a checkpoint)" if list(last.parent.glob("last.pt.*.tmp")) else ""
         say(f"{kills:4d} {kind.name} after {seconds:.2f} s: steps {before} to {step} saved{leftover}")
     if ended(start(config, resume=last.exists())):
         raise SystemExit("the last resumed run failed")

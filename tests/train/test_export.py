@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -197,6 +198,39 @@ def test_an_existing_file_is_kept_unless_told(light, tmp_path, capsys):
     assert run(light, out, "--format", "state_dict", "--overwrite") == 0
     assert out.stat().st_mtime_ns != before
     torch.load(out, weights_only=True)
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "previous.pt", "link.pt", "second.pt"])
+def test_no_checkpoint_of_the_run_is_replaced(light, tmp_path, capsys, name):
+    last = (light / "last.pt" if light.is_dir() else light).read_bytes()
+    for checkpoint_name in ("last.pt", "best.pt", "previous.pt"):
+        (tmp_path / checkpoint_name).write_bytes(last)
+    (tmp_path / "link.pt").symlink_to(tmp_path / "last.pt")
+    os.link(tmp_path / "last.pt", tmp_path / "second.pt")
+    assert run(tmp_path / "last.pt", tmp_path / name, "--overwrite") == 2
+    assert f"{tmp_path / name} is a checkpoint of the run that it would be exported from" in capsys.readouterr().err
+    assert (tmp_path / name).read_bytes() == last and (tmp_path / "link.pt").is_symlink()
+
+
+def test_a_device_or_a_pipe_is_not_replaced(light, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.pt")
+    for path in (Path("/dev/null"), tmp_path / "pipe.pt", tmp_path):
+        assert run(light, path, "--overwrite", "--format", "state_dict") == 2
+        assert f"{path} is a " in capsys.readouterr().err
+    assert Path("/dev/null").is_char_device() and (tmp_path / "pipe.pt").is_fifo()
+
+
+def test_weights_that_are_not_finite_are_not_exported(light, tmp_path, capsys):
+    state = checkpoint.load(light / "last.pt" if light.is_dir() else light)
+    name = next(name for name, value in state["model"].items() if value.is_floating_point())
+    state["model"][name].view(-1)[0] = torch.nan
+    checkpoint.save(tmp_path / "nan.pt", state)
+    for suffix in (".pt", ".ts"):
+        assert run(tmp_path / "nan.pt", tmp_path / f"student{suffix}") == 2
+        expected = f"{tmp_path / 'nan.pt'}: 1 of {len(state['model'])} tensors hold NaN or infinity: {name}"
+        assert expected in capsys.readouterr().err
+    assert cli.main(["eval", str(tmp_path / "nan.pt")]) == 2
+    assert "hold NaN or infinity" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

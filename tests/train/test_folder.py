@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import pytest
+import os
+import shutil
+import subprocess
+import sys
+import time
 
+import pytest
+import yaml
+
+from tardkd.files import LOCK, FolderInUseError, FolderLock
 from tardkd.train.checkpoint import CheckpointError
 from tardkd.train.config import ConfigError
 from tardkd.train.loop import train
 
-from .recipe import recipe
+from .recipe import recipe, tree
 
 
 def test_an_output_folder_in_use_is_refused(runs, tmp_path):
@@ -31,3 +39,76 @@ def test_nothing_is_made_where_the_run_cannot_start(tmp_path):
     with pytest.raises(ConfigError, match="teacher.weights: required"):
         train(recipe(tmp_path / "x"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how", ["new", "resume", "overwrite"])
+def test_a_folder_that_another_run_writes_into_is_refused(runs, tmp_path, how):
+    """Before anything in it is looked at or removed."""
+    shutil.copytree(runs / "baseline", tmp_path / "baseline")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "baseline").iterdir() if path.is_file()}
+    holder = "import sys, pathlib, time; from tardkd.files import FolderLock\n"
+    holder += "FolderLock(pathlib.Path(sys.argv[1])).take(); print('held', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", holder, str(tmp_path / "baseline")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        config = recipe(tmp_path).for_role("baseline")
+        with pytest.raises(
+            FolderInUseError, match=f"process {process.pid} on .* writes into {tmp_path}/baseline; wait"
+        ):
+            train(config, resume=how == "resume", overwrite=how == "overwrite")
+        process.kill()
+    (tmp_path / "baseline" / LOCK).unlink()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "baseline").iterdir() if path.is_file()} == before
+
+
+def test_of_two_that_resume_at_once_one_goes_on(tmp_path):
+    """Real processes, several times: nothing is lost, and the other one says why it ends."""
+    description = tree(tmp_path)
+    description["train"] |= {"epochs": 40, "save_every": 1}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(description))
+    command = [sys.executable, "-m", "tardkd", "train", "--config", str(tmp_path / "recipe.yaml"), "--role", "baseline"]
+    log = tmp_path / "baseline" / "train.csv"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        wait_for_steps(log, 3)
+        process.kill()
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([*command, "--resume"], **settings) for _ in range(2)]
+    ends = sorted((process.communicate()[1], process.returncode) for process in both)
+    assert [status for _, status in ends] == [0, 2], ends
+    assert f"writes into {tmp_path}/baseline; wait until it has ended" in ends[1][0]
+    steps = [int(row.split(",")[1]) for row in log.read_text().splitlines()[1:]]
+    assert steps == list(range(1, 121))
+    assert not [path for path in os.listdir(tmp_path / "baseline") if path.endswith((".tmp", LOCK))]
+
+
+def wait_for_steps(log, count):
+    until = time.monotonic() + 60
+    while not (log.exists() and log.read_text().count("\n") > count):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_one_process_does_not_train_twice_into_one_folder(tmp_path):
+    config = recipe(tmp_path, "train.epochs=1", "data.train=2").for_role("baseline")
+    (tmp_path / "baseline").mkdir()
+    with FolderLock(tmp_path / "baseline") as lock:
+        lock.take()
+        with pytest.raises(FolderInUseError, match="this process writes into"):
+            train(config)
+    train(config)
+    assert LOCK not in os.listdir(tmp_path / "baseline")
+
+
+def test_what_a_killed_run_was_writing_is_removed(runs, tmp_path):
+    shutil.copytree(runs / "baseline", tmp_path / "baseline")
+    (tmp_path / "baseline" / "last.pt.0badcafe.tmp").write_bytes(b"half")
+    train(recipe(tmp_path).for_role("baseline"), resume=True)
+    assert not list((tmp_path / "baseline").glob("*.tmp"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_the_right_to_write_is_named(runs, tmp_path):
+    shutil.copytree(runs / "baseline", tmp_path / "baseline")
+    (tmp_path / "baseline").chmod(0o500)
+    with pytest.raises(OSError, match=f"{tmp_path}/baseline: Permission denied"):
+        train(recipe(tmp_path).for_role("baseline"), resume=True)

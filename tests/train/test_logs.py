@@ -25,8 +25,8 @@ def rows(path):
         return list(csv.reader(file))
 
 
-def run_log(folder, resumed=None, *, terminal=False):
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
+def run_log(folder, resumed=None, *, terminal=False, width=200):
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=width)
     return RunLog(folder, epochs=2, steps_per_epoch=3, resumed=resumed, log_every=2, console=console, label="student")
 
 
@@ -160,3 +160,32 @@ def test_the_teachers_share_of_the_time(tmp_path):
     with run_log(tmp_path) as log:
         log.step(1, 1, {"loss": 1.0}, images=4, seconds=2.0, teachers_seconds=0.5)
         assert "teacher 25% of the time" in log._display.line()
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_a_narrow_terminal_parts_no_value_from_its_name(tmp_path, width):
+    losses = [f"loss_{name}" for name in ("classifier", "box_reg", "objectness", "rpn_box_reg")]
+    names = ["lr", "lambda", "grad_norm", *losses, *(f"distill_{name}" for name in ("feature", "classification"))]
+    values = {name: 0.0123 * place for place, name in enumerate(names)}
+    with run_log(tmp_path, terminal=True, width=width) as log:
+        log.step(1, 1, values, images=4, seconds=1.0, teachers_seconds=0.5)
+        console = Console(file=io.StringIO(), width=width)
+        console.print(log._display.table())
+    shown = console.file.getvalue()
+    assert all(len(line) <= width for line in shown.splitlines())
+    for words in ("epoch 1/2 step 1/6", "1.0 steps/s", "4.0 images/s", "teacher 50% of the time", "peak 0.25 GiB"):
+        assert words in shown
+    for place_, name in enumerate(names):
+        assert f"{place(name)[1]} {0.0123 * place_:.3g}" in shown
+
+
+def test_slow_steps_are_told_in_seconds(tmp_path):
+    with run_log(tmp_path) as log:
+        log.step(1, 1, {"loss": 1.0}, images=2, seconds=90.0)
+        assert "90.0 s/step  45.0 s/image  0:07:30 left" in log._display.line()
+
+
+def test_without_a_value_there_is_no_file_of_tensorboards(tmp_path):
+    with run_log(tmp_path, resumed=(2, 6)):
+        pass
+    assert not (tmp_path / "tensorboard").exists()
