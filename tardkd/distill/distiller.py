@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from tardkd.ops.spec import Reduction
 
 from . import checks
 from .adapters import make_adapter
+from .balance import BalanceWatch
+from .inputs import InputCheck
 from .means import joint_gaussian_loss, joint_region_losses, share_of_all
 from .pairing import ClassesArgument, ClassMapArgument, TeacherArgument, as_teachers, pair_teachers
 from .schedule import Schedule
@@ -79,6 +81,10 @@ class Distiller(nn.Module):
         class_map: ClassMapArgument = None,
     ) -> None:
         super().__init__()
+        if not isinstance(student, nn.Module):
+            raise TypeError(f"the student must be a detector (an nn.Module), got {type(student).__name__}")
+        if settings is not None and not isinstance(settings, DistillSettings):
+            raise TypeError(f"settings must be a DistillSettings, got {type(settings).__name__}")
         self.settings = settings if settings is not None else DistillSettings()
         self.enabled = enabled
         self.schedule = Schedule(self.settings.schedule)
@@ -88,6 +94,8 @@ class Distiller(nn.Module):
         self.adapters = nn.ModuleDict()
         self._teachers: list[FrozenTeacher] = []
         self._check_finite = checks.FiniteCheck()
+        self._check_inputs = InputCheck()
+        self._watch_balance = BalanceWatch()
         if not enabled:
             return
         teachers = as_teachers(teacher, teacher_classes, class_map)
@@ -145,12 +153,14 @@ class Distiller(nn.Module):
         return {"adapters": self.adapters.state_dict(), "schedule": self.schedule.state_dict()}
 
     def settle(self) -> None:
-        """Raise now what the check of the last step has found; on a GPU the next call would raise it.
+        """Raise now what the checks of the last step have found; on a GPU the next call would raise it.
 
         Raises:
-            FloatingPointError: a term was NaN or infinite.
+            FloatingPointError: a loss of the detector or a term was NaN or infinite.
+            ValueError: a target cannot be right.
         """
-        self._check_finite.settle()
+        for check in (self._check_inputs, self._check_finite, self._watch_balance):
+            check.settle()
 
     def load_task_state(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`task_state` returned."""
@@ -173,21 +183,41 @@ class Distiller(nn.Module):
             student itself returns.
 
         Raises:
-            ValueError: the passes do not fit each other; names both sides.
+            TypeError: images are integers.
+            ValueError: the passes do not fit each other; names both sides. Or a box or label cannot be right; names
+                the image.
             RuntimeError: a term cannot reach the student.
-            FloatingPointError: a term is NaN or infinite; on a GPU it was one of the previous call.
+            FloatingPointError: a loss of the detector or a term is NaN or infinite; on a GPU it was one of the
+                previous call.
+
+        Warns:
+            UserWarning: once each, where images are not in the range that the student normalises, where a term's
+                gradient at the student's features dwarfs that of the detector's own losses, and where the schedule is
+                not told of the training's progress.
         """
         if not self.training:
             return self.student(images)
         if not self.enabled:
             return self.student(images, targets)
-        if self.weight == 0:
-            self.stats = {"lambda": torch.zeros((), device=next(self.student.parameters()).device)}
-            return {**self.student(images, targets), **self._ended()}
         assert targets is not None, "targets are required in training mode"
+        self.schedule.count_step()
+        self._check_inputs.before(images, targets, self._student.head)
+        if self.weight == 0:
+            losses = self.student(images, targets)
+            self.stats = {"lambda": torch.zeros((), device=next(self.student.parameters()).device)}
+            if self.settings.check_finite:
+                self._check_finite(losses)
+            return {**losses, **self._ended()}
         student_pass, teacher_passes = self._run_models(images, targets)
+        self._check_inputs.after(images, student_pass.inputs)
         terms = self._terms(student_pass, teacher_passes)
         checks.check_gradients(terms, student_pass.features)
+        losses = self._weighted(student_pass, terms)
+        self._watch_balance(losses, student_pass.features, self.settings.weights)
+        return losses
+
+    def _weighted(self, student_pass: StudentPass, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a step returns: the detector's losses, and the terms () times their weights and lambda."""
         weights = self.settings.weights
         return {
             **student_pass.losses,
@@ -254,7 +284,8 @@ class Distiller(nn.Module):
         if weights["gaussian"]:
             terms["gaussian"] = self._gaussian_term(student_pass, teacher_passes)
         if self.settings.check_finite:
-            self._check_finite({**{f"distill_{name}": value for name, value in terms.items()}, **suspects})
+            named = {f"distill_{name}": value for name, value in terms.items()}
+            self._check_finite({**student_pass.losses, **named, **suspects})
         return terms
 
     def _prepare_lessons(self, student_pass: StudentPass, teacher_passes: Sequence[TeacherPass]) -> list[Lesson]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 from .settings import ScheduleSettings
@@ -29,6 +30,9 @@ class Schedule:
         self.steps_per_epoch: int | None = None
         self.epoch = 0
         self.step = 0
+        self._steps_untold = 0  # taken since start() while nobody called set_progress()
+        self._is_told = False  # whether anybody did
+        self._has_warned = False  # of a position beyond the end
 
     def start(self, total_epochs: int, steps_per_epoch: int) -> None:
         """Set the length of the training; the position stays."""
@@ -38,18 +42,41 @@ class Schedule:
                 f"steps_per_epoch={steps_per_epoch}"
             )
         self.total_epochs, self.steps_per_epoch = total_epochs, steps_per_epoch
+        self._steps_untold, self._is_told, self._has_warned = 0, False, False
 
     def set_progress(self, epoch: int, step: int) -> None:
-        """Move to ``step`` (0-based) of ``epoch`` (0-based).
+        """Move to ``step`` (0-based) of ``epoch`` (0-based); warns once where that is beyond what :meth:`start` said.
 
         Raises:
             RuntimeError: :meth:`start` was not called.
         """
-        if self.total_epochs is None:
+        if self.total_epochs is None or self.steps_per_epoch is None:
             raise RuntimeError("call start(total_epochs, steps_per_epoch) before set_progress(epoch, step)")
         if epoch < 0 or step < 0:
             raise ValueError(f"epoch and step count from 0, got epoch={epoch}, step={step}")
-        self.epoch, self.step = epoch, step
+        self.epoch, self.step, self._is_told = epoch, step, True
+        if not self._has_warned and (epoch >= self.total_epochs or step >= self.steps_per_epoch):
+            self._has_warned = True
+            warnings.warn(
+                f"set_progress({epoch}, {step}) is beyond the end: start() was told of {self.total_epochs} epochs of "
+                f"{self.steps_per_epoch} steps, and both count from 0, the steps anew in every epoch; lambda is "
+                f"{self.value:g}",
+                stacklevel=2,
+            )
+
+    def count_step(self) -> None:
+        """Note that a step is taken; warns once where lambda should have moved but nobody tells the position."""
+        settings = self.settings
+        is_constant = settings.kind == "constant" and not settings.warmup and settings.stop == 1
+        if self.total_epochs in (None, 1) or self.steps_per_epoch is None or self._is_told or is_constant:
+            return
+        self._steps_untold += 1
+        if self._steps_untold == 2 * self.steps_per_epoch + 1:
+            warnings.warn(
+                f"{self._steps_untold} steps, more than two epochs of the {self.steps_per_epoch} that start() was told "
+                f"of, without a call of set_progress(epoch, step): lambda is still {self.value:g}, as at the beginning",
+                stacklevel=2,
+            )
 
     @property
     def value(self) -> float:

@@ -104,7 +104,7 @@ class DistillSettings:
     teacher_input_ratio: float | None = None  # the teacher's input size over the student's; null: taken from the models
     teacher_bf16: bool = False  # whether the teacher's trunk runs in bfloat16, whatever the student runs in
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)  # how the weight of all terms moves over time
-    check_finite: bool = True  # stop at a term that is not finite; on a GPU one step later, so that nothing waits
+    check_finite: bool = True  # stop at a loss that is not finite; on a GPU one step later, so that nothing waits
 
     def __post_init__(self) -> None:
         for key in ("feature", "classification", "regression", "gaussian", "beta"):

@@ -13,7 +13,7 @@ import torch
 from detectors.tiny import tiny_batch, tiny_detector
 from torch import nn
 
-from tardkd.distill import Distiller, DistillSettings, load_teacher_weights
+from tardkd.distill import Distiller, DistillSettings, ScheduleSettings, load_teacher_weights
 
 
 def step(student: nn.Module, teacher: nn.Module, **settings: Any) -> dict[str, torch.Tensor]:
@@ -218,3 +218,57 @@ def test_finite_check_can_be_switched_off() -> None:
     teacher = poison(tiny_detector(seed=1), "backbone.fpn.layer_blocks.1.0")
     losses = step(tiny_detector(), teacher, feature_gate="foreground", check_finite=False)
     assert losses["distill_feature"].isnan()
+
+
+# --- the detector itself -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("term", ["loss_objectness", "loss_box_reg"])
+def test_a_loss_of_the_detectors_own_that_is_not_finite_is_named(term: str) -> None:
+    distiller = Distiller(tiny_detector(), tiny_detector(seed=1))
+    broken_loss(distiller.student, term)
+    with pytest.raises(FloatingPointError, match=f"^NaN or infinity in {term}$"):
+        distiller(*tiny_batch())
+
+
+def test_it_is_named_also_when_the_distillation_has_ended() -> None:
+    distiller = Distiller(tiny_detector(), tiny_detector(seed=1), DistillSettings(schedule=ScheduleSettings(stop=0.5)))
+    distiller.start(2, 1)
+    distiller.set_progress(1, 0)
+    broken_loss(distiller.student, "loss_classifier")
+    with pytest.raises(FloatingPointError, match="^NaN or infinity in loss_classifier$"):
+        distiller(*tiny_batch())
+
+
+def broken_loss(student: nn.Module, term: str) -> None:
+    """Let the student return NaN as this loss."""
+
+    def with_nan(module: nn.Module, args: Any, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**losses, term: losses[term] * torch.nan}
+
+    student.register_forward_hook(with_nan)
+
+
+# --- arguments of another kind -----------------------------------------------------------------------------
+
+
+def build(num_classes: int) -> nn.Module:
+    return tiny_detector(num_classes=num_classes)
+
+
+def test_a_function_is_no_model() -> None:
+    with pytest.raises(TypeError, match=r"the student must be a detector \(an nn.Module\), got function"):
+        Distiller(build, tiny_detector())
+    with pytest.raises(TypeError, match=r"the student must be a detector \(an nn.Module\), got function"):
+        Distiller(build, None, enabled=False)
+    with pytest.raises(TypeError, match=r"teacher must be a detector \(an nn.Module\).*got function"):
+        Distiller(tiny_detector(), build)
+    with pytest.raises(TypeError, match=r"teacher must be a detector \(an nn.Module\).*got function"):
+        Distiller(tiny_detector(), [build, build])
+
+
+def test_settings_are_no_dict() -> None:
+    with pytest.raises(TypeError, match="settings must be a DistillSettings, got dict"):
+        Distiller(tiny_detector(), tiny_detector(seed=1), {"feature": 1.0})
+    with pytest.raises(TypeError, match="DistillSettings.schedule must be a ScheduleSettings"):
+        DistillSettings(schedule={"kind": "cosine"})

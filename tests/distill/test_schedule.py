@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import warnings
 
-from tardkd.distill import Schedule, ScheduleSettings
+import pytest
+import torch
+from detectors.tiny import tiny_batch, tiny_detector
+
+from tardkd.distill import Distiller, Schedule, ScheduleSettings
 
 
 def table(epochs: int, steps: int, **settings: object) -> list[float]:
@@ -66,7 +70,8 @@ def test_before_start_it_is_one() -> None:
 def test_past_the_end_it_stays() -> None:
     schedule = Schedule(ScheduleSettings(kind="cosine"))
     schedule.start(2, 2)
-    schedule.set_progress(9, 0)
+    with pytest.warns(UserWarning, match="beyond the end"):
+        schedule.set_progress(9, 0)
     assert schedule.value == 0.0
 
 
@@ -91,3 +96,71 @@ def test_state() -> None:
     other.load_state_dict(schedule.state_dict())
     assert other.value == schedule.value == 0.25
     assert schedule.state_dict() == {"total_epochs": 4, "steps_per_epoch": 2, "epoch": 3, "step": 1}
+
+
+# --- positions that nobody tells, or that cannot be ----------------------------------------------------------
+
+
+def caught(schedule: Schedule, steps: int) -> list[str]:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            schedule.count_step()
+    return [str(warning.message) for warning in seen]
+
+
+def test_steps_of_several_epochs_without_a_position_are_warned_of_once() -> None:
+    schedule = Schedule(ScheduleSettings())
+    schedule.start(10, 4)
+    assert caught(schedule, 8) == []
+    (message,) = caught(schedule, 20)
+    assert "9 steps" in message and "without a call of set_progress(epoch, step): lambda is still 1" in message
+
+
+@pytest.mark.parametrize(
+    "settings, started, told",
+    [
+        (ScheduleSettings(), False, False),
+        (ScheduleSettings(), True, True),
+        (ScheduleSettings(kind="constant"), True, False),
+    ],
+    ids=["not started", "told", "nothing moves"],
+)
+def test_no_warning_where_nothing_is_wrong(settings: ScheduleSettings, started: bool, told: bool) -> None:
+    schedule = Schedule(settings)
+    if started:
+        schedule.start(10, 4)
+    if told:
+        schedule.set_progress(0, 0)
+    assert caught(schedule, 30) == []
+
+
+@pytest.mark.parametrize("settings", [{"warmup": 5}, {"stop": 0.5}])
+def test_a_constant_that_begins_or_ends_moves(settings: dict[str, float]) -> None:
+    schedule = Schedule(ScheduleSettings(kind="constant", **settings))
+    schedule.start(10, 4)
+    assert len(caught(schedule, 30)) == 1
+
+
+@pytest.mark.parametrize("position", [(3, 0), (7, 1), (0, 4)])
+def test_a_position_beyond_the_end_is_warned_of_once(position: tuple[int, int]) -> None:
+    schedule = Schedule(ScheduleSettings())
+    schedule.start(3, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedule.set_progress(2, 3)
+    with pytest.warns(UserWarning, match=r"set_progress\(\d, \d\) is beyond the end: .*3 epochs of 4 steps"):
+        schedule.set_progress(*position)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedule.set_progress(*position)
+
+
+def test_a_distiller_counts_its_steps() -> None:
+    distiller = Distiller(tiny_detector(), tiny_detector(seed=1))
+    distiller.start(5, 1)
+    with torch.no_grad():
+        distiller(*tiny_batch())
+        distiller(*tiny_batch())
+        with pytest.warns(UserWarning, match="3 steps, more than two epochs"):
+            distiller(*tiny_batch())
