@@ -322,9 +322,12 @@ def label_faults(inputs: RegionInputs, background: Background, num_classes: int)
     """The same for what belongs to each region."""
     labels, gt_boxes = inputs.labels, inputs.gt_boxes
     is_object = is_foreground(labels, background, num_classes)
+    has_extent = (gt_boxes[:, 2:] > gt_boxes[:, :2]).all(1)
+    no_extent = "its gt box has x2 <= x1 or y2 <= y1 (gt_boxes must be [x1, y1, x2, y2]; is it [x, y, width, height]?)"
     return [
         (f"the label is not in [0, {num_classes}]", (labels < 0) | (labels > num_classes), labels),
         ("its gt box is not finite", is_object & ~are_finite(gt_boxes), gt_boxes),
+        (no_extent, is_object & are_finite(gt_boxes) & ~has_extent, gt_boxes),
     ]
 
 

@@ -427,6 +427,22 @@ def test_checked_on_request(backend, fault, monkeypatch):
             )
 
 
+def test_gt_boxes_as_xywh_are_named_on_request(backend, monkeypatch):
+    monkeypatch.setenv("TARDKD_CHECK", "1")
+    scene = make_scene(93).to(torch.float32, device=backend.device)
+    scene.gt_boxes[:] = torch.tensor([50.0, 10.0, 70.0, 30.0])
+    scene.gt_boxes[scene.labels == 0] = 0  # those of background regions carry no meaning
+    region_loss(backend, scene)
+    row = int((scene.labels > 0).nonzero()[1])
+    scene.gt_boxes[row] = torch.tensor([50.0, 10.0, 20.0, 30.0])
+    message = (
+        rf"region {row}: its gt box has x2 <= x1 or y2 <= y1 .*\[x, y, width, height\].*: \[50.0, 10.0, 20.0, 30.0\]"
+    )
+    for loss in (region_loss, pooled_loss):
+        with pytest.raises(ValueError, match=message):
+            loss(backend, scene)
+
+
 def test_the_first_bad_region_is_named_whatever_its_fault(backend, monkeypatch):
     monkeypatch.setenv("TARDKD_CHECK", "1")
     scene = make_scene(91).to(torch.float32, device=backend.device)
