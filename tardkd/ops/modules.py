@@ -18,7 +18,10 @@ from .spec import LossSpec, RoIAlignSpec, output_pair, positive
 class MultiScaleRoIAlign(nn.Module):
     """Drop-in for ``torchvision.ops.MultiScaleRoIAlign``: same constructor, same call, same result.
 
-    Pools all levels at once, without a device synchronisation a level, and has a faster backward.
+    Pools all levels at once, without a device synchronisation a level, and has a faster backward. TorchScript cannot
+    know this op: ``torch.jit.script`` puts torchvision's pooler of the same settings in its place, so that the file
+    runs where tardkd is not installed. It does so in the model that it is given; script a ``copy.deepcopy`` to go on
+    training with this one.
 
     Args:
         featmap_names: keys of the feature maps to pool from, finest first.
@@ -59,6 +62,18 @@ class MultiScaleRoIAlign(nn.Module):
             scales=infer_scales(features, image_shapes),
             output_size=self.output_size,
             sampling_ratio=self.sampling_ratio,
+            canonical_scale=self.canonical_scale,
+            canonical_level=self.canonical_level,
+        )
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in place of this module, in whatever model it is."""
+        from torchvision import ops  # the one thing here that needs torchvision
+
+        return ops.MultiScaleRoIAlign(
+            self.featmap_names,
+            self.output_size,
+            self.sampling_ratio,
             canonical_scale=self.canonical_scale,
             canonical_level=self.canonical_level,
         )

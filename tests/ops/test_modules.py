@@ -92,6 +92,29 @@ def test_pooler_in_a_torchvision_detector():
     assert not list(model.roi_heads.box_roi_pool.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a model"])
+def test_pooler_goes_through_torchscript(inside, tmp_path):
+    """The file holds torchvision's pooler, with the same settings and result."""
+    features, boxes = pyramid_and_boxes()
+    pooler = tardkd.ops.MultiScaleRoIAlign(NAMES[1:3], (5, 3), 2, canonical_scale=56, canonical_level=3)
+    expected = pooler(features, boxes, IMAGE_SHAPES)
+
+    class Head(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool = pooler
+
+        def forward(
+            self, x: dict[str, torch.Tensor], boxes: list[torch.Tensor], image_shapes: list[tuple[int, int]]
+        ) -> torch.Tensor:
+            return self.pool(x, boxes, image_shapes)
+
+    torch.jit.script(Head() if inside else pooler).save(tmp_path / "scripted.pt")
+    scripted = torch.jit.load(tmp_path / "scripted.pt")
+    torch.testing.assert_close(scripted(dict(features), boxes, IMAGE_SHAPES), expected)
+
+
 def test_losses_as_modules():
     scene = make_scene(142).to(torch.float32)
     pooled = make_pooled(scene)
