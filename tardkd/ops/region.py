@@ -94,7 +94,10 @@ def region_distill_loss(
             nearly equal numbers at high temperatures: its absolute error is about ``1e-7 T^2``.
         beta: smooth-L1 threshold; 0: absolute error.
         box_weights: of the box coder, (dx, dy, dw, dh).
-        background: index of the background: "first" (torchvision) or "last" (Detectron2, MMDetection).
+        background: where the background stands among the labels, and with softmax among the columns of the logits:
+            "first" (torchvision: 0, and classes are 1..K) or "last" (Detectron2, MMDetection: K, and classes are
+            0..K-1). It is about the labels with sigmoid logits, too, which have K columns either way: both conventions
+            use the labels 0..K, so that a wrong choice cannot be told from them.
         activation: "softmax", or "sigmoid" for logits without a background column.
         region_weights: (R,) w_i; multiplies the numerators, not the counts. None: ones.
         reduction: "mean" as above, "sum" without the division, "none": (R,) a term.
