@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tardkd.detectors import for_model
+from tardkd.detectors import Detector, for_model
 from tardkd.detectors.base import InputBatch, Regions, StudentPass, TeacherPass
 from tardkd.device import join_beside
 from tardkd.ops import RegionLosses
@@ -17,6 +17,7 @@ from tardkd.ops.spec import Reduction
 from . import checks
 from .adapters import make_adapter
 from .balance import BalanceWatch
+from .findings import Findings
 from .inputs import InputCheck
 from .means import joint_gaussian_loss, joint_region_losses, share_of_all
 from .pairing import ClassesArgument, ClassMapArgument, TeacherArgument, as_teachers, pair_teachers
@@ -122,6 +123,11 @@ class Distiller(nn.Module):
         return [paired.model for paired in self._teachers]
 
     @property
+    def detector(self) -> Detector:
+        """The student in the terms of its family; with ``enabled=False`` it need not have one."""
+        return self._student
+
+    @property
     def frozen_teachers(self) -> list[FrozenTeacher]:
         """The same teachers, each with the classes that it teaches."""
         return self._teachers
@@ -208,21 +214,48 @@ class Distiller(nn.Module):
             if self.settings.check_finite:
                 self._check_finite(losses)
             return {**losses, **self._ended()}
-        student_pass, teacher_passes = self._run_models(images, targets)
+        student_pass, losses = self.step(images, targets)
         self._check_inputs.after(images, student_pass.inputs)
-        terms = self._terms(student_pass, teacher_passes)
-        checks.check_gradients(terms, student_pass.features)
-        losses = self._weighted(student_pass, terms)
         self._watch_balance(losses, student_pass.features, self.settings.weights)
         return losses
 
-    def _weighted(self, student_pass: StudentPass, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a step returns: the detector's losses, and the terms () times their weights and lambda."""
+    def step(
+        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
+    ) -> tuple[StudentPass, dict[str, Tensor]]:
+        """What :meth:`forward` does in a step with a teacher, but for its checks of what it is given.
+
+        Args:
+            images, targets: as in :meth:`forward`.
+
+        Returns:
+            The student's pass and the losses, scalars ().
+        """
+        student_pass, teacher_passes = self._run_models(images, targets)
+        terms = self._terms(student_pass, teacher_passes)
+        checks.check_gradients(terms, student_pass.features)
         weights = self.settings.weights
-        return {
-            **student_pass.losses,
-            **{f"distill_{name}": self.weight * weights[name] * value for name, value in terms.items()},
-        }
+        weighted = {f"distill_{name}": self.weight * weights[name] * value for name, value in terms.items()}
+        return student_pass, {**student_pass.losses, **weighted}
+
+    def check(self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> Findings:
+        """Look at one batch as a training would, before it begins; nothing is changed.
+
+        >>> print(distiller.check(images, targets))
+
+        It takes about the time of two steps and says which classes are paired, how the features are compared, whether
+        the batch and all losses are sound, what the gates open, how strongly each term pulls against the detector's
+        own losses, and which trained tensors no gradient reaches. ``tardkd doctor`` looks at more, of a recipe.
+
+        Args:
+            images, targets: as in :meth:`forward`.
+
+        Returns:
+            A list of findings, each with its level, "ok", "warning" or "problem", a text, an advice and the numbers
+            behind them. Printed, it is a line of each.
+        """
+        from .examination import examine
+
+        return examine(self, images, targets)
 
     @torch.no_grad()
     def look(

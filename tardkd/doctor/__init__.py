@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 
+from tardkd.distill.findings import Finding, skipped
 from tardkd.train.config import Role
 
 from . import anchors, data, gradients, settings, speed, teacher
-from .report import Finding, Report, skipped
+from .report import Report
 from .subject import Subject
 
 __all__ = ["Report", "examine"]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tardkd.detectors.anchors import Anchors, anchors_of, input_scale
+from tardkd.distill.findings import Finding, ok, warning
 from tardkd.train.models import LIGHT
 
-from .report import Finding, ok, warning
 from .subject import Subject
 
 IOU = 0.5

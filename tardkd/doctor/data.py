@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from tardkd.data.coco import has_extent, missing_files
+from tardkd.distill.findings import Finding, first, ok, problem, warning
 from tardkd.train.build import build_dataset
 
-from .report import Finding, describe_error, first, ok, problem, warning
+from .report import describe_error
 from .subject import Subject
 
 OUTSIDE = 1.0  # pixels a box may stand over: annotation tools round

@@ -3,41 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-Level = Literal["ok", "skipped", "warning", "problem"]
+from tardkd.distill.findings import Finding, Level, problem
+
 STYLES: dict[Level, str] = {"ok": "green", "skipped": "dim", "warning": "yellow", "problem": "bold red"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at: what was found, what to do, and the numbers behind it (plain values)."""
-
-    level: Level
-    text: str
-    advice: str = ""
-    numbers: dict[str, Any] = field(default_factory=dict)
-
-
-def ok(text: str, advice: str = "", **numbers: Any) -> Finding:
-    return Finding("ok", text, advice, numbers)
-
-
-def skipped(text: str) -> Finding:
-    return Finding("skipped", text)
-
-
-def warning(text: str, advice: str, **numbers: Any) -> Finding:
-    return Finding("warning", text, advice, numbers)
-
-
-def problem(text: str, advice: str = "", **numbers: Any) -> Finding:
-    return Finding("problem", text, advice, numbers)
 
 
 class Report:
@@ -100,9 +75,3 @@ def describe_error(error: Exception) -> str:
     if isinstance(error, (ValueError, OSError)) or type(error).__module__.startswith("tardkd"):
         return message or type(error).__name__
     return f"{type(error).__name__}: {message.splitlines()[0]}" if message else type(error).__name__
-
-
-def first(names: Iterable[Any], shown: int = 5) -> str:
-    """The first of many names and how many more there are, for a line of text."""
-    names = [str(name) for name in names]
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
+from tardkd.distill.findings import Finding, ok, problem, warning
 from tardkd.train.checkpoint import CheckpointError
 from tardkd.train.config import ConfigError, load_config
 from tardkd.train.distributed import pick_device
 from tardkd.train.folder import outputs_in
 from tardkd.train.resume import resumed_state
 
-from .report import Finding, ok, problem, warning
 from .subject import Subject
 
 RULE = 0.02, 16  # learning rate and batch size of SGD in most published detectors

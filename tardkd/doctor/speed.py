@@ -17,10 +17,10 @@ from torch import nn
 
 from tardkd.detectors.parts import backbone, box_head
 from tardkd.distill import Distiller
+from tardkd.distill.findings import Finding, ok, warning
 from tardkd.train.batches import Part, by_step
 from tardkd.train.update import Update
 
-from .report import Finding, ok, warning
 from .subject import Subject
 
 STEPS = 3

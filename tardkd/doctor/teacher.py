@@ -15,6 +15,7 @@ from torch.utils.data import Subset
 from tardkd.detectors.parts import PREDICTOR
 from tardkd.distill import Distiller
 from tardkd.distill.classes import ClassMap
+from tardkd.distill.findings import Finding, first, ok, problem, warning
 from tardkd.distill.teachers import FrozenTeacher
 from tardkd.train.batches import build_batches
 from tardkd.train.build import TeacherFile, build_distiller, place, read_teacher
@@ -23,7 +24,7 @@ from tardkd.train.evaluate import evaluate
 from tardkd.train.models import build_model
 from tardkd.weights import Fit, compare
 
-from .report import Finding, describe_error, first, ok, problem, warning
+from .report import describe_error
 from .subject import Subject
 
 LEAST_AP = 5.0  # percent; a teacher below it is untrained, or of other data

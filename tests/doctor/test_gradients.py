@@ -8,6 +8,7 @@ import pytest
 import torch
 from train.recipe import recipe
 
+from tardkd.distill.examination import SHARE
 from tardkd.doctor import gradients, teacher
 from tardkd.train.loop import train
 
@@ -21,7 +22,7 @@ def test_the_suggested_weights_bring_every_term_to_the_stated_share(tmp_path, we
     assert suggested.keys() == {"feature", "classification", "regression"}
     after = doctor(tmp_path, weights, open_gate, *(f"distill.{name}={value}" for name, value in suggested.items()))
     shares = numbers(after, "gradients", "shares")
-    assert all(share == pytest.approx(gradients.SHARE, rel=0.05) for share in shares.values())
+    assert all(share == pytest.approx(SHARE, rel=0.05) for share in shares.values())
     assert not found(after, "warning", "gradients")
 
 
