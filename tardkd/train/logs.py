@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,11 +15,16 @@ from tardkd.train.evaluate import METRICS
 from tardkd.train.tables import Table
 from tardkd.train.terminal import patient_console
 
+OnLog = Callable[[dict[str, Any]], None]  # what is given each step's and each evaluation's numbers by their names
+
 
 class RunLog:
     """Everything that one run reports; use as a context manager.
 
     Steps and epochs are numbered from 1 as a reader counts them: step n is the n-th update.
+
+    Args:
+        on_log: is given what a row of train.csv or eval.csv holds, when it is written.
     """
 
     def __init__(
@@ -31,8 +37,10 @@ class RunLog:
         log_every: int,
         console: Console | None = None,
         label: str = "",
+        on_log: OnLog | None = None,
     ) -> None:
         self.console = console or patient_console()
+        self._on_log = on_log
         self._epochs, self._total, self._log_every, self._label = epochs, epochs * steps_per_epoch, log_every, label
         epoch, step = resumed or (None, None)  # the last ones that the checkpoint has
         self._steps = Table(folder / "train.csv", last=None if step is None else ("step", step))
@@ -64,7 +72,7 @@ class RunLog:
         seconds: float,
         teachers_seconds: float = 0.0,
     ) -> None:
-        self._steps.write({"epoch": epoch, "step": step, **values, "seconds": seconds})
+        self._write(self._steps, {"epoch": epoch, "step": step, **values, "seconds": seconds})
         for name, value in values.items():
             self._scalar("/".join(place(name)), value, step)
         self._scalar("speed/images_per_second", images / max(seconds, 1e-9), step)
@@ -76,9 +84,8 @@ class RunLog:
         """Log what `evaluate` returned: percent, None where there is no such object."""
         values = {name: value for name, value in metrics.items() if name != "per_class"}
         classes = metrics["per_class"]
-        self._evaluations.write(
-            {"epoch": epoch, "step": step, **values, **{f"AP/{name}": value for name, value in classes.items()}}
-        )
+        of_classes = {f"AP/{name}": value for name, value in classes.items()}
+        self._write(self._evaluations, {"epoch": epoch, "step": step, **values, **of_classes})
         for group, scalars in (("AP", values), ("class_AP", classes)):
             for name, value in scalars.items():
                 if value is not None:
@@ -89,6 +96,11 @@ class RunLog:
         if self._board is None:
             self._board = SummaryWriter(str(self._board_folder), purge_step=self._purge_step)
         self._board.add_scalar(tag, value, step)
+
+    def _write(self, table: Table, row: dict[str, Any]) -> None:
+        table.write(row)
+        if self._on_log is not None:
+            self._on_log(dict(row))
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

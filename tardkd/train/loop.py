@@ -38,7 +38,7 @@ from tardkd.train.evaluate import evaluate
 from tardkd.train.folder import claim_for_run, reclaim
 from tardkd.train.interrupt import Interrupted, Termination
 from tardkd.train.late import Readings
-from tardkd.train.logs import NoLog, RunLog
+from tardkd.train.logs import NoLog, OnLog, RunLog
 from tardkd.train.optim import learning_rate
 from tardkd.train.resume import check_teachers, lengthened, restoring, resumed_state
 from tardkd.train.skip import Skipping
@@ -68,18 +68,33 @@ class Result:
 
 
 def train(
-    config: Config, *, resume: bool = False, overwrite: bool = False, console: Console | None = None, label: str = ""
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    label: str = "",
+    on_log: OnLog | None = None,
 ) -> Result:
-    """Train as `config` says, into ``config.output``; `resume` goes on from its ``last.pt``, exactly.
+    """Train as `config` says, into ``config.output``.
 
     Under torchrun all processes call this; the first one writes.
+
+    Args:
+        resume: go on from the folder's ``last.pt``, exactly.
+        overwrite: remove an earlier run from the folder.
+        console: where to say how it goes; ``Console(quiet=True)`` says nothing.
+        label: what lines and table call the run.
+        on_log: called in the first process with the numbers of every step and of every evaluation, as a row of
+            ``train.csv`` or ``eval.csv`` has them: both have "epoch" and "step" beside the others, and None stands for
+            what an evaluation could not measure.
     """
     began = time.perf_counter()
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     with join_processes(config.train.device) as processes, FolderLock(Path(config.output)) as lock:
         run = Run(config, processes, lock, resume=resume, overwrite=overwrite)
-        with run.open_log(console, label) as log, Termination(is_alone=processes.count == 1) as termination:
+        with run.open_log(console, label, on_log) as log, Termination(is_alone=processes.count == 1) as termination:
             run.train(log, termination)
     return Result(run.progress.metrics, run.progress.best_ap, run.folder, time.perf_counter() - began)
 
@@ -212,7 +227,9 @@ class Run:
         first_batch = first_step * self.config.train.accumulate
         return build_batches(self.config, dataset, epoch=epoch, first_batch=first_batch, processes=self.processes)
 
-    def open_log(self, console: Console | None, label: str) -> AbstractContextManager[RunLog | NoLog]:
+    def open_log(
+        self, console: Console | None, label: str, on_log: OnLog | None = None
+    ) -> AbstractContextManager[RunLog | NoLog]:
         """The log that goes on after what the run has logged before it was resumed."""
         if not self.processes.is_first:
             return nullcontext(NoLog())
@@ -225,6 +242,7 @@ class Run:
             console=console,
             resumed=(self.progress.epoch, self.progress.step) if self.resumed else None,
             log_every=train.log_every,
+            on_log=on_log,
         )
 
     @property
