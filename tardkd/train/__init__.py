@@ -1,1 +1,65 @@
-"""Training: one lean loop, its configuration, evaluation, checkpoints, logs and plots."""
+"""Training: one lean loop, its configuration, evaluation, checkpoints, logs and plots.
+
+>>> from tardkd.train import load_config, train
+>>> result = train(load_config("my.yaml").for_role("distilled"))
+
+The names below are imported when they are first asked for, because the command line reads this package before it knows
+what it needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tardkd.train.build import build_dataset, build_distiller, load_student
+    from tardkd.train.config import Config, ConfigError, load_config, parse_config
+    from tardkd.train.evaluate import evaluate
+    from tardkd.train.export import export
+    from tardkd.train.loop import Result, train
+    from tardkd.train.models import ModelSpec, build_model
+
+# The module of each name. `evaluate` and `export` are functions in modules of the same name, which can be called, too.
+_MODULES = {
+    "Config": "config",
+    "ConfigError": "config",
+    "ModelSpec": "models",
+    "Result": "loop",
+    "build_dataset": "build",
+    "build_distiller": "build",
+    "build_model": "models",
+    "evaluate": "evaluate",
+    "export": "export",
+    "load_config": "config",
+    "load_student": "build",
+    "parse_config": "config",
+    "train": "loop",
+}
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "ModelSpec",
+    "Result",
+    "build_dataset",
+    "build_distiller",
+    "build_model",
+    "evaluate",
+    "export",
+    "load_config",
+    "load_student",
+    "parse_config",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    return module if name == _MODULES[name] else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
