@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tardkd.files import write_text
 from tardkd.train.formats import FORMATS
@@ -55,10 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
     from tardkd.train.build import start_from
     from tardkd.train.config import load_config
     from tardkd.train.logs import describe
     from tardkd.train.loop import train as run
+
+    console = Console(quiet=options.quiet)
+
+    def say_numbers(values: dict[str, Any]) -> None:
+        shown = [f"{name} {value:.4g}" for name, value in values.items() if value is not None]
+        console.print(" ".join(shown), highlight=False, markup=False, soft_wrap=True)
 
     config = load_config(options.config, options.overrides)
     if options.role:
@@ -67,9 +76,15 @@ def train(options: argparse.Namespace) -> None:
         if options.resume:
             raise UsageError("--init-from starts a new run and --resume goes on with one: give one of the two")
         config = start_from(config, str(_checkpoint(options.init_from)))
-    result = run(config, resume=options.resume, overwrite=options.overwrite)
-    if _rank():
-        return  # the first process says it
+    result = run(
+        config,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        console=console,
+        on_log=say_numbers if options.verbose else None,
+    )
+    if _rank() or options.quiet:
+        return  # of several processes the first one says it
     print(f"{result.folder}: {describe(result.metrics)} after {result.seconds:.0f} s; best AP {result.best_ap:.1f}")
 
 
@@ -210,6 +225,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tardkd", description="Distil object detectors.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -230,6 +246,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _version() -> str:
+    from tardkd.info import __version__
+
+    return __version__
+
+
 def _train_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--config", required=True, metavar="FILE", help="a recipe in YAML")
     sub.add_argument("--role", choices=ROLES, help="which part of the recipe to train; adds its name to output")
@@ -243,6 +265,9 @@ def _train_options(sub: argparse.ArgumentParser) -> None:
         help="start a new run from these weights of the student: a run's "
         "folder, a checkpoint, a state dict or a .safetensors file",
     )
+    much = sub.add_mutually_exclusive_group()
+    much.add_argument("-q", "--quiet", action="store_true", help="say nothing but warnings and errors")
+    much.add_argument("-v", "--verbose", action="store_true", help="say all numbers of every step, a line each")
 
 
 def _doctor_options(sub: argparse.ArgumentParser) -> None:

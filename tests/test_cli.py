@@ -10,7 +10,7 @@ import torch
 import yaml
 from train.recipe import tree
 
-from tardkd import cli
+from tardkd import __version__, cli
 from tardkd.train import checkpoint
 
 
@@ -52,6 +52,30 @@ def test_eval_gives_what_training_logged(trained, capsys, tmp_path):
     assert "best.pt on test, 3 images" in capsys.readouterr().out
     assert cli.main(["eval", str(run), "--split", "test", "data.test=null"]) == 2
     assert "data.test: required here, but not given" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"tardkd {__version__}\n"
+
+
+def test_train_says_nothing_or_everything(trained, tmp_path, capsys):
+    recipe, _ = trained
+    command = ["train", "--config", str(recipe), "--role", "baseline", "data.train=4", "train.epochs=1"]
+    assert cli.main([*command, f"output={tmp_path}/quiet", "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+    assert cli.main([*command, f"output={tmp_path}/usual"]) == 0
+    usual = capsys.readouterr().out
+    assert cli.main([*command, f"output={tmp_path}/verbose", "-v"]) == 0
+    verbose = capsys.readouterr().out
+    assert "loss_rpn_box_reg" not in usual
+    assert [line.split()[:4] for line in verbose.splitlines() if "loss_rpn_box_reg" in line] == [
+        ["epoch", "1", "step", "1"],
+        ["epoch", "1", "step", "2"],
+    ]
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--quiet", "--verbose"])
 
 
 MISTAKES = {
