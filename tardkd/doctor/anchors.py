@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from tardkd.detectors.anchors import Anchors, anchors_of, input_scale
 from tardkd.distill.findings import Finding, ok, warning
-from tardkd.train.models import LIGHT
 
 from .subject import Subject
 
@@ -36,7 +35,7 @@ def check_anchors(subject: Subject) -> Iterator[Finding]:
     if unmatched <= MANY:
         yield ok(text, **numbers)
         return
-    is_light = subject.config.student.name == LIGHT
+    is_light = subject.config.student.is_light
     better = _better_sizes(anchors, boxes, limits, sides, unmatched) if is_light else None
     yield warning(text, better or _advice(anchors, sides), **numbers)
 

@@ -22,6 +22,7 @@ from tardkd.distill import Distiller
 from tardkd.train import checkpoint
 from tardkd.train.config import Config, ConfigError, SceneData, Teacher, VocData, parse_config
 from tardkd.train.models import ModelSpec, build_model, load
+from tardkd.train.own_models import check_named
 from tardkd.weights import Weights, check_finite, fill, from_content, read
 
 
@@ -155,7 +156,9 @@ def read_teacher(teacher: Teacher, class_names: list[str], key: str = "teacher")
     weights, spec = read(teacher.weights), teacher.model
     check_finite(weights.tensors, teacher.weights)
     if weights.content.get("format") == checkpoint.FORMAT:
-        spec = stored_config(weights.content, teacher.weights).student
+        stored = stored_config(weights.content, teacher.weights).student
+        check_named(stored.model, teacher.weights, None if spec is None else spec.model)
+        spec = stored
     if spec is None:
         raise ConfigError(f"{key}.model: required, because {teacher.weights} does not say what model it belongs to")
     return TeacherFile(weights, _with_weights(spec, teacher.weights), weights.classes or class_names)
@@ -207,7 +210,9 @@ def load_student(state: dict[str, Any], path: str | Path) -> nn.Module:
     """
     checkpoint.check_trained(state, path)
     check_finite(state["model"], str(path))
-    model = build_model(_with_weights(stored_config(state, path).student, None), len(state["classes"]))
+    spec = stored_config(state, path).student
+    check_named(spec.model, path)
+    model = build_model(_with_weights(spec, None), len(state["classes"]))
     fill(model, from_content(state, str(path)), called="the student")
     return model
 

@@ -33,7 +33,7 @@ from tardkd.train import checkpoint
 from tardkd.train.build import load_student, stored_config
 from tardkd.train.callable_module import CallableModule
 from tardkd.train.formats import SUFFIXES
-from tardkd.train.models import COMMON, LIGHT, ModelSpec
+from tardkd.train.models import COMMON, ModelSpec
 from tardkd.weights import check_finite, fingerprint, safetensors
 
 OPSET = 17
@@ -115,7 +115,7 @@ def metadata(spec: ModelSpec, classes: list[str]) -> dict[str, str]:
     """What travels with the weights where a format has room for it; `student` is the recipe's section, as JSON."""
     return {
         "classes": json.dumps(classes),
-        "model": spec.name,
+        "model": spec.title,
         "tardkd": __version__,
         "student": json.dumps(_settings(spec)),
     }
@@ -127,7 +127,9 @@ def _settings(spec: ModelSpec) -> dict[str, Any]:
 
 def constructor(spec: ModelSpec, num_classes: int) -> str:
     """The Python expression whose module takes the state dict."""
-    if spec.name == LIGHT:
+    if spec.model is not None:
+        return f"{spec.model.replace(':', '.')}({num_classes + 1})"
+    if spec.is_light:
         return f"tardkd.train.models.build_model(ModelSpec(**{_settings(spec)}), {num_classes})"
     options = "".join(f", {key}={getattr(spec, key)!r}" for key in COMMON if getattr(spec, key) is not None)
     eps = "" if spec.norm_eps is None else f", with eps = {spec.norm_eps} in every BatchNorm2d"

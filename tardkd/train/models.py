@@ -21,9 +21,11 @@ from tardkd import build_info
 from tardkd.detectors.parts import PREDICTOR
 from tardkd.ops import MultiScaleRoIAlign
 from tardkd.train.bounds import Channels, Factor, Layers, Pixels, Regions, Text
+from tardkd.train.own_models import REFERENCE, build_own
 from tardkd.weights import MisfitError, Weights, fill, from_content, read
 
 LIGHT = "resnet_fpn"
+OWN = ("model", "weights", "new_head", "freeze_norm", "norm_eps")  # what goes with a detector of one's own
 LIGHT_ONLY = ("blocks", "width", "fpn_channels", "head_dim", "norm", "anchor_sizes", "canonical_scale")
 COMMON = (
     "min_size",
@@ -43,11 +45,14 @@ STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
 class ModelSpec(BaseModel):
     """What detector to build. Settings left at None are torchvision's.
 
-    The second group goes to torchvision's ``FasterRCNN`` under its own names; the third is for ``resnet_fpn`` alone.
+    With ``model`` only ``weights``, ``new_head``, ``freeze_norm`` and ``norm_eps`` go. The second group goes to
+    torchvision's ``FasterRCNN`` under its own names; the third is for ``resnet_fpn`` alone.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
+    # a detector of your own, package.module:function; it is called with the number of classes, background included
+    model: Annotated[str, Field(pattern=f"^{REFERENCE}$")] | None = None
     # one of torchvision's detectors, or resnet_fpn: a light family for CPU work
     name: Literal[
         "resnet_fpn",
@@ -85,12 +90,15 @@ class ModelSpec(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelSpec:
+        if self.model is not None:
+            given = [key for key in type(self).model_fields if key not in OWN and self._is_given(key)]
+            if given:
+                raise ValueError(f"{', '.join(given)}: {self.model} builds the detector, so that it decides these")
+            if self.weights == "DEFAULT":
+                raise ValueError(f"torchvision has no DEFAULT weights for {self.model}")
+            return self
         if self.name != LIGHT:
-            foreign = [
-                key
-                for key in LIGHT_ONLY
-                if key in self.model_fields_set and getattr(self, key) != type(self).model_fields[key].default
-            ]
+            foreign = [key for key in LIGHT_ONLY if self._is_given(key)]
             if foreign:
                 raise ValueError(f"{', '.join(foreign)}: only {LIGHT} takes these, not {self.name}")
         elif len(self.anchor_sizes) != len(self.blocks) + 1:
@@ -112,8 +120,22 @@ class ModelSpec(BaseModel):
             raise ValueError(f"torchvision has no DEFAULT weights for {LIGHT}")
         return self
 
+    def _is_given(self, key: str) -> bool:
+        """Whether a recipe sets this key to something else than its default."""
+        return key in self.model_fields_set and getattr(self, key) != type(self).model_fields[key].default
 
-def build_model(spec: ModelSpec, num_classes: int, weights: Weights | None = None) -> FasterRCNN:
+    @property
+    def title(self) -> str:
+        """What to call the detector: its name, or the function that builds it."""
+        return self.model or self.name
+
+    @property
+    def is_light(self) -> bool:
+        """Whether it is of the light family."""
+        return self.model is None and self.name == LIGHT
+
+
+def build_model(spec: ModelSpec, num_classes: int, weights: Weights | None = None) -> nn.Module:
     """The detector that ``spec`` describes, for ``num_classes`` classes without the background (labels 1..num_classes).
 
     Nothing is downloaded unless ``spec.weights`` or ``spec.backbone_weights`` is ``DEFAULT``.
@@ -123,10 +145,14 @@ def build_model(spec: ModelSpec, num_classes: int, weights: Weights | None = Non
 
     Raises:
         CheckpointError: weights that cannot be read.
+        OwnModelError: a function of one's own that cannot be called, or builds something else.
         ValueError: weights that do not fit tensor by tensor.
     """
-    model = _build_bare(spec, num_classes)
-    _use_our_pool(model, spec)
+    if spec.model is not None:
+        model = build_own(spec.model, num_classes)
+    else:
+        model = _build_bare(spec, num_classes)
+        _use_our_pool(model, spec)
     if weights is not None or spec.weights:
         load(model, weights or _read(spec.name, spec.weights), new_head=spec.new_head)
     if spec.backbone_weights:
