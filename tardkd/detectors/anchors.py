@@ -27,6 +27,10 @@ class Anchors:
         """The same shapes and places with one other size a level."""
         return Anchors(tuple((size,) for size in sizes), self.ratios, self.strides)
 
+    def everywhere(self) -> Anchors:
+        """The same sizes and shapes on a grid of single pixels: what overlap the strides take away."""
+        return Anchors(self.sizes, self.ratios, (1.0,) * len(self.strides))
+
     def best_overlaps(self, boxes: Tensor, limits: Tensor) -> Tensor:
         """The largest IoU (G,) that any anchor has with each box.
 

@@ -5,10 +5,13 @@ Otherwise it would depend on what was drawn before: on which images share a proc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
@@ -33,6 +36,28 @@ class SeededSampler:
                 torch.manual_seed(seed)
                 chosen.append(self.sampler([of_image]))
         return [positive for (positive,), _ in chosen], [negative for _, (negative,) in chosen]
+
+
+def region_count(model: GeneralizedRCNN) -> int:
+    """How many regions of an image train the box head."""
+    return _sampler(model).batch_size_per_image
+
+
+@contextmanager
+def fewer_regions(model: GeneralizedRCNN, count: int) -> Iterator[None]:
+    """Let ``count`` regions of an image train the box head meanwhile."""
+    sampler = _sampler(model)
+    before, sampler.batch_size_per_image = sampler.batch_size_per_image, count
+    try:
+        yield
+    finally:
+        sampler.batch_size_per_image = before
+
+
+def _sampler(model: GeneralizedRCNN) -> Any:
+    """Torchvision's own sampler of the box head."""
+    sampler = model.roi_heads.fg_bg_sampler
+    return sampler.sampler if isinstance(sampler, SeededSampler) else sampler
 
 
 def seed_samplers(model: nn.Module) -> list[SeededSampler]:

@@ -35,27 +35,43 @@ def check_anchors(subject: Subject) -> Iterator[Finding]:
     if unmatched <= MANY:
         yield ok(text, **numbers)
         return
-    is_light = subject.config.student.is_light
-    better = _better_sizes(anchors, boxes, limits, sides, unmatched) if is_light else None
-    yield warning(text, better or _advice(anchors, sides), **numbers)
+    yield warning(text, _advice(anchors, boxes, limits, unmatched, subject.config.student.is_light), **numbers)
 
 
-def _better_sizes(anchors: Anchors, boxes: Tensor, limits: Tensor, sides: Tensor, unmatched: float) -> str | None:
-    """Sizes for the recipe that are spread over those of the objects, where they leave fewer objects unmatched."""
+def _advice(anchors: Anchors, boxes: Tensor, limits: Tensor, unmatched: float, is_light: bool) -> str:
+    """What would leave fewer than the ``unmatched`` share of the objects: other sizes, or a finer grid.
+
+    Args:
+        boxes: (G, 4) centre and size, in the student's input pixels.
+        limits: (G, 2) width and height of the image that each box is on.
+        is_light: whether a recipe can set the sizes of this student's anchors.
+    """
+    sides = boxes[:, 2:].prod(dim=1).sqrt()
     shares = torch.linspace(0.1, 0.9, len(anchors.sizes)).tolist()
-    sizes = [max(1, round(side)) for side in _quantiles(sides, shares)]
-    left = _unmatched(boxes, limits, anchors.resized(sizes))
-    return f"student.anchor_sizes={sizes} would leave {left:.0%}" if left < unmatched else None
-
-
-def _advice(anchors: Anchors, sides: Tensor) -> str:
+    sizes = [max(1, round(side)) for side in _quantiles(sides, shares)]  # spread over those of the objects
+    resized = _unmatched(boxes, limits, anchors.resized(sizes))
+    finer = _unmatched(boxes, limits, anchors.everywhere())
+    if is_light and resized < unmatched and resized <= finer:
+        return f"student.anchor_sizes={sizes} would leave {resized:.0%}"
     smallest, largest = min(map(min, anchors.sizes)), max(map(max, anchors.sizes))
     middle = float(sides.median())
     if middle < smallest:
         return "most objects are smaller than the smallest anchor: raise student.min_size and student.max_size"
     if middle > largest:
         return "most objects are larger than the largest anchor: lower student.min_size and student.max_size"
-    return "their shapes may be the reason: anchors are 1:2, 1:1 and 2:1; expect fewer proposals on thin objects"
+    if finer < unmatched / 2:
+        return (
+            f"the anchors stand {_sizes(anchors.strides, ', ')} pixels apart, which is coarse for such objects: on a "
+            f"finer grid the same anchors would leave {finer:.0%}. Raise student.min_size and student.max_size, or "
+            "take a student with a finer pyramid"
+        )
+    if is_light and resized < unmatched:
+        return f"student.anchor_sizes={sizes} would leave {resized:.0%}"
+    ratios = ", ".join(f"{ratio:g}" for ratio in sorted({ratio for level in anchors.ratios for ratio in level}))
+    return (
+        f"their shapes may be the reason: anchors are {ratios} times as high as wide; expect fewer proposals on thin "
+        "objects"
+    )
 
 
 def _boxes(dataset: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -84,5 +100,5 @@ def _quantiles(values: Tensor, shares: list[float]) -> list[float]:
     return [float(ordered[round(share * (len(ordered) - 1))]) for share in shares]
 
 
-def _sizes(sizes: Sequence[float]) -> str:
-    return "/".join(f"{size:g}" for size in sizes)
+def _sizes(sizes: Sequence[float], between: str = "/") -> str:
+    return between.join(f"{size:g}" for size in sizes)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from tardkd.detectors.sampling import SeededSampler, seed_samplers
+from tardkd.detectors.sampling import SeededSampler, fewer_regions, region_count, seed_samplers
 
-from .tiny import tiny_detector
+from .tiny import tiny_batch, tiny_detector
 
 
 class Draw:
@@ -44,3 +44,16 @@ def test_every_sampler_of_a_detector_is_seeded_once():
     assert all(isinstance(sampler, SeededSampler) for sampler in samplers)
     assert seed_samplers(model) == samplers  # a second training step of the model shares them
     assert not any(isinstance(sampler.sampler, SeededSampler) for sampler in samplers)
+
+
+def test_fewer_regions_for_a_while():
+    model = tiny_detector()
+    seed_samplers(model)
+    counted: list[int] = []
+    model.roi_heads.box_head.register_forward_hook(lambda module, args, output: counted.append(len(output)))
+    with fewer_regions(model, 3):
+        assert region_count(model) == 3
+        model(*tiny_batch())
+    assert region_count(model) == 16
+    model(*tiny_batch())
+    assert counted[0] <= 6 < counted[1]

@@ -7,6 +7,7 @@ import torch
 from torchvision.ops import box_convert
 from train.recipe import MODEL, recipe
 
+from tardkd.detectors.anchors import Anchors
 from tardkd.doctor import anchors
 from tardkd.train.build import build_dataset
 from tardkd.train.models import ModelSpec, build_model
@@ -36,3 +37,37 @@ def test_boxes_are_measured_in_the_students_pixels(tmp_path):
         assert limits[0].tolist() == [size, size]
         sides.append(boxes[:, 2:].mean())
     assert sides[1] == pytest.approx(2 * float(sides[0]))
+
+
+MOBILE = Anchors(((32.0, 64.0, 128.0),) * 3, ((0.5, 1.0, 2.0),) * 3, (32.0, 32.0, 64.0))
+
+
+def objects(width: float, height: float) -> torch.Tensor:
+    """Boxes of one size, spread over an image of 320 pixels."""
+    places = torch.arange(40, 280, 7, dtype=torch.float32)
+    return torch.cat(
+        [torch.cartesian_prod(places, places), torch.tensor([[width, height]]).repeat(len(places) ** 2, 1)], 1
+    )
+
+
+@pytest.mark.parametrize(
+    "anchors_of_it, width, height, reason",
+    [
+        (MOBILE, 34, 34, "the anchors stand 32, 32, 64 pixels apart"),
+        (MOBILE, 150, 12, "their shapes may be the reason: anchors are 0.5, 1, 2 times as high as wide"),
+        (MOBILE, 9, 9, "smaller than the smallest anchor"),
+        (MOBILE.resized([8, 9, 10]), 60, 60, "larger than the largest anchor"),
+    ],
+)
+def test_the_reason_is_the_one_that_would_help(anchors_of_it, width, height, reason):
+    boxes = objects(width, height)
+    limits = torch.full((len(boxes), 2), 320.0)
+    unmatched = anchors._unmatched(boxes, limits, anchors_of_it)
+    assert unmatched > anchors.MANY
+    assert reason in anchors._advice(anchors_of_it, boxes, limits, unmatched, is_light=False)
+
+
+def test_coarse_strides_are_named_in_a_report(tmp_path):
+    mobile = "student={name: fasterrcnn_mobilenet_v3_large_320_fpn, min_size: 128, max_size: 128}"
+    (text,) = found(doctor(tmp_path, mobile, role="baseline"), "warning", "anchors")
+    assert "the anchors stand 32, 32, 64 pixels apart" in text
