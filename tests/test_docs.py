@@ -6,9 +6,11 @@ import importlib.util
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,6 +139,16 @@ def preamble(folder: Path) -> dict[str, Any]:
     }
 
 
+def wandb() -> Any:
+    """What the pages use of Weights & Biases; what is logged must be numbers."""
+
+    def log(numbers: dict[str, Any], step: int) -> None:
+        assert step > 0 and all(value is None or isinstance(value, (int, float)) for value in numbers.values())
+
+    run = SimpleNamespace(log=log, finish=lambda: None)
+    return SimpleNamespace(init=lambda project, config: run)
+
+
 def run_python(page: Path, folder: Path) -> None:
     """The Python blocks of a page, one after another, as a reader would paste them."""
     names = preamble(folder)
@@ -148,6 +160,7 @@ def run_python(page: Path, folder: Path) -> None:
 @pytest.mark.parametrize("page", sorted({block.page for block in all_blocks("python")}), ids=lambda page: page.name)
 def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", wandb())
     run_python(page, tmp_path)
 
 
