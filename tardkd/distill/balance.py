@@ -61,7 +61,7 @@ class BalanceWatch:
     def __init__(self) -> None:
         self._reader = LateReader()
         self._step = 0
-        self._has_warned = False
+        self._has_warned = False  # or cannot measure
 
     def __call__(self, losses: Mapping[str, Tensor], features: Sequence[Tensor], weights: Mapping[str, float]) -> None:
         """Look at a step, where it is one to be measured.
@@ -77,7 +77,11 @@ class BalanceWatch:
         has_graph = torch.is_grad_enabled() and any(level.requires_grad for level in features)
         if self._has_warned or not is_due or not has_graph or torch.compiler.is_compiling():
             return
-        norms = pulls(losses, features)
+        try:
+            norms = pulls(losses, features)
+        except RuntimeError:  # a graph that can be walked only once, such as that of a reentrant checkpoint
+            self._has_warned = True
+            return
         if "detector" in norms:
             judge = partial(self._judge, self._step, list(norms), weights)
             self._reader.read(torch.stack(list(norms.values())), judge)

@@ -22,8 +22,14 @@ STRONG, WEAK = 1.0, SHARE / 10  # shares that are worth a warning
 
 def examine(distiller: Distiller, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> Findings:
     """See :meth:`tardkd.distill.Distiller.check`."""
+    findings = Findings()
     with _undone(distiller):
-        return Findings(_examine(distiller, images, targets))
+        try:
+            for finding in _examine(distiller, images, targets):
+                findings.append(finding)  # those before an error stay
+        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            findings.append(problem(str(error) or type(error).__name__))
+    return findings
 
 
 def _examine(distiller: Distiller, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> Iterator[Finding]:
@@ -32,16 +38,13 @@ def _examine(distiller: Distiller, images: Sequence[Tensor], targets: Sequence[d
         return
     yield from _classes(distiller)
     yield from _pairing(distiller)
-    try:
-        check_types(images)
-        fault = batch_fault(targets, distiller.detector.head) if is_well_formed(targets) else None
-        if fault:
-            raise ValueError(fault)
-        student_pass, losses = distiller.step(images, targets)
-        distiller.settle()
-    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        yield problem(str(error) or type(error).__name__)
+    check_types(images)
+    fault = batch_fault(targets, distiller.detector.head) if is_well_formed(targets) else None
+    if fault:
+        yield problem(fault)
         return
+    student_pass, losses = distiller.step(images, targets)
+    distiller.settle()
     low, high = image_range(images).tolist()
     fault = range_fault(low, high, student_pass.inputs)
     if fault:

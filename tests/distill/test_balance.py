@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from detectors.tiny import tiny_batch, tiny_detector
+from torch.utils.checkpoint import checkpoint
 
 from tardkd.distill import Distiller, DistillSettings, balance
 from tardkd.distill.balance import BalanceWatch, gradient_norm, pulls
@@ -105,3 +106,13 @@ def test_nothing_is_measured_without_a_gradient(monkeypatch: pytest.MonkeyPatch)
     frozen(*tiny_batch())
     ended = DistillSettings()
     BalanceWatch()({"loss": torch.ones(())}, [torch.ones(1, 1, 1, 1)], ended.weights)
+
+
+def test_a_graph_that_can_be_walked_only_once_is_left_alone() -> None:
+    """A reentrant checkpoint refuses torch.autograd.grad."""
+    distiller = pair(feature=1e6)
+    head = distiller.student.roi_heads.box_head
+    plain = head.forward
+    head.forward = lambda x: checkpoint(plain, x, use_reentrant=True)
+    assert steps(distiller, 3) == []
+    assert all(parameter.grad is not None for parameter in head.parameters())
