@@ -17,6 +17,10 @@ DWARFS = 30.0
 SELDOM = 1024  # steps between two measurements, once a training is under way
 
 
+class BalanceWarning(UserWarning):
+    """A term pulls far more strongly at the student than the detector's own losses."""
+
+
 def gradient_norm(value: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """The length () of the gradient of ``value``, (), by all ``tensors``, of any shape, together; keeps the graph.
 
@@ -104,5 +108,6 @@ class BalanceWatch:
             f"in step {step} distill terms pull far more strongly at the student's features than all of the detector's "
             f"own losses: {found}. The student would learn little else. Is the teacher trained, and are its weights "
             f"loaded (load_teacher_weights)? If so, lower the weight in DistillSettings: {lower}",
+            BalanceWarning,
             stacklevel=2,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tardkd.detectors.parts import backbone
-from tardkd.distill.balance import gradient_norm, split_losses
+from tardkd.distill.balance import BalanceWarning, gradient_norm, split_losses
 from tardkd.distill.examination import balance, gates, reach
 from tardkd.distill.findings import Finding, ok, problem
 from tardkd.train.batches import Part, by_step
@@ -76,8 +77,10 @@ def _take_step(
         for name, value in {"detector": detector, **terms}.items():
             measured.norms[name].append(gradient_norm(value, weights).item())
 
-    losses, stats = update.gradients(number, parts, measure_terms)
-    subject.distiller.settle()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BalanceWarning)  # the doctor says more of it
+        losses, stats = update.gradients(number, parts, measure_terms)
+        subject.distiller.settle()
     broken = [f"{name} is {value.item()}" for name, value in losses.items() if not torch.isfinite(value)]
     if broken:
         return broken

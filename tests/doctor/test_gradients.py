@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import warnings
 
 import pytest
 import torch
 from train.recipe import recipe
 
+from tardkd.distill.balance import BalanceWarning
 from tardkd.distill.examination import SHARE
 from tardkd.doctor import gradients, teacher
 from tardkd.train.loop import train
@@ -27,7 +29,9 @@ def test_the_suggested_weights_bring_every_term_to_the_stated_share(tmp_path, we
 
 
 def test_terms_that_are_too_strong_or_too_weak_are_named(tmp_path, weights, no_standards):
-    report = doctor(tmp_path, weights, "distill.feature=1000", "distill.regression=1e-6")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BalanceWarning)  # which the report makes superfluous
+        report = doctor(tmp_path, weights, "distill.feature=1000", "distill.regression=1e-6")
     text = next(text for text in found(report, "warning", "gradients") if "gradient norm" in text)
     assert "feature" in text.split(";")[-1] and "regression" in text.split(";")[-1]
 
