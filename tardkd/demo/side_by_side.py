@@ -61,7 +61,7 @@ def run_side_by_side(jobs: Sequence[Job], *, workers: int, say: Callable[[str], 
     the workers then get SIGTERM, on which a training saves what it has.
 
     Raises:
-        Interrupted: by SIGTERM.
+        Interrupted: by SIGTERM or Ctrl-C.
         WorkerDied: a process ended by itself.
         Exception: what a job raised.
     """
@@ -85,8 +85,9 @@ def run_side_by_side(jobs: Sequence[Job], *, workers: int, say: Callable[[str], 
                         say(message)
                     else:
                         outcomes[running.pop(worker).name] = message
-                if termination.requested:
-                    raise Interrupted(f"ended by SIGTERM during {', '.join(job.name for job in running.values())}")
+                if termination.number is not None:
+                    during = ", ".join(job.name for job in running.values())
+                    raise Interrupted(f"ended by {termination.name} during {during}", termination.number)
         except BaseException:
             for worker in team:
                 worker.terminate()

@@ -119,9 +119,7 @@ class Teacher(Section):
 
     weights: Text | None = None  # a file or DEFAULT; null with --role distilled: from the recipe's own teacher run
     model: ModelSpec | None = None  # what the weights are of, where they do not say so; what the role teacher trains
-    classes: dict[Text, Text | None] | None = (
-        None  # a class of the teacher's: the class of the student's that it teaches
-    )
+    classes: dict[Text, Text | None] | None = None  # a class of the teacher's: the student's class that it teaches
     compile: bool = False  # compile its backbone, which takes minutes at the start and saves time in long trainings
 
 

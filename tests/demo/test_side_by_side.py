@@ -103,7 +103,7 @@ def test_one_worker_does_one_job_after_another(tmp_path):
         (fail, ValueError, "^no such luck$"),
         (die, WorkerDied, "^the process of first died, exit code 3$"),
         (partial(send, signal.SIGTERM, [os.getpid()]), Interrupted, "^ended by SIGTERM during first, second$"),
-        (partial(send, signal.SIGINT, [os.getpid()]), KeyboardInterrupt, "^$"),
+        (partial(send, signal.SIGINT, [os.getpid()]), Interrupted, "^ended by Ctrl-C during first, second$"),
     ],
     ids=["an error", "death", "SIGTERM", "Ctrl-C"],
 )
