@@ -27,9 +27,9 @@ class Place(NamedTuple):
 
 
 def all_targets() -> list[Target]:
-    from . import ops
+    from . import files, ops
 
-    return [*ops.TARGETS]
+    return [*ops.TARGETS, *files.TARGETS]
 
 
 def fuzz(names: Sequence[str], seconds: float, seed: int) -> tuple[Table, list[str]]:
