@@ -62,8 +62,9 @@ def train(options: argparse.Namespace) -> None:
     from tardkd.train.config import load_config
     from tardkd.train.logs import describe
     from tardkd.train.loop import train as run
+    from tardkd.train.terminal import patient_console
 
-    console = Console(quiet=options.quiet)
+    console = Console(quiet=True) if options.quiet else patient_console()
 
     def say_numbers(values: dict[str, Any]) -> None:
         shown = [f"{name} {value:.4g}" for name, value in values.items() if value is not None]

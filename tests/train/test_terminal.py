@@ -32,6 +32,7 @@ def run(tmp_path: Path, line: str, **environment: str) -> subprocess.CompletedPr
     [
         "set -o pipefail; {train} | head -1",
         "set -o pipefail; {train} 2>&1 | true",
+        "set -o pipefail; {train} --verbose | head -1",
         "{train} >&-",
         "{train} > /dev/full",
         "{train} > /dev/full 2>&1",
