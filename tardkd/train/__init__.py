@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tardkd.train.build import build_dataset, build_distiller, load_student
     from tardkd.train.config import Config, ConfigError, load_config, parse_config
-    from tardkd.train.evaluate import evaluate
-    from tardkd.train.export import export
     from tardkd.train.loop import Result, train
     from tardkd.train.models import ModelSpec, build_model
 
-# The module of each name. `evaluate` and `export` are functions in modules of the same name, which can be called, too.
+# The module of each name. The functions `evaluate` and `export` are not here: their modules have the same names.
 _MODULES = {
     "Config": "config",
     "ConfigError": "config",
@@ -29,8 +27,6 @@ _MODULES = {
     "build_dataset": "build",
     "build_distiller": "build",
     "build_model": "models",
-    "evaluate": "evaluate",
-    "export": "export",
     "load_config": "config",
     "load_student": "build",
     "parse_config": "config",
@@ -45,8 +41,6 @@ __all__ = [
     "build_dataset",
     "build_distiller",
     "build_model",
-    "evaluate",
-    "export",
     "load_config",
     "load_student",
     "parse_config",
@@ -57,8 +51,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
-    return module if name == _MODULES[name] else getattr(module, name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -15,7 +15,6 @@ state dict needs ``tardkd.train.models.build_model``; its TorchScript and ONNX f
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +30,6 @@ from tardkd.detectors import for_model
 from tardkd.detectors.deploy import deployable
 from tardkd.train import checkpoint
 from tardkd.train.build import load_student, stored_config
-from tardkd.train.callable_module import CallableModule
 from tardkd.train.formats import SUFFIXES
 from tardkd.train.models import COMMON, ModelSpec
 from tardkd.weights import check_finite, fingerprint, safetensors
@@ -251,6 +249,3 @@ def _differing(left: Detections, right: Detections, size: tuple[int, int]) -> in
     same &= (left["scores"][:, None] - right["scores"]).abs() < 0.01
     same &= (left["boxes"][:, None] - right["boxes"]).abs().amax(-1) < 0.005 * max(size)
     return int((~same.any(1)).sum() + (~same.any(0)).sum())
-
-
-sys.modules[__name__].__class__ = CallableModule

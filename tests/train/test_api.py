@@ -36,23 +36,6 @@ def test_to_import_the_package_imports_nothing_else():
     assert python("import sys, tardkd.train; print('torch' in sys.modules, 'pydantic' in sys.modules)") == "False False"
 
 
-@pytest.mark.parametrize(
-    "first", ["import tardkd.train.loop", "from tardkd.train import evaluate", "import tardkd.train.export", "pass"]
-)
-def test_evaluate_and_export_are_module_and_function_whatever_was_imported_before(first):
-    code = f"""{first}
-import inspect
-from tardkd.train import evaluate, export
-from tardkd.train.evaluate import evaluate as function
-assert evaluate.evaluate is function and callable(evaluate) and callable(export)
-try:
-    export("no.pt", "student.bin")
-except RuntimeError as error:
-    print(error)
-"""
-    assert "does not tell a format" in python(code)
-
-
 def test_a_run_from_python_tells_its_numbers(tmp_path):
     seen = []
     console = Console(file=io.StringIO(), quiet=True)
