@@ -73,7 +73,7 @@ def build_distiller(
 
     Args:
         class_names: the data set's, in the order of the labels.
-        files: what :func:`read_teacher` found, by the key of the section, where the caller has read it already.
+        files: what ``read_teacher`` found, by the key of the section, where the caller has read it already.
     """
     spec, weights = _first_weights(config.student, class_names)
     seed_generators(config.train.seed)
@@ -169,7 +169,7 @@ def load_teacher(
 ) -> tuple[nn.Module, list[str]]:
     """The teacher with its trained weights, and its classes.
 
-    `key` names the section of the configuration in errors; `file` is what :func:`read_teacher` found, if it was called.
+    `key` names the section of the configuration in errors; `file` is what ``read_teacher`` found, if it was called.
     """
     file = file or read_teacher(teacher, class_names, key)
     if file is not None:
