@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -178,7 +179,11 @@ def test_results_are_written_whole_or_into_a_pipe(trained, tmp_path, capsys):
     out.write_text("before")
     assert cli.main(["eval", str(run), "--json", str(out)]) == 0
     assert json.loads(out.read_text())["AP"] is not None and [path.name for path in tmp_path.iterdir()] == [out.name]
-    assert cli.main(["eval", str(run), "--json", "/dev/null"]) == 0
-    assert Path("/dev/null").is_char_device()
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    assert cli.main(["eval", str(run), "--json", str(pipe)]) == 0
+    assert json.loads(os.read(reader, 100_000)) == json.loads(out.read_text()) and pipe.is_fifo()
+    os.close(reader)
     assert cli.main(["eval", str(run), "--json", str(tmp_path)]) == 2
     assert f"cannot write {tmp_path}: Is a directory" in capsys.readouterr().err
