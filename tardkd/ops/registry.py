@@ -17,7 +17,15 @@ from .checks import accumulation_dtype
 from .cpu import CpuKernels
 from .cuda import CudaKernels
 from .extension import native_module
-from .inputs import AlignBackward, AlignCall, GaussianBackward, RegionCall, RegionInputs
+from .inputs import (
+    AlignBackward,
+    AlignCall,
+    GaussianBackward,
+    GaussianCall,
+    RegionCall,
+    RegionInputs,
+    RegionResults,
+)
 from .kernels import Kernels
 from .maps import flat_size, layout_of
 from .results import gradient_like, region_results
@@ -46,12 +54,12 @@ def schema_of(fields: type) -> str:
 
 
 def schema_type(hint: Any) -> str:
-    """A type as torch's schemas write it: names are strings, tuples are lists, None makes a tensor optional."""
+    """A type as torch's schemas write it: choices are strings, sequences lists, and None makes a tensor optional."""
     if hint in SCALARS:
         return SCALARS[hint]
     if get_origin(hint) is Literal:
         return "str"
-    if get_origin(hint) in (tuple, Sequence):
+    if get_origin(hint) in (tuple, list, Sequence):
         return f"{SCALARS[get_args(hint)[0]]}[]"
     [present] = [kind for kind in get_args(hint) if kind is not NoneType]
     return f"{schema_type(present)}?"
@@ -59,8 +67,8 @@ def schema_type(hint: Any) -> str:
 
 _INPUTS, _LOSS, _ALIGN = schema_of(RegionInputs), schema_of(LossSpec), schema_of(RoIAlignSpec)
 _REGION = f"{_INPUTS}, Tensor? upstream, bool[] wants, {_LOSS}"
-_GAUSSIAN = "Tensor[] student_features, Tensor[] teacher_features, Tensor gt_boxes, float[] scales, float sigma_squared"
-_RESULTS = f"({', '.join(['Tensor'] * 9)})"  # RegionResults
+_GAUSSIAN = schema_of(GaussianCall)
+_RESULTS = f"({', '.join('Tensor' for _ in RegionResults._fields)})"
 
 SCHEMAS = {
     "region_distill": f"(Tensor[] student_features, Tensor[] teacher_features, {_REGION}, float[] student_scales, "
