@@ -56,15 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from tardkd.train.build import start_from
     from tardkd.train.config import load_config
     from tardkd.train.logs import describe
     from tardkd.train.loop import train as run
     from tardkd.train.terminal import patient_console
 
-    console = Console(quiet=True) if options.quiet else patient_console()
+    console = patient_console(quiet=options.quiet)
 
     def say_numbers(values: dict[str, Any]) -> None:
         shown = [f"{name} {value:.4g}" for name, value in values.items() if value is not None]

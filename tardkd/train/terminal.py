@@ -9,9 +9,9 @@ from typing import Any, TextIO, cast
 from rich.console import Console
 
 
-def patient_console() -> Console:
+def patient_console(*, quiet: bool = False) -> Console:
     """A console on the standard output whose failures end no training: what cannot be printed goes nowhere."""
-    return Console(file=cast(TextIO, PatientStream()))
+    return Console(file=cast(TextIO, PatientStream()), quiet=quiet)
 
 
 class PatientStream:
