@@ -1,7 +1,8 @@
 // What the bindings of both back ends share: Python's named tuples as the structs of core/common.h.
 //
 // Python allocates every result. A tensor arrives as what describe() in tardkd/ops/native.py makes of it, everything
-// else as a named tuple of tardkd/ops/spec.py or tardkd/ops/inputs.py whose fields are read here by their names.
+// else as a named tuple of tardkd/ops (spec.py, inputs.py, native.py, cuda.py) whose fields are read here by their
+// names.
 #pragma once
 
 #include <pybind11/pybind11.h>

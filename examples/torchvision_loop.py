@@ -64,7 +64,7 @@ def main() -> None:
     # The weights are to bring the gradients of the terms near to that of the detector's own losses; `tardkd doctor`
     # measures yours. Without a teacher the distiller is exactly the student. (+)
     distiller = Distiller(model, teacher, DistillSettings(feature=0.2, regression=0.2), enabled=bool(args.teacher))
-    distiller.start(epochs, len(loader))  # (+) the weight of all terms falls from 1 to 0 over so many steps
+    distiller.start(epochs, len(loader))  # (+) the weight of all terms falls from epoch to epoch
     # (~) the distiller's parameters: the student's, and a 1x1 convolution where the channels of the two differ
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.005, momentum=0.9, weight_decay=1e-4)
 

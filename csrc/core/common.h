@@ -15,8 +15,8 @@ namespace tardkd {
 
 constexpr int kMaxLevels = 8;
 
-// The order of the enumerators is the order of the names in tardkd/ops/spec.py.
 enum class DType : int32_t { float32, float64, float16, bfloat16 };
+// The order of the enumerators is the order of the names in tardkd/ops/spec.py.
 enum class FeatureLoss : int32_t { squared, absolute, smooth_l1 };
 enum class BinWeight : int32_t { uniform, gaussian };
 enum class FeatureGate : int32_t { all, foreground, classification, regression, either };

@@ -52,10 +52,10 @@ def run_demo(
 ) -> dict[str, Any]:
     """Train a teacher, then both students for every seed, print what came out and write it to `out`/results.json.
 
-    The trainings go on side by side, in as many processes as there are cores. The seeds share the one teacher, as one
-    would in practice: they tell how far a student's score is luck. All runs have the same number of epochs and the same
-    optimizer, both students of a seed the same first weights and the same images in the same order; last weights are
-    compared, without choosing by the score.
+    The trainings go on side by side, in as many processes as there are cores, at most four. The seeds share the one
+    teacher, as one would in practice: they tell how far a student's score is luck. All runs have the same number of
+    epochs and the same optimizer, both students of a seed the same first weights and the same images in the same order;
+    last weights are compared, without choosing by the score.
     """
     with FolderLock(out) as lock:
         claim(out, _refusal(out), overwrite=overwrite, patterns=OUTPUTS, lock=lock)

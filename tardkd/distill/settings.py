@@ -73,7 +73,10 @@ class ScheduleSettings:
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """Weights, gates and losses of a distillation. The defaults are the method's where it states one."""
+    """Weights, gates and losses of a distillation.
+
+    The page on the method says which defaults are the paper's and which are ours.
+    """
 
     # --- the terms: a term of weight 0 is left out
     feature: float = 1.0  # weight of the term that compares the pooled features of each region
@@ -96,7 +99,7 @@ class DistillSettings:
     beta: float = 1 / 9  # smooth-L1 threshold of the deltas, and of the features with feature_loss smooth_l1
     feature_loss: FeatureLoss = "squared"  # how the difference of two features is measured
     bin_weight: BinWeight = "uniform"  # weight of a region's bins; gaussian: those near the object's centre count more
-    sigma_squared: float = 2.0  # width of the gaussian term's mask, in half box sizes
+    sigma_squared: float = 2.0  # square of the width of the gaussian term's mask, which is measured in half box sizes
 
     # --- how it runs
     # pooled: features are compared as the heads have pooled them; pyramid: both pool again; auto: pooled if possible

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .inputs import RegionInputs
-from .spec import Activation, Background, LossSpec, class_count, is_foreground, positive
+from .spec import MAX_LEVELS, Activation, Background, LossSpec, class_count, is_foreground, positive
 
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BOX_DTYPES = (torch.float32, torch.float64)
@@ -27,7 +27,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# --- tensors --------------------------------------------------------------------------------------
+# --- tensors ----------------------------------------------------------------------------------------------------------
 
 
 def check_tensor(name: str, tensor: Tensor, axes: tuple[str, ...], dtypes: Sequence[torch.dtype]) -> None:
@@ -56,7 +56,7 @@ def check_detached(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} requires grad, but no gradient flows into it; pass a detached tensor (.detach())")
 
 
-# --- pyramids -------------------------------------------------------------------------------------
+# --- pyramids ---------------------------------------------------------------------------------------------------------
 
 
 def check_pyramid(name: str, features: Sequence[Tensor]) -> None:
@@ -65,6 +65,8 @@ def check_pyramid(name: str, features: Sequence[Tensor]) -> None:
         raise TypeError(f"{name} must be a list of tensors, one per level, got {type(features).__name__}")
     if len(features) == 0:
         raise ValueError(f"{name} must hold at least one level")
+    if len(features) > MAX_LEVELS:
+        raise ValueError(f"{name}: a pyramid has at most {MAX_LEVELS} levels, got {len(features)}")
     check_tensor(f"{name}[0]", features[0], ("N", "C", "H", "W"), FEATURE_DTYPES)
     images, channels, _, _ = features[0].shape
     dtype, device = features[0].dtype, features[0].device
@@ -165,7 +167,7 @@ def check_sides(student: Tensor, teacher: Tensor, student_name: str, teacher_nam
     check_same_precision(student_name, student, teacher_name, teacher)
 
 
-# --- regions --------------------------------------------------------------------------------------
+# --- regions ----------------------------------------------------------------------------------------------------------
 
 
 def as_regions(proposals: Tensor | Sequence[Tensor], num_images: int | None, device: torch.device) -> Tensor:
@@ -294,7 +296,7 @@ def are_finite(boxes: Tensor) -> Tensor:
     return (boxes.abs() <= LARGEST_COORDINATE).all(1)
 
 
-# --- values, on request ---------------------------------------------------------------------------
+# --- values, on request -----------------------------------------------------------------------------------------------
 
 
 def checking_values() -> bool:
@@ -319,7 +321,10 @@ def region_faults(regions: Tensor, num_images: int | None) -> Faults:
 
 
 def label_faults(inputs: RegionInputs, background: Background, num_classes: int) -> Faults:
-    """The same for what belongs to each region."""
+    """What is wrong with a region's label or object.
+
+    The ops leave such a region out, but for a box without extent, which they know nothing wrong of.
+    """
     labels, gt_boxes = inputs.labels, inputs.gt_boxes
     is_object = is_foreground(labels, background, num_classes)
     has_extent = (gt_boxes[:, 2:] > gt_boxes[:, :2]).all(1)

@@ -1,7 +1,8 @@
 """The registered ops on CUDA devices: allocate results and scratch memory, hand everything to the native module.
 
 Nothing here waits for the device: sizes follow from shapes, and what depends on data is decided by the kernels. They
-read every tensor where it lies, in any floating dtype and of any strides. With
+read every tensor where it lies, in any floating dtype and of any strides; only pooled features whose bins are not one
+axis, and the upstream gradient of RoIAlign, are made contiguous first. With
 ``torch.use_deterministic_algorithms(True)`` feature gradients are gathered in a fixed order; otherwise atomics scatter
 them.
 """
@@ -32,7 +33,7 @@ class Target(NamedTuple):
 class Scratch(NamedTuple):
     """Memory in which the blocks of one launch add up what they found."""
 
-    done: Description  # (1,) int32, zero
+    done: Description  # int32, of which the first is zero
     partial: Description  # (partials,)
 
 

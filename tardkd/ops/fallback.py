@@ -31,5 +31,5 @@ def _warn(device_type: str) -> None:
         _warned.add(device_type)
         warnings.warn(
             f"this build of tardkd has no {device_type} kernels: its ops run as plain PyTorch there, which is slower",
-            stacklevel=6,
+            stacklevel=5,
         )

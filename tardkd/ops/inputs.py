@@ -2,7 +2,8 @@
 
 N images, R regions of all images together, K classes, C channels, L levels. A *call* is everything that one call of an
 op was given, checked: its tensors and its settings. ``pack`` and ``unpack`` alone know the order of the flat arguments
-that torch's dispatcher takes, ``tensors`` and ``with_tensors`` alone the order in which autograd sees the tensors.
+that torch's dispatcher takes; ``tensors``, ``with_tensors`` and ``gradients`` know the order in which autograd sees the
+tensors of a loss.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .functional import gaussian_feature_loss, multiscale_roi_align, pooled_distill_loss, region_distill_loss
 from .inputs import RegionLosses
-from .spec import LossSpec, RoIAlignSpec, output_pair, positive
+from .spec import MAX_SAMPLES, LossSpec, RoIAlignSpec, integer, output_pair, positive
 
 
 class MultiScaleRoIAlign(nn.Module):
@@ -42,7 +42,7 @@ class MultiScaleRoIAlign(nn.Module):
         super().__init__()
         self.featmap_names = featmap_names
         self.output_size = output_pair(output_size)
-        self.sampling_ratio = sampling_ratio
+        self.sampling_ratio = integer("sampling_ratio", sampling_ratio, high=MAX_SAMPLES)
         self.canonical_scale = canonical_scale
         self.canonical_level = canonical_level
 

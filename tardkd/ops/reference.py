@@ -35,7 +35,7 @@ LEVEL_EPSILON = 1e-6  # torchvision's, added before the floor
 MAX_SIZE_DELTA = math.log(1000.0 / 16)  # torchvision's clamp of dw and dh
 
 
-# --- RoIAlign -------------------------------------------------------------------------------------
+# --- RoIAlign ---------------------------------------------------------------------------------------------------------
 
 
 def valid_regions(regions: Tensor, num_images: int | None) -> Tensor:
@@ -48,7 +48,7 @@ def valid_regions(regions: Tensor, num_images: int | None) -> Tensor:
 
 
 def region_levels(boxes: Tensor, scales: Sequence[float], canonical_scale: float, canonical_level: int) -> Tensor:
-    """Level index of each (R, 4) box: eq. 1 of FPN (Lin et al. 2017), clamped to their octaves."""
+    """Level index of each (R, 4) box: eq. 1 of FPN (Lin et al. 2017), clamped to the octaves that the scales span."""
     boxes = boxes.double()
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     size = area.clamp(min=0).sqrt()  # a box without area goes to the finest level: log2(0) = -inf
@@ -146,7 +146,7 @@ def roi_align(call: AlignCall) -> Tensor:
     return pooled.new_zeros(len(regions), *pooled.shape[1:]).index_add(0, valid, pooled).to(features[0].dtype)
 
 
-# --- boxes and classes ----------------------------------------------------------------------------
+# --- boxes and classes ------------------------------------------------------------------------------------------------
 
 
 def decode(deltas: Tensor, boxes: Tensor, weights: Sequence[float]) -> Tensor:
@@ -190,7 +190,7 @@ def class_scores(
     return torch.where(foreground, score, torch.zeros_like(score))
 
 
-# --- gates ----------------------------------------------------------------------------------------
+# --- gates ------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -246,7 +246,7 @@ def gates_and_scores(
     return torch.stack([feature, classification, regression], 1), scores, foreground
 
 
-# --- losses of the open regions -------------------------------------------------------------------
+# --- losses of the open regions ---------------------------------------------------------------------------------------
 
 
 def penalty(difference: Tensor, kind: FeatureLoss, beta: float) -> Tensor:
@@ -364,7 +364,7 @@ def region_losses(call: RegionCall) -> RegionLosses:
     return RegionLosses(feature, classification, regression, gates, scores)
 
 
-# --- Gaussian-mask loss ---------------------------------------------------------------------------
+# --- Gaussian-mask loss -----------------------------------------------------------------------------------------------
 
 
 def gaussian_mask(boxes: Tensor, height: int, width: int, sigma_squared: float) -> Tensor:
@@ -400,7 +400,7 @@ def gaussian_loss(call: GaussianCall) -> Tensor:
     return torch.stack(level_losses).mean()
 
 
-# --- the twins of the public functions ------------------------------------------------------------
+# --- the twins of the public functions --------------------------------------------------------------------------------
 
 
 def shared_roi_align_pair(calls: tuple[AlignCall, AlignCall]) -> tuple[Tensor, Tensor]:

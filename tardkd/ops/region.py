@@ -66,8 +66,8 @@ def region_distill_loss(
     - regression: the same sum over ``smoothL1_beta(r_S[y_i], r_T[y_i])`` added up over the four deltas.
 
     Args:
-        student_features: the student's pyramid, L tensors (N, C, H_l, W_l), finest first; float16, bfloat16, float32
-            or float64; contiguous, channels_last or any strides.
+        student_features: the student's pyramid, L tensors (N, C, H_l, W_l), at most 8, finest first; float16, bfloat16,
+            float32 or float64; contiguous, channels_last or any strides.
         teacher_features: the teacher's, with the same N and C; levels, sizes, strides and dtype may differ.
         proposals: (R, 5) image index and xyxy, or N tensors (R_n, 4) xyxy; student-input pixels, float32 (or float64).
         student_logits, teacher_logits: (R, K + 1), or (R, K) with ``activation="sigmoid"``.
@@ -79,12 +79,12 @@ def region_distill_loss(
         student_scales: map pixels per student-input pixel, one a level, e.g. ``(1/4, 1/8, 1/16, 1/32)``.
         teacher_scales: the same for the teacher's maps, in student-input pixels too; None: the student's.
         output_size: bins a side, an int or (height, width).
-        sampling_ratio: samples a bin and axis; 0: adaptive, ``ceil(region / bins)``.
+        sampling_ratio: samples a bin and axis; 0 or less: adaptive, ``ceil(region / bins)``.
         aligned, canonical_scale, canonical_level: as in torchvision's ``roi_align`` and ``MultiScaleRoIAlign``. Each
             side picks the level of a region by its own scales.
         feature_loss: rho: "squared", "absolute" or "smooth_l1" (with ``beta``).
-        bin_weight: "uniform", or "gaussian": rho of a bin times the Gaussian of g_i (sigma^2 = 2 half extents, 0
-            outside g_i) at the bin's centre.
+        bin_weight: "uniform", or "gaussian": rho of a bin times the Gaussian of g_i (sigma^2 = 2, sigma in half
+            extents; 0 outside g_i) at the bin's centre.
         feature_gate: "all", "foreground", "classification" or "regression" (that gate), or "either": foreground and one
             of the two.
         classification_gate: "all", "foreground", or "teacher_better": foreground and p_T(y_i) > p_S(y_i).

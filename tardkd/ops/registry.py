@@ -1,7 +1,7 @@
 """The ops as torch sees them: schemas, implementations, shapes for tracing. The only file that talks to the dispatcher.
 
 The registered ops take and return plain tensors, numbers and names, and know nothing of autograd; ``autograd.py`` calls
-them. Their schemas follow from the named tuples that pack their arguments, so that a new field needs no word here.
+them. Their schemas follow from the named tuples that pack their arguments, so that a new setting needs no word here.
 """
 
 from __future__ import annotations
@@ -128,9 +128,10 @@ def _(*packed):
 
 
 @torch.library.register_fake("tardkd::gaussian_feature_loss", lib=_library)
-def _(student_features, teacher_features, gt_boxes, scales, sigma_squared):
-    loss = gt_boxes.new_empty((), dtype=accumulation_dtype(student_features[0].dtype))
-    return loss, gt_boxes.new_empty((len(scales),), dtype=torch.float64)
+def _(*packed):
+    call = GaussianCall.unpack(packed)
+    loss = call.gt_boxes.new_empty((), dtype=accumulation_dtype(call.student_features[0].dtype))
+    return loss, call.gt_boxes.new_empty((len(call.scales),), dtype=torch.float64)
 
 
 @torch.library.register_fake("tardkd::gaussian_feature_loss_backward", lib=_library)

@@ -28,11 +28,12 @@ def multiscale_roi_align(
     features.
 
     Args:
-        features: L tensors (N, C, H_l, W_l), finest first; float16, bfloat16, float32 or float64, any strides.
+        features: L tensors (N, C, H_l, W_l), at most 8, finest first; float16, bfloat16, float32 or float64, any
+            strides.
         proposals: (R, 5) image index and xyxy, or N tensors (R_n, 4) xyxy; input pixels, float32 (or float64).
         scales: map pixels per input pixel, one a level.
         output_size: bins a side, an int or (height, width).
-        sampling_ratio: samples a bin and axis; 0: adaptive, ``ceil(region / bins)``.
+        sampling_ratio: samples a bin and axis; 0 or less: adaptive, ``ceil(region / bins)``.
         aligned: shift regions by half a pixel, as in torchvision's ``roi_align``.
         canonical_scale, canonical_level: a region of ``canonical_scale`` pixels a side belongs to ``canonical_level``.
 

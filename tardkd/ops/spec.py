@@ -50,6 +50,7 @@ def class_count(logits_width: int, activation: Activation) -> int:
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
+MAX_LEVELS = 8  # of a pyramid, as kMaxLevels in csrc/core/common.h
 MAX_BINS = 4096  # a side of a pooled region
 MAX_SAMPLES = 1024  # a bin and axis
 _INT32 = 2**31
@@ -93,7 +94,7 @@ def not_negative(name: str, value: Any) -> float:
 
 def _finite(name: str, value: Any) -> float:
     try:
-        result = float(value)
+        result = float("" if isinstance(value, str) else value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, got {value!r}") from None
     if not -math.inf < result < math.inf:
@@ -164,11 +165,13 @@ class LossSpec(NamedTuple):
         """The same with its numbers as floats.
 
         Raises:
-            ValueError: a setting is out of range or no known choice; names it.
+            ValueError, TypeError: a setting is out of range, of another type or no known choice; names it.
         """
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+        if not isinstance(self.box_weights, Sequence):
+            raise TypeError(f"box_weights must be four positive numbers (wx, wy, ww, wh), got {self.box_weights!r}")
         if len(self.box_weights) != 4 or not all(0 < weight < math.inf for weight in self.box_weights):
             raise ValueError(
                 f"box_weights must be four positive numbers (wx, wy, ww, wh), got {tuple(self.box_weights)}"

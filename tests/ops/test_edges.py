@@ -657,10 +657,10 @@ MISFITS = {
 }
 
 
-def test_more_levels_than_the_kernels_have_room_for(host):
-    scene = make_scene(100).to(torch.float32)
+def test_more_levels_than_the_kernels_have_room_for(backend):
+    scene = make_scene(100).to(torch.float32, device=backend.device)
     with pytest.raises(ValueError, match="at most 8 levels, got 9"):
-        host.ops.multiscale_roi_align([scene.student_features[0]] * 9, scene.proposals, scales=[0.25] * 9)
+        backend.ops.multiscale_roi_align([scene.student_features[0]] * 9, scene.proposals, scales=[0.25] * 9)
 
 
 @pytest.mark.parametrize("misfit", MISFITS)
