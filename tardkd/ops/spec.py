@@ -96,7 +96,7 @@ def not_negative(name: str, value: Any) -> float:
 
 def _finite(name: str, value: Any) -> float:
     try:
-        result = float("" if isinstance(value, str) else value)
+        result = float("" if isinstance(value, str) else value)  # a string is none, also one that float() would read
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, got {value!r}") from None
     if not -math.inf < result < math.inf:
