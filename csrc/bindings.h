@@ -126,6 +126,7 @@ inline LossSpec loss_spec(const py::object& loss) {
   spec.background = choice<Background, 2>(TARDKD_FIELD(loss, "background"), {"first", "last"});
   spec.activation = choice<Activation, 2>(TARDKD_FIELD(loss, "activation"), {"softmax", "sigmoid"});
   spec.reduction = choice<Reduction, 3>(TARDKD_FIELD(loss, "reduction"), {"mean", "sum", "none"});
+  spec.box_coding = choice<BoxCoding, 2>(TARDKD_FIELD(loss, "box_coding"), {"deltas", "boxes"});
   spec.temperature = TARDKD_FIELD(loss, "temperature").cast<double>();
   spec.beta = TARDKD_FIELD(loss, "beta").cast<double>();
   const auto box_weights = TARDKD_FIELD(loss, "box_weights").cast<std::array<double, 4>>();

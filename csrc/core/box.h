@@ -36,6 +36,13 @@ TARDKD_HD Box decode_box(const A* deltas, const Box& proposal, const double* wei
   return Box{cx - 0.5 * w, cy - 0.5 * h, cx + 0.5 * w, cy + 0.5 * h};
 }
 
+// The box that a head states itself, `xyxy`: (4,). Where the corners have changed places it is empty, not inside out.
+template <class A>
+TARDKD_HD Box upright_box(const A* xyxy) {
+  const double x1 = xyxy[0], y1 = xyxy[1], x2 = xyxy[2], y2 = xyxy[3];
+  return Box{x1, y1, x2 < x1 ? x1 : x2, y2 < y1 ? y1 : y2};  // written so that NaN passes through
+}
+
 TARDKD_HD double box_iou(const Box& a, const Box& b) {
   const double w = fmin(a.x2, b.x2) - fmax(a.x1, b.x1), h = fmin(a.y2, b.y2) - fmax(a.y1, b.y1);
   const double inter = (w > 0.0 ? w : 0.0) * (h > 0.0 ? h : 0.0);

@@ -25,6 +25,7 @@ enum class RegressionGate : int32_t { foreground, vs_proposal, vs_student };
 enum class Activation : int32_t { softmax, sigmoid };
 enum class Background : int32_t { first, last };
 enum class Reduction : int32_t { mean, sum, none };
+enum class BoxCoding : int32_t { deltas, boxes };  // what the tables of deltas hold; boxes: xyxy
 
 // One level of a feature pyramid: (N, C, height, width) with strides in elements.
 struct FeatureMap {
@@ -90,8 +91,9 @@ struct LossSpec {
   Background background;
   Activation activation;
   Reduction reduction;
+  BoxCoding box_coding;
   double temperature;
-  double beta;            // smooth-L1 threshold of deltas and features
+  double beta;            // smooth-L1 threshold of boxes and features
   double box_weights[4];  // dx, dy, dw, dh
 };
 
@@ -106,7 +108,7 @@ struct RegionInputs {
   int32_t student_delta_columns, teacher_delta_columns;  // each 4, 4 K or 4 (K + 1) for K classes
   Table proposals;                                       // (R, 5) image index, x1, y1, x2, y2
   Table student_logits, teacher_logits;                  // (R, logit_columns)
-  Table student_deltas;                                  // (R, student_delta_columns)
+  Table student_deltas;                                  // (R, student_delta_columns), see BoxCoding
   Table teacher_deltas;                                  // (R, teacher_delta_columns)
   Table gt_boxes;                                        // (R, 4) x1, y1, x2, y2
   Table region_weights;                                  // (R,), or absent for ones

@@ -82,18 +82,62 @@ TARDKD_HD Gates decide_gates(const RegionState& state, const A* scores, const Lo
   return gates;
 }
 
-// Writes scores[2] and scores[3]: the IoU of the teacher's decoded box with the ground truth, and that of the box it is
+// The box that a head means by `deltas`, (4,), those of the region's own class.
+template <class A>
+TARDKD_HD Box head_box(const A* deltas, const Box& proposal, const LossSpec& spec) {
+  return spec.box_coding == BoxCoding::boxes ? upright_box(deltas) : decode_box(deltas, proposal, spec.box_weights);
+}
+
+// Writes scores[2] and scores[3]: the IoU of the teacher's box with the ground truth, and that of the box it is
 // compared with. Boxes are (4,) x1, y1, x2, y2; deltas (4,), those of the region's own class; `scores` is (4,).
 template <class A>
 TARDKD_HD void box_scores(const double* proposal_xyxy, const double* gt_xyxy, const A* student_deltas,
                           const A* teacher_deltas, const LossSpec& spec, A* scores) {
   const Box proposal = make_box(proposal_xyxy), gt = make_box(gt_xyxy);
-  scores[2] = static_cast<A>(box_iou(decode_box(teacher_deltas, proposal, spec.box_weights), gt));
-  const Box other = spec.regression_gate == RegressionGate::vs_student
-                        ? decode_box(student_deltas, proposal, spec.box_weights)
-                        : proposal;
+  scores[2] = static_cast<A>(box_iou(head_box(teacher_deltas, proposal, spec), gt));
+  const Box other =
+      spec.regression_gate == RegressionGate::vs_student ? head_box(student_deltas, proposal, spec) : proposal;
   scores[3] = static_cast<A>(box_iou(other, gt));
 }
+
+// What the regression term penalises of two heads' deltas. Boxes are compared in the frame of the proposal: by their
+// centres' and their sizes' differences, divided by its sides, of which each counts at least one pixel, and multiplied
+// by the box coder's weights. To first order that is what the difference of their deltas would be, without a logarithm,
+// so that an empty, an inverted and a far too large box have a finite loss and gradient too.
+template <class A>
+struct BoxFrame {
+  bool of_boxes;  // else of deltas, which are in that frame already
+  A scale[4];     // weight over side, of dx, dy, dw, dh
+
+  // `proposal`: (4,) x1, y1, x2, y2.
+  TARDKD_HD BoxFrame(const double* proposal, const LossSpec& spec) : of_boxes(spec.box_coding == BoxCoding::boxes) {
+    if (!of_boxes) return;
+    const double sides[2] = {proposal[2] - proposal[0], proposal[3] - proposal[1]};
+    for (int k = 0; k < 4; ++k)
+      scale[k] = static_cast<A>(spec.box_weights[k] / (sides[k % 2] > 1.0 ? sides[k % 2] : 1.0));
+  }
+
+  // The (4,) differences of `student` and `teacher`, (4,) each.
+  TARDKD_HD void subtract(const A* student, const A* teacher, A* difference) const {
+    for (int k = 0; k < 4; ++k) difference[k] = student[k] - teacher[k];
+    if (!of_boxes) return;
+    for (int k = 0; k < 2; ++k) {
+      const A low = difference[k], high = difference[k + 2];
+      difference[k] = A(0.5) * (low + high) * scale[k];
+      difference[k + 2] = (high - low) * scale[k + 2];
+    }
+  }
+
+  // `slopes`, (4,): in, the gradient of the differences; out, that of the student's deltas.
+  TARDKD_HD void pull_back(A* slopes) const {
+    if (!of_boxes) return;
+    for (int k = 0; k < 2; ++k) {
+      const A centre = A(0.5) * slopes[k] * scale[k], size = slopes[k + 2] * scale[k + 2];
+      slopes[k] = centre - size;
+      slopes[k + 2] = centre + size;
+    }
+  }
+};
 
 // Gaussian weight of bin (i, j) of a region: that of its matched ground-truth box at the bin's centre; 0 for background
 // regions, which have no such box. `box` and `gt_box`: (4,) x1, y1, x2, y2.

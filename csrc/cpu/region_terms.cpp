@@ -145,12 +145,17 @@ void RegionTerms<A>::decide(int64_t begin, int64_t end) {
 
     grad = out_.grad_deltas ? out_.grad_deltas + r * width : nullptr;
     if (grad) std::fill(grad, grad + width, A(0));
-    if (gates.regression)
+    if (gates.regression) {
+      const BoxFrame<A> frame(proposal + 1, spec_);
+      A difference[4], slopes[4];
+      frame.subtract(r_s, r_t, difference);
       for (int k = 0; k < 4; ++k) {
-        const A d = r_s[k] - r_t[k];
-        regression_[r] += penalty(FeatureLoss::smooth_l1, d, beta);
-        if (grad) grad[first + k] = factor(2, r) * penalty_slope(FeatureLoss::smooth_l1, d, beta);
+        regression_[r] += penalty(FeatureLoss::smooth_l1, difference[k], beta);
+        slopes[k] = factor(2, r) * penalty_slope(FeatureLoss::smooth_l1, difference[k], beta);
       }
+      frame.pull_back(slopes);
+      if (grad) std::copy(slopes, slopes + 4, grad + first);
+    }
   }
 }
 

@@ -200,13 +200,16 @@ __device__ void write_regression(const RegionTask<A>& task, int64_t r, const Dec
     A student[4], teacher[4];
     first = own_deltas(in.student_deltas, columns, r, region, classes, spec.background, student);
     own_deltas(in.teacher_deltas, in.teacher_delta_columns, r, region, classes, spec.background, teacher);
+    const BoxFrame<A> frame(region.box, spec);
+    A difference[4];
+    frame.subtract(student, teacher, difference);
     const A beta = static_cast<A>(spec.beta), factor = out.grad_deltas ? term_factor<A>(in, 2, r) : A(0);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const A d = student[k] - teacher[k];
-      sum += penalty(FeatureLoss::smooth_l1, d, beta);
-      slopes[k] = factor * penalty_slope(FeatureLoss::smooth_l1, d, beta);
+      sum += penalty(FeatureLoss::smooth_l1, difference[k], beta);
+      slopes[k] = factor * penalty_slope(FeatureLoss::smooth_l1, difference[k], beta);
     }
+    frame.pull_back(slopes);
     sum *= region_weight<A>(in, r);
   }
   if (out.grad_deltas)

@@ -23,7 +23,7 @@ class RegionInputs(NamedTuple):
     proposals: Tensor  # (R, 5) image index, x1, y1, x2, y2; float32 or float64
     student_logits: Tensor  # (R, K + 1), or (R, K) of a sigmoid head
     teacher_logits: Tensor  # (R, K + 1) or (R, K), as the student's
-    student_deltas: Tensor  # (R, 4), (R, 4 K) or (R, 4 (K + 1))
+    student_deltas: Tensor  # (R, 4), (R, 4 K) or (R, 4 (K + 1)); boxes in their place with box_coding="boxes"
     teacher_deltas: Tensor  # (R, 4), (R, 4 K) or (R, 4 (K + 1)), not necessarily as the student's
     labels: Tensor  # (R,) int64
     gt_boxes: Tensor  # (R, 4) float32 or float64

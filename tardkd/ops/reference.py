@@ -169,6 +169,26 @@ def pairwise_iou(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(union <= 0, torch.zeros_like(union), intersection / union)
 
 
+def head_boxes(deltas: Tensor, boxes: Tensor, spec: LossSpec) -> Tensor:
+    """(r, 4) boxes that a head means by its (r, 4) ``deltas`` for the (r, 4) proposals ``boxes``."""
+    if spec.box_coding == "deltas":
+        return decode(deltas, boxes, spec.box_weights)
+    low, high = deltas.double().split(2, dim=1)
+    return torch.cat([low, torch.maximum(low, high)], dim=1)  # empty, not inverted
+
+
+def box_differences(student: Tensor, teacher: Tensor, boxes: Tensor, spec: LossSpec) -> Tensor:
+    """(r, 4) what the regression term penalises of (r, 4) deltas for the (r, 4) proposals ``boxes``."""
+    difference = student - teacher
+    if spec.box_coding == "deltas":
+        return difference
+    low, high = difference.split(2, dim=1)
+    boxes = boxes.double()
+    side = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
+    frame = side.new_tensor(spec.box_weights) / side.repeat(1, 2)
+    return torch.cat([(low + high) / 2, high - low], dim=1) * frame.to(difference.dtype)
+
+
 def select_deltas(deltas: Tensor, labels: Tensor, num_classes: int, background: Background) -> Tensor:
     """The (r, 4) deltas of each foreground region's own class."""
     if deltas.shape[1] == 4:
@@ -218,13 +238,13 @@ def gates_and_scores(
     rows = foreground.nonzero()[:, 0]
     boxes, truth, classes = regions[rows, 1:], gt_boxes[rows], labels[rows]
 
-    def iou_of_decoded(deltas: Tensor) -> Tensor:
+    def iou_of_head(deltas: Tensor) -> Tensor:
         own = select_deltas(deltas[rows], classes, num_classes, spec.background)
-        return pairwise_iou(decode(own, boxes, spec.box_weights), truth)
+        return pairwise_iou(head_boxes(own, boxes, spec), truth)
 
-    teacher_iou = iou_of_decoded(inputs.teacher_deltas)
+    teacher_iou = iou_of_head(inputs.teacher_deltas)
     against_student = spec.regression_gate == "vs_student"
-    other_iou = iou_of_decoded(inputs.student_deltas) if against_student else pairwise_iou(boxes, truth)
+    other_iou = iou_of_head(inputs.student_deltas) if against_student else pairwise_iou(boxes, truth)
     scores[rows, 2] = teacher_iou.to(scores.dtype)
     scores[rows, 3] = other_iou.to(scores.dtype)
 
@@ -359,7 +379,8 @@ def region_losses(call: RegionCall) -> RegionLosses:
         select_deltas(deltas[rows], inputs.labels[rows], num_classes, spec.background)
         for deltas in (inputs.student_deltas, inputs.teacher_deltas)
     )
-    distances = penalty(student - teacher, "smooth_l1", spec.beta).sum(1)
+    differences = box_differences(student, teacher, inputs.proposals[rows, 1:], spec)
+    distances = penalty(differences, "smooth_l1", spec.beta).sum(1)
     regression = reduce_regions(distances, rows, weights, count, spec.reduction)
     return RegionLosses(feature, classification, regression, gates, scores)
 

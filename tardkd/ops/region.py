@@ -12,6 +12,7 @@ from .spec import (
     Activation,
     Background,
     BinWeight,
+    BoxCoding,
     ClassificationGate,
     FeatureGate,
     FeatureLoss,
@@ -52,6 +53,7 @@ def region_distill_loss(
     activation: Activation = "softmax",
     region_weights: Tensor | None = None,
     reduction: Reduction = "mean",
+    box_coding: BoxCoding = "deltas",
 ) -> RegionCall:
     """Gates and the three distillation losses of R shared regions, fused, from the two feature pyramids.
 
@@ -63,7 +65,8 @@ def region_distill_loss(
       ``d_i = RoIAlign(F_S, P_i) - RoIAlign(F_T, P_i)``;
     - classification: the same sum over ``T^2 KL(softmax(z_T / T) || softmax(z_S / T))``, or the sum over classes of the
       binary form with ``activation="sigmoid"``;
-    - regression: the same sum over ``smoothL1_beta(r_S[y_i], r_T[y_i])`` added up over the four deltas.
+    - regression: the same sum over ``smoothL1_beta(r_S[y_i], r_T[y_i])`` added up over the four deltas, or over the
+      four differences of the two boxes in the frame of P_i with ``box_coding="boxes"``.
 
     Args:
         student_features: the student's pyramid, L tensors (N, C, H_l, W_l), at most 8, finest first; float16, bfloat16,
@@ -71,7 +74,8 @@ def region_distill_loss(
         teacher_features: the teacher's, with the same N and C; levels, sizes, strides and dtype may differ.
         proposals: (R, 5) image index and xyxy, or N tensors (R_n, 4) xyxy; student-input pixels, float32 (or float64).
         student_logits, teacher_logits: (R, K + 1), or (R, K) with ``activation="sigmoid"``.
-        student_deltas, teacher_deltas: (R, 4) class-agnostic, or (R, 4K) or (R, 4(K + 1)) class-specific.
+        student_deltas, teacher_deltas: (R, 4) class-agnostic, or (R, 4K) or (R, 4(K + 1)) class-specific; boxes in
+            their place with ``box_coding="boxes"``.
         labels: (R,) int64 assigned classes; the background is 0 or K, see ``background``. A label outside [0, K] (say
             -1, ignore) leaves the region out.
         gt_boxes: (R, 4) xyxy of the matched ground-truth boxes, student-input pixels; rows of background regions are
@@ -101,6 +105,13 @@ def region_distill_loss(
         activation: "softmax", or "sigmoid" for logits without a background column.
         region_weights: (R,) w_i; multiplies the numerators, not the counts. None: ones.
         reduction: "mean" as above, "sum" without the division, "none": (R,) a term.
+        box_coding: what ``student_deltas`` and ``teacher_deltas`` hold. "deltas": those of Faster R-CNN's box coder,
+            relative to P_i. "boxes": xyxy in student-input pixels, in the same columns. Then the regression term
+            compares the boxes' centres and sizes, ``(wx dx / w, wy dy / h, ww dw / w, wh dh / h)`` with dx, dy, dw and
+            dh the student's less the teacher's, (wx, wy, ww, wh) the ``box_weights``, and w and h the sides of P_i, of
+            which each counts at least one pixel: to first order what the deltas would differ by, but without a
+            logarithm, so that an inverted or a huge box has a finite loss and gradient. For the gates' IoU an inverted
+            box is empty.
 
     Returns:
         :class:`RegionLosses`: the three losses, ``gates`` (R, 3) and ``scores`` (R, 4). Gradients flow into the
@@ -125,6 +136,7 @@ def region_distill_loss(
         background,
         activation,
         reduction,
+        box_coding,
     ).checked()
     inputs = checks.checked_region_inputs(
         proposals,
@@ -166,6 +178,7 @@ def pooled_distill_loss(
     activation: Activation = "softmax",
     region_weights: Tensor | None = None,
     reduction: Reduction = "mean",
+    box_coding: BoxCoding = "deltas",
 ) -> RegionCall:
     """:func:`region_distill_loss` on regions that the detectors' own box heads have pooled already.
 
@@ -188,6 +201,7 @@ def pooled_distill_loss(
         background,
         activation,
         reduction,
+        box_coding,
     ).checked()
     inputs = checks.checked_region_inputs(
         proposals,

@@ -21,6 +21,7 @@ RegressionGate = Literal["foreground", "vs_proposal", "vs_student"]
 Background = Literal["first", "last"]
 Activation = Literal["softmax", "sigmoid"]
 Reduction = Literal["mean", "sum", "none"]
+BoxCoding = Literal["deltas", "boxes"]
 
 
 # --- the background ---------------------------------------------------------------------------------------------------
@@ -164,6 +165,7 @@ class LossSpec(NamedTuple):
     background: Background = "first"
     activation: Activation = "softmax"
     reduction: Reduction = "mean"
+    box_coding: BoxCoding = "deltas"  # what the heads say of a region's box
 
     def checked(self) -> LossSpec:
         """The same with its numbers as floats.

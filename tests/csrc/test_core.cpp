@@ -100,6 +100,31 @@ static void test_boxes() {
   CHECK(axis_gaussian(9.001, 1, 9, 2.0) == 0.0);
 }
 
+static void test_boxes_of_heads() {
+  const float inverted[4] = {5, 2, 1, 9};
+  const Box upright = upright_box(inverted);
+  CHECK(upright.x1 == 5 && upright.x2 == 5 && upright.y1 == 2 && upright.y2 == 9);
+  const double nan = std::numeric_limits<double>::quiet_NaN(), lost[4] = {0, 0, nan, 2};
+  CHECK(std::isnan(box_iou(upright_box(lost), Box{0, 0, 4, 2})));
+
+  LossSpec spec{};
+  for (int k = 0; k < 4; ++k) spec.box_weights[k] = k + 1;
+  const double proposal[4] = {10, 10, 14, 10.5};  // its height counts as one pixel
+  const double student[4] = {1, 2, 7, 6}, teacher[4] = {1, 3, 3, 5};
+  double difference[4], slopes[4] = {1, 1, 1, 1};
+  const BoxFrame<double> of_deltas(proposal, spec);
+  of_deltas.subtract(student, teacher, difference);
+  of_deltas.pull_back(slopes);
+  CHECK(difference[1] == -1 && difference[2] == 4 && slopes[3] == 1);
+
+  spec.box_coding = BoxCoding::boxes;
+  const BoxFrame<double> of_boxes(proposal, spec);
+  of_boxes.subtract(student, teacher, difference);
+  of_boxes.pull_back(slopes);
+  CHECK(difference[0] == 2.0 / 4 && difference[1] == 0.0 && difference[2] == 3 * 4.0 / 4 && difference[3] == 4 * 2.0);
+  CHECK(slopes[0] == 0.5 / 4 - 3.0 / 4 && slopes[2] == 0.5 / 4 + 3.0 / 4 && slopes[1] == 1 - 4 && slopes[3] == 1 + 4);
+}
+
 static void test_regions() {
   const double proposal[5] = {1, 0, 0, 8, 8}, gt[4] = {0, 0, 8, 8};
   const double inf = std::numeric_limits<double>::infinity();
@@ -191,6 +216,7 @@ int main() {
   test_axis();
   test_levels();
   test_boxes();
+  test_boxes_of_heads();
   test_regions();
   test_layouts();
   test_terms();

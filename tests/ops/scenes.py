@@ -186,6 +186,7 @@ def make_scene(
     background: str = "first",
     student_deltas: str = "specific+background",
     teacher_deltas: str = "specific+background",
+    box_coding: str = "deltas",
 ) -> Scene:
     """In float64 (boxes float32). Half the regions are background, half the gates of the others open."""
     generator = torch.Generator().manual_seed(seed)
@@ -212,7 +213,19 @@ def make_scene(
     width = classes + 1 if activation == "softmax" else classes
     student_logits, teacher_logits = randn(regions, width), randn(regions, width)
 
+    def boxes_of_head(form: str, noise: float) -> Tensor:
+        own = gt_boxes.double() + 0.1 * noise * size.double() * randn(regions, 4)
+        if form == "agnostic":
+            return own
+        columns = classes + 1 if form == "specific+background" else classes
+        first = 1 if background == "first" and form == "specific+background" else 0
+        all_classes = boxes.double()[:, None] + 0.3 * size.double()[:, None] * randn(regions, columns, 4)
+        all_classes[torch.arange(regions), number + first] = own
+        return all_classes.flatten(1)
+
     def deltas(form: str, noise: float) -> Tensor:
+        if box_coding == "boxes":
+            return boxes_of_head(form, noise)
         own = encode(boxes.double(), gt_boxes.double())
         if form == "agnostic":
             return own + noise * randn(regions, 4)
