@@ -14,6 +14,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from tardkd.detectors import for_model
+from tardkd.detectors.base import Batch
 from tardkd.distill import Distiller, DistillSettings
 
 CLASSES, IMAGES, OBJECTS = 80, 2, 8
@@ -88,7 +89,7 @@ class Pair:
         ``whole_teacher``: the teacher predicts too, as whoever calls ``teacher(images)`` has it.
         """
         ours, theirs = for_model(self.student), for_model(self.teacher)
-        student = ours.student_pass(self.images, self.targets)
+        student = ours.student_pass(Batch(self.images, self.targets))
         regions = student.regions.select(student.regions.labels > 0)
         with torch.no_grad():
             teacher = theirs.teacher_pass(self.images, student.inputs, 1.0)
@@ -98,7 +99,7 @@ class Pair:
                 self.teacher.roi_heads(maps, proposals, sizes)
             pooled = self.teacher.roi_heads.box_roi_pool(teacher.state[1], regions.proposals, student.inputs.sizes)
             logits, deltas = self.teacher.roi_heads.box_predictor(self.teacher.roi_heads.box_head(pooled))
-        per_region = (regions.head.logits, logits, regions.head.deltas, deltas, regions.labels, regions.gt_boxes)
+        per_region = (regions.head.logits, logits, regions.head.boxes, deltas, regions.labels, regions.gt_boxes)
         if pooling:
             loss = rivals.RegionDistill(len(student.features))
             terms = loss(student.features, teacher.features, regions.proposals, student.inputs.sizes, *per_region)
@@ -143,7 +144,7 @@ class Remembered:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.detector, name)
-        if name not in ("teacher_pass", "teacher_head"):
+        if name not in ("teacher_pass", "answers"):
             return found
 
         def once(*arguments: Any) -> Any:

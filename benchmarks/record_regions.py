@@ -16,6 +16,7 @@ import torch
 
 from tardkd.data.loader import build_loader
 from tardkd.detectors import for_model
+from tardkd.detectors.base import Batch
 from tardkd.distill.sharing import share_regions
 from tardkd.train import checkpoint
 from tardkd.train.build import build_dataset, load_student, load_teacher, stored_config
@@ -39,10 +40,10 @@ def record(path: str, batches: int, overrides: list[str]) -> dict[str, np.ndarra
     rows = []
     for (images, targets), _ in zip(loader, range(batches)):
         with torch.no_grad():
-            ours = student.student_pass(images, targets)
+            ours = student.student_pass(Batch(images, targets))
             theirs = teacher.teacher_pass(images, ours.inputs, teacher.input_size / student.input_size)
             regions = share_regions(student, ours, [(teacher, theirs)], config.distill)
-            head = teacher.teacher_head(theirs, regions.proposals)
+            head = teacher.answers(theirs, regions, regions.labels - 1)
         sides = [torch.tensor([width, height, width, height]) for height, width in ours.inputs.sizes]
         sides = torch.cat([side.expand(count, 4) for side, count in zip(sides, regions.counts)])
         every = torch.arange(len(regions.labels))
@@ -58,8 +59,8 @@ def record(path: str, batches: int, overrides: list[str]) -> dict[str, np.ndarra
                 "labels": regions.labels,
                 "student_scores": regions.head.logits.softmax(1)[every, regions.labels],
                 "teacher_scores": head.logits.softmax(1)[every, regions.labels],
-                "student_deltas": of_the_label(regions.head.deltas),
-                "teacher_deltas": of_the_label(head.deltas),
+                "student_deltas": of_the_label(regions.head.boxes),
+                "teacher_deltas": of_the_label(head.boxes),
             }
         )
     return {key: torch.cat([row[key] for row in rows]).numpy() for key in rows[0]}

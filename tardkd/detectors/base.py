@@ -1,4 +1,7 @@
-"""What tardkd needs of a detector, whatever its family.
+"""What tardkd needs of a detector, whatever its family: the student names regions, a teacher answers for them.
+
+A region is a box with a class. The student's own training step names them: sampled proposals, positive anchors,
+assigned points or matched queries. A teacher of any family is then asked what it says of the very same regions.
 
 Coordinates are pixels of the *student's* input unless said otherwise: of the image as the student's backbone sees it,
 after its own resizing. In shapes, N counts images, R the regions of all images together, K classes, C channels, L the
@@ -7,68 +10,104 @@ levels of a pyramid.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from tardkd.ops.spec import Activation, Background, RoIAlignSpec, class_count, is_foreground
+from tardkd.ops.spec import Activation, Background, BoxCoding, RoIAlignSpec, class_count, is_foreground
 
 # The name that detectors' pooling had before the ops and the detectors shared one description of it.
 RoISettings = RoIAlignSpec
 
+RegionKind = Literal["proposals", "objects"]
+
+Detections = dict[str, Tensor]  # of one image: "boxes" (D, 4) xyxy in its pixels, "labels" (D,) int64, "scores" (D,)
+
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """How the outputs of a box head are to be read."""
+    """How the outputs of a head are to be read."""
 
     background: Background  # where the background stands among labels and softmax columns
     activation: Activation  # what turns logits into probabilities
     box_weights: tuple[float, float, float, float]  # of the box coder: dx, dy, dw, dh
-    widths: tuple[int, int] | None  # columns of (logits, deltas); None where only a pass can tell
+    widths: tuple[int, int] | None  # columns of (logits, boxes); None where only a pass can tell
+    box_coding: BoxCoding = "deltas"  # what the head says of a box: deltas to the region, or a box of its own
+    # What the regions of a student of this family are: boxes that were there before the head spoke, such as proposals
+    # or anchors; or, for points and queries, which have no box, the objects that they were assigned to.
+    regions: RegionKind = "proposals"
+
+    @property
+    def num_classes(self) -> int | None:
+        """K, without the background; None where only a pass can tell."""
+        return None if self.widths is None else class_count(self.widths[0], self.activation)
 
 
 @dataclass
 class HeadOutputs:
-    """What a box head says about R regions."""
+    """What a head says about R regions."""
 
     logits: Tensor  # (R, K + 1), or (R, K) with sigmoid activation
-    deltas: Tensor  # (R, 4) class-agnostic, or (R, 4K) or (R, 4(K + 1)) class-specific
-    pooled: Tensor  # (R, C, p_h, p_w), what the head was given
+    # By the head's box coding: deltas, (R, 4) class-agnostic, (R, 4K) or (R, 4(K + 1)) class-specific; or boxes, (R, 4)
+    # xyxy.
+    boxes: Tensor
+    pooled: Tensor | None = None  # (R, C, p_h, p_w), what a box head was given; None of a head that pools nothing
+    quality: Tensor | None = None  # (R,) in [0, 1], what else the head thinks of its box, such as FCOS's centerness
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Columns of (logits, deltas)."""
-        return self.logits.shape[1], self.deltas.shape[1]
+        """Columns of (logits, boxes)."""
+        return self.logits.shape[1], self.boxes.shape[1]
 
     def __getitem__(self, index: Tensor) -> HeadOutputs:
         """The outputs of the regions that ``index``, (R',) int64, names, in its order."""
-        return HeadOutputs(self.logits[index], self.deltas[index], self.pooled[index])
+        pooled = None if self.pooled is None else self.pooled[index]
+        quality = None if self.quality is None else self.quality[index]
+        return HeadOutputs(self.logits[index], self.boxes[index], pooled, quality)
 
     def cat(self, other: HeadOutputs) -> HeadOutputs:
         """These regions, then the other's."""
         return HeadOutputs(
             torch.cat([self.logits, other.logits]),
-            torch.cat([self.deltas, other.deltas]),
-            torch.cat([self.pooled, other.pooled]),
+            torch.cat([self.boxes, other.boxes]),
+            _cat(self.pooled, other.pooled),
+            _cat(self.quality, other.quality),
         )
 
 
 @dataclass
 class Regions:
-    """Labelled proposals and what the student's head says about them; rows are grouped by image."""
+    """Labelled regions and what the student's head says about them; rows are grouped by image."""
 
-    proposals: list[Tensor]  # N x (R_n, 4) xyxy
+    proposals: list[Tensor]  # N x (R_n, 4) xyxy, the boxes P_i
     labels: Tensor  # (R,) int64
     gt_boxes: Tensor  # (R, 4) xyxy of the matched ground truth; the rows of background regions carry no meaning
     head: HeadOutputs
+    levels: Tensor | None = None  # (R,) int64, of the student's pyramid that a region stands on; None: by its size
+    weights: Tensor | None = None  # (R,) how much a region counts; None: all alike
+    rows: Tensor | None = None  # (R,) int64, the head's rows of the region's image where it answers for all of a grid
+    # What `rows` counts: a teacher whose pass has an equal grid answers with the same rows. Its type is the family's.
+    grid: Any = field(default=None, repr=False)
 
     @property
     def counts(self) -> list[int]:
         """How many regions each image has."""
         return [len(boxes) for boxes in self.proposals]
+
+    @property
+    def boxes(self) -> Tensor:
+        """(R, 4) xyxy: the proposals of all images together."""
+        return torch.cat(self.proposals)
+
+    def image_of_row(self) -> Tensor:
+        """(R,) int64: which image each region is of."""
+        counts = torch.tensor(self.counts, device=self.labels.device)
+        images = torch.arange(len(self.proposals), device=self.labels.device)
+        return images.repeat_interleave(counts, output_size=len(self.labels))
 
     def foreground(self, head: HeadSettings) -> Tensor:
         """(R,) bool: which regions have an object's label, by the conventions of ``head``, the student's."""
@@ -80,10 +119,14 @@ class Regions:
         kept_counts = torch.stack([part.sum() for part in keep.split(self.counts)]).tolist()
         index = keep.nonzero().flatten()
         return Regions(
-            list(torch.cat(self.proposals)[index].split(kept_counts)),
+            list(self.boxes[index].split(kept_counts)),
             self.labels[index],
             self.gt_boxes[index],
             self.head[index],
+            None if self.levels is None else self.levels[index],
+            None if self.weights is None else self.weights[index],
+            None if self.rows is None else self.rows[index],
+            self.grid,
         )
 
     def union(self, other: Regions) -> Regions:
@@ -97,6 +140,21 @@ class Regions:
             torch.cat([self.gt_boxes, other.gt_boxes])[order],
             self.head.cat(other.head)[order],
         )
+
+
+def _cat(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    return None if first is None or second is None else torch.cat([first, second])
+
+
+@dataclass
+class Batch:
+    """What a student is called with, in terms that a teacher of any family reads."""
+
+    images: Sequence[Tensor]  # N x (3, H, W) in [0, 1], sizes may differ
+    # N dicts of ground truth: "boxes" (G, 4) xyxy in pixels of the image, "labels" (G,) int64 in the student's
+    # convention, and what else its model needs.
+    targets: Sequence[dict[str, Tensor]]
+    call: Mapping[str, Any] | None = None  # the keywords of the model's own call where it takes something else
 
 
 @dataclass
@@ -113,65 +171,103 @@ class InputBatch:
 class StudentPass:
     """One training forward of the student."""
 
-    losses: dict[str, Tensor]  # scalars (), exactly what the detector itself returns
+    losses: dict[str, Tensor]  # scalars () whose sum the detector itself would minimise, under its own names
     inputs: InputBatch
     targets: list[dict[str, Tensor]]  # N dicts of ground truth: at least "boxes" (G, 4) xyxy and "labels" (G,) int64
-    features: list[Tensor]  # L x (N, C, H_l, W_l), the levels that the box head pools from
+    features: list[Tensor]  # L x (N, C_l, H_l, W_l), the levels that regions are pooled from
     scales: list[float]  # of each level: feature pixels per student-input pixel
-    regions: Regions  # the student's own sampled proposals
+    regions: Regions  # the student's own
+    output: Any = None  # what the model itself returned
 
 
 @dataclass
 class TeacherPass:
-    """Backbone and pyramid of the teacher; its head runs later, on the shared regions."""
+    """Backbone and pyramid of the teacher; its head runs, or is read, later: on the shared regions."""
 
-    features: list[Tensor]  # L x (N, C, H_l, W_l), the levels that the box head pools from
+    features: list[Tensor]  # L x (N, C_l, H_l, W_l), the levels that regions are pooled from
     scales: list[float]  # of each level: teacher feature pixels per *student*-input pixel
     state: Any  # what the detector itself needs to go on from here
+    grid: Any = None  # where the head answers for all of a grid: equal to the student's Regions.grid if the grids are
 
 
-class Detector(Protocol):
+class Detector(ABC):
     """A model in the role of student or teacher, through what all families of detectors have in common.
 
-    The methods of the teacher are called under ``torch.no_grad()`` with the model in eval mode.
+    A family of one's own derives from this class. What is abstract is what only the family can know; everything else
+    holds for models that are called as torchvision's are, ``model(images, targets)`` for losses and ``model(images)``
+    for detections. The methods of the teacher are called under ``torch.no_grad()`` with the model in eval mode.
     """
 
-    model: nn.Module
+    # Whether a box head runs on pooled proposals: then it takes those of others, and has pooled what features compare.
+    two_stage = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    # --- what it is
 
     @property
-    def channels(self) -> int:
-        """Channels of every pyramid level."""
+    @abstractmethod
+    def channels(self) -> tuple[int, ...]:
+        """Channels of each pyramid level."""
 
     @property
+    @abstractmethod
+    def strides(self) -> tuple[float, ...]:
+        """Nominal pixels of the model's own input per feature pixel, of each level."""
+
+    @property
+    @abstractmethod
     def input_size(self) -> float:
         """Nominal short side of the model's input in pixels; two models' quotient is their input ratio."""
 
     @property
-    def roi(self) -> RoIAlignSpec:
-        """How the box head pools a region."""
+    @abstractmethod
+    def head(self) -> HeadSettings:
+        """How the outputs of the head are to be read."""
 
     @property
-    def head(self) -> HeadSettings:
-        """How the outputs of the box head are to be read."""
+    def roi(self) -> RoIAlignSpec:
+        """How a region is pooled from the pyramid, for the term that compares features."""
+        return RoIAlignSpec(aligned=True)
 
-    def student_pass(
-        self,
-        images: Sequence[Tensor],
-        targets: Sequence[dict[str, Tensor]],
-        on_inputs: Callable[[InputBatch], None] = lambda inputs: None,
-    ) -> StudentPass:
-        """The model's own training forward, its losses untouched.
+    # --- as a student
+
+    def read_call(self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> Batch:
+        """The arguments of the model's own training call, read. A family with another call has other arguments."""
+        return Batch(images, targets)
+
+    def call(self, batch: Batch) -> tuple[Any, dict[str, Tensor]]:
+        """The model's own training call: what it returns, and in it the losses () to add up, under its own names."""
+        losses = self.model(batch.images, batch.targets)
+        return losses, losses
+
+    @abstractmethod
+    def student_pass(self, batch: Batch, on_inputs: Callable[[InputBatch], None] = lambda inputs: None) -> StudentPass:
+        """The model's own training forward, its losses untouched, and the regions that it names.
 
         Args:
-            images: N x (3, H, W) in [0, 1], sizes may differ.
-            targets: N dicts with "boxes" (G, 4) xyxy in pixels of the image, "labels" (G,) int64, and what else the
-                model needs.
+            batch: what :meth:`read_call` returned.
             on_inputs: called once, as soon as the batch exists that the backbone is going to see.
         """
 
     def student_regions(self, student_pass: StudentPass, proposals: list[Tensor]) -> Regions:
         """Label and sample ``proposals``, N x (P_n, 4) xyxy, by the student's rules, then run its head on them."""
+        raise ValueError(f"{self._kind} names its own regions: only sharing='student' goes with it as a student")
 
+    def as_called(self, batch: Batch, output: Any, losses: dict[str, Tensor]) -> Any:
+        """What the student's own training loop expects of a call.
+
+        Args:
+            batch: what it was called with.
+            output: what the model itself returned.
+            losses: scalars (): the detector's own under its names, then the terms of the distillation.
+        """
+        return losses
+
+    # --- as a teacher
+
+    @abstractmethod
     def teacher_pass(self, images: Sequence[Tensor], inputs: InputBatch, ratio: float) -> TeacherPass:
         """Backbone and pyramid on ``images``, N x (3, H, W) in [0, 1].
 
@@ -180,6 +276,28 @@ class Detector(Protocol):
 
     def teacher_proposals(self, teacher_pass: TeacherPass) -> list[Tensor]:
         """The teacher's own proposals, N x (P_n, 4) xyxy, in student-input pixels."""
+        raise ValueError(f"{self._kind} has no proposals: only sharing='student' goes with it as a teacher")
 
-    def teacher_head(self, teacher_pass: TeacherPass, proposals: list[Tensor]) -> HeadOutputs:
-        """The outputs of the box head on ``proposals``, N x (R_n, 4) xyxy in student-input pixels."""
+    @abstractmethod
+    def answers(self, teacher_pass: TeacherPass, regions: Regions, classes: Tensor) -> HeadOutputs:
+        """What the teacher says of the student's regions.
+
+        Args:
+            teacher_pass: what :meth:`teacher_pass` returned for the same images.
+            regions: the student's. Their labels and head are in terms of the student.
+            classes: (R,) int64, the class of each region's object as the teacher counts its own, from 0 without the
+                background; -1 where a region has no object.
+
+        Returns:
+            Logits and boxes in the terms of :attr:`head`; boxes in student-input pixels.
+        """
+
+    # --- in use
+
+    def detect(self, images: Sequence[Tensor]) -> list[Detections]:
+        """Detections on ``images``, N x (3, H, W) in [0, 1], with the model in eval mode."""
+        return self.model(images)
+
+    @property
+    def _kind(self) -> str:
+        return f"a {type(self.model).__name__}"

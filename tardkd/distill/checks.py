@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tardkd import weights
-from tardkd.detectors.base import HeadSettings
+from tardkd.detectors.base import Detector, HeadSettings
 
 from .late import LateReader
 
@@ -56,19 +56,25 @@ def check_separate(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def check_conventions(student: HeadSettings, teacher: HeadSettings, *, named: bool) -> None:
-    """Both heads must write their outputs in the same way.
+    """Without names of the classes, both heads must have the background at the same place.
 
-    Where the classes are ``named``, the background may stand elsewhere: the class map puts the columns in order.
+    Where the classes are ``named``, it may stand elsewhere: the class map puts the columns in order.
     """
-    if student.activation != teacher.activation:
-        raise ValueError(
-            f"class logits differ: the student's are for {student.activation}, the teacher's for {teacher.activation}"
-        )
     if student.background != teacher.background and not named:
         raise ValueError(
             f"the student's head has its background {student.background}, the teacher's {teacher.background}: "
             "student_classes and teacher_classes, the names in the order of the labels, would tell how they match"
         )
+
+
+def check_sharing(sharing: str, student: Detector, teacher: Detector) -> None:
+    """To share a teacher's proposals, it must have some, and the student a head that takes them."""
+    for side, detector in (("student", student), ("teacher", teacher)):
+        if sharing != "student" and not detector.two_stage:
+            raise ValueError(
+                f"sharing={sharing!r} needs two detectors with proposals; the {side}, a "
+                f"{type(detector.model).__name__}, has none: sharing='student'"
+            )
 
 
 def check_head_widths(student: tuple[int, int] | None, teacher: tuple[int, int] | None) -> None:

@@ -13,6 +13,7 @@ from tardkd.detectors.base import HeadOutputs, HeadSettings, Regions
 from tardkd.ops.spec import Background, background_label, class_count, first_class_label
 
 from . import checks
+from .conventions import common_coding, common_widths
 
 
 @dataclass(frozen=True)
@@ -139,17 +140,32 @@ class ClassMap:
         places = tuple(teacher_place for _, teacher_place in self.pairs)
         return _of_classes(outputs, "teacher", self.teacher, places, head, background)
 
+    def teacher_places(self, regions: Regions, head: HeadSettings) -> Tensor:
+        """The class of each region's object as the teacher counts its own: (R,) int64 from 0, -1 for the background.
+
+        Args:
+            regions: with labels and outputs of the pairs alone, as :meth:`student_regions` makes them.
+            head: the student's.
+        """
+        places = regions.labels - first_class_label(head.background)
+        places = torch.where(regions.foreground(head), places, -1)
+        if self.is_identity or not self.is_named:
+            return places
+        return _place_table(tuple(teacher_place for _, teacher_place in self.pairs), places.device)[places]
+
     def check_widths(self, student: HeadSettings, teacher: HeadSettings) -> None:
         """Raises ValueError where a head does not fit its names, or one head the other."""
         if student.widths is None or teacher.widths is None:
             return
         student_outputs, teacher_outputs = (
-            HeadOutputs(torch.empty(0, logits), torch.empty(0, deltas), torch.empty(0))
-            for logits, deltas in (student.widths, teacher.widths)
+            HeadOutputs(torch.empty(0, logits), torch.empty(0, boxes))
+            for logits, boxes in (student.widths, teacher.widths)
         )
+        coding = common_coding(student, teacher)
+        own = self.student_outputs(student_outputs, student).widths
+        theirs = self.teacher_outputs(teacher_outputs, teacher, student.background).widths
         checks.check_head_widths(
-            self.student_outputs(student_outputs, student).widths,
-            self.teacher_outputs(teacher_outputs, teacher, student.background).widths,
+            common_widths(own, student, student, coding), common_widths(theirs, teacher, student, coding)
         )
 
 
@@ -206,10 +222,10 @@ def _of_classes(
     background: Background,
 ) -> HeadOutputs:
     """The columns of the classes at some ``places`` among all ``names``, with the background at ``background``."""
-    count, (logits_width, deltas_width) = len(names), outputs.widths
-    if class_count(logits_width, head.activation) != count or deltas_width not in (4, 4 * count, 4 * (count + 1)):
+    count, (logits_width, boxes_width) = len(names), outputs.widths
+    if class_count(logits_width, head.activation) != count or boxes_width not in (4, 4 * count, 4 * (count + 1)):
         raise ValueError(
-            f"the {side}'s head, with {logits_width} logits and {deltas_width} deltas a region, is not one of its "
+            f"the {side}'s head, with {logits_width} logits and {boxes_width} deltas a region, is not one of its "
             f"{count} classes ({', '.join(names)})"
         )
 
@@ -217,8 +233,8 @@ def _of_classes(
         columns = _columns(places, count, head.background, background, values.shape[1], size, values.device)
         return values if columns is None else values.index_select(1, columns)
 
-    deltas = outputs.deltas if deltas_width == 4 else take(outputs.deltas, 4)
-    return HeadOutputs(take(outputs.logits, 1), deltas, outputs.pooled)
+    boxes = outputs.boxes if boxes_width == 4 else take(outputs.boxes, 4)
+    return replace(outputs, logits=take(outputs.logits, 1), boxes=boxes)
 
 
 # Every step asks for the same few of these.
@@ -258,3 +274,9 @@ def _label_table(places: tuple[int, ...], count: int, background: Background, de
     for new, place in enumerate(places):
         table[first + place] = first + new
     return torch.tensor(table, device=device)
+
+
+@lru_cache
+def _place_table(places: tuple[int, ...], device: torch.device) -> Tensor:
+    """(P + 1,) int64: the teacher's place by the pair's; the last, which index -1 finds, is that of no object."""
+    return torch.tensor([*places, -1], device=device)

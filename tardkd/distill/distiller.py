@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tardkd.detectors import Detector, for_model
-from tardkd.detectors.base import InputBatch, Regions, StudentPass, TeacherPass
+from tardkd.detectors import Detector, find, for_model
+from tardkd.detectors.base import Batch, InputBatch, Regions, StudentPass, TeacherPass
 from tardkd.device import join_beside
 from tardkd.ops import RegionLosses
 from tardkd.ops.spec import Reduction
 
 from . import checks
-from .adapters import make_adapter
 from .balance import BalanceWatch
 from .findings import Findings
 from .inputs import InputCheck
@@ -52,7 +51,8 @@ class Distiller(nn.Module):
     with every teacher; each term is the mean over the open gates of all teachers (``gaussian``: over all objects).
 
     Args:
-        student: a detector of a family that :mod:`tardkd.detectors` knows.
+        student: a detector of a family that :mod:`tardkd.detectors` knows, or one of your own in a
+            :class:`tardkd.detectors.Detector`. The distiller is called as it is called, and returns what it returns.
         teacher: another one, plain or as a :class:`Teacher` that says which classes it has, or a list of these.
             Channels, levels, strides, input size and normalisation may differ. May be None with ``enabled=False``.
         settings: weights, gates, losses, schedule; for all teachers.
@@ -72,7 +72,7 @@ class Distiller(nn.Module):
 
     def __init__(
         self,
-        student: nn.Module,
+        student: nn.Module | Detector,
         teacher: TeacherArgument,
         settings: DistillSettings | None = None,
         *,
@@ -82,7 +82,7 @@ class Distiller(nn.Module):
         class_map: ClassMapArgument = None,
     ) -> None:
         super().__init__()
-        if not isinstance(student, nn.Module):
+        if not isinstance(student, (nn.Module, Detector)):
             raise TypeError(f"the student must be a detector (an nn.Module), got {type(student).__name__}")
         if settings is not None and not isinstance(settings, DistillSettings):
             raise TypeError(f"settings must be a DistillSettings, got {type(settings).__name__}")
@@ -90,7 +90,7 @@ class Distiller(nn.Module):
         self.enabled = enabled
         self.schedule = Schedule(self.settings.schedule)
         self.stats: dict[str, Tensor] = {}  # scalars () of the last step: lambda, what the gates let through, and why
-        self.student = student
+        self.student = student.model if isinstance(student, Detector) else student
         self.student_classes = student_classes
         self.adapters = nn.ModuleDict()
         self._teachers: list[FrozenTeacher] = []
@@ -98,19 +98,15 @@ class Distiller(nn.Module):
         self._check_inputs = InputCheck()
         self._watch_balance = BalanceWatch()
         if not enabled:
+            self._student = find(student)
             return
         teachers = as_teachers(teacher, teacher_classes, class_map)
         if not teachers:
             raise ValueError("a Distiller with enabled=True needs a teacher")
         self._student = for_model(student)
-        self._teachers = pair_teachers(self._student, teachers, self.settings, student_classes)
+        self._teachers = pair_teachers(self.detector, teachers, self.settings, student_classes)
         for paired in self._teachers:
-            self.adapters[paired.adapter_key] = self._make_adapter(paired)
-
-    def _make_adapter(self, teacher: FrozenTeacher) -> nn.Module:
-        if not self.settings.compares_features:
-            return nn.Identity()
-        return make_adapter(self._student.channels, teacher.detector.channels, next(self.student.parameters()))
+            self.adapters[paired.adapter_key] = paired.make_adapter()
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -124,8 +120,12 @@ class Distiller(nn.Module):
 
     @property
     def detector(self) -> Detector:
-        """The student in the terms of its family; with ``enabled=False`` it need not have one."""
-        return self._student
+        """The student in the terms of its family; with ``enabled=False`` it need not have one.
+
+        Raises:
+            TypeError: it has none.
+        """
+        return self._student or for_model(self.student)
 
     @property
     def frozen_teachers(self) -> list[FrozenTeacher]:
@@ -173,20 +173,20 @@ class Distiller(nn.Module):
         self.adapters.load_state_dict(state["adapters"])
         self.schedule.load_state_dict(state["schedule"])
 
-    def forward(
-        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
-    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Losses of one step, or the student's detections in eval mode.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """One step, called as the student is called: losses in training, the student's detections in eval mode.
 
         Args:
-            images: N x (3, H, W) in [0, 1], sizes may differ.
-            targets: N dicts with "boxes" (G, 4) xyxy in pixels, "labels" (G,) int64, and what else the detector
-                needs; required in training mode.
+            args, kwargs: those of the student's own call. Of torchvision's detectors: ``images``, N x (3, H, W) in
+                [0, 1], sizes may differ; ``targets``, N dicts with "boxes" (G, 4) xyxy in pixels, "labels" (G,) int64,
+                and what else the detector needs, required in training mode. Of transformers': ``pixel_values``,
+                ``labels`` and so on.
 
         Returns:
-            Scalars (): the detector's losses under its own names, then ``distill_<term>`` for every term with weight,
-            each already multiplied by its weight and lambda. Their sum is what to minimise. In eval mode, what the
-            student itself returns.
+            What the student's own call returns. Of torchvision's detectors, scalars (): the detector's losses under
+            its own names, then ``distill_<term>`` for every term with weight, each already multiplied by its weight
+            and lambda; their sum is what to minimise. Where the output has one loss, as transformers' has, that sum
+            is the loss. In eval mode, what the student itself returns.
 
         Raises:
             TypeError: images are integers.
@@ -201,43 +201,41 @@ class Distiller(nn.Module):
                 gradient at the student's features dwarfs that of the detector's own losses, and where the schedule is
                 not told of the training's progress.
         """
-        if not self.training:
-            return self.student(images)
+        if not self.training or self._student is None:
+            return self.student(*args, **kwargs)
+        batch = self._student.read_call(*args, **kwargs)
         if not self.enabled:
-            return self.student(images, targets)
-        assert targets is not None, "targets are required in training mode"
+            return self._student.as_called(batch, *self._student.call(batch))
         self.schedule.count_step()
-        self._check_inputs.before(images, targets, self._student.head)
+        self._check_inputs.before(batch.images, batch.targets, self._student.head)
         if self.weight == 0:
-            losses = self.student(images, targets)
+            output, losses = self._student.call(batch)
             self.stats = {"lambda": torch.zeros((), device=next(self.student.parameters()).device)}
             if self.settings.check_finite:
                 self._check_finite(losses)
-            return {**losses, **self._ended()}
-        student_pass, losses = self.step(images, targets)
-        self._check_inputs.after(images, student_pass.inputs)
+            return self._student.as_called(batch, output, {**losses, **self._ended()})
+        student_pass, losses = self.step(batch)
+        self._check_inputs.after(batch.images, student_pass.inputs)
         self._watch_balance(losses, student_pass.features, self.settings.weights)
-        return losses
+        return self._student.as_called(batch, student_pass.output, losses)
 
-    def step(
-        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
-    ) -> tuple[StudentPass, dict[str, Tensor]]:
+    def step(self, batch: Batch) -> tuple[StudentPass, dict[str, Tensor]]:
         """What :meth:`forward` does in a step with a teacher, but for its checks of what it is given.
 
         Args:
-            images, targets: as in :meth:`forward`.
+            batch: what the student's family has read of its call.
 
         Returns:
             The student's pass and the losses, scalars ().
         """
-        student_pass, teacher_passes = self._run_models(images, targets)
+        student_pass, teacher_passes = self._run_models(batch)
         terms = self._terms(student_pass, teacher_passes)
         checks.check_gradients(terms, student_pass.features)
         weights = self.settings.weights
         weighted = {f"distill_{name}": self.weight * weights[name] * value for name, value in terms.items()}
         return student_pass, {**student_pass.losses, **weighted}
 
-    def check(self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> Findings:
+    def check(self, *args: Any, **kwargs: Any) -> Findings:
         """Look at one batch as a training would, before it begins; nothing is changed.
 
         >>> print(distiller.check(images, targets))
@@ -247,7 +245,7 @@ class Distiller(nn.Module):
         own losses, and which trained tensors no gradient reaches. ``tardkd doctor`` looks at more, of a recipe.
 
         Args:
-            images, targets: as in :meth:`forward`.
+            args, kwargs: as in :meth:`forward`.
 
         Returns:
             A list of findings, each with its level, "ok", "warning" or "problem", a text, an advice and the numbers
@@ -255,25 +253,23 @@ class Distiller(nn.Module):
         """
         from .examination import examine
 
-        return examine(self, images, targets)
+        return examine(self, self.detector.read_call(*args, **kwargs))
 
     @torch.no_grad()
-    def look(
-        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
-    ) -> tuple[StudentPass, list[tuple[FrozenTeacher, Regions, RegionLosses]]]:
+    def look(self, *args: Any, **kwargs: Any) -> tuple[StudentPass, list[tuple[FrozenTeacher, Regions, RegionLosses]]]:
         """What the region terms make of a batch, without gradients.
 
         The student's pass is one of training, so that it has to be in training mode.
 
         Args:
-            images, targets: as in :meth:`forward`.
+            args, kwargs: as in :meth:`forward`.
 
         Returns:
             The student's pass, and for each teacher the regions that it teaches, with the gates and scores of each.
             Their labels are those of the classes that teacher and student share: see
             :class:`tardkd.distill.classes.ClassMap`.
         """
-        student_pass, teacher_passes = self._run_models(images, targets)
+        student_pass, teacher_passes = self._run_models(self.detector.read_call(*args, **kwargs))
         lessons = self._prepare_lessons(student_pass, teacher_passes)
         losses = self._region_losses(student_pass, teacher_passes, lessons, "mean")
         return student_pass, [
@@ -281,16 +277,14 @@ class Distiller(nn.Module):
             for teacher, lesson, of_teacher in zip(self._teachers, lessons, losses)
         ]
 
-    def _run_models(
-        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
-    ) -> tuple[StudentPass, list[TeacherPass]]:
+    def _run_models(self, batch: Batch) -> tuple[StudentPass, list[TeacherPass]]:
         """The student's pass and one of each teacher; a GPU runs them beside each other."""
         teacher_passes: list[TeacherPass] = []
 
         def start_teachers(inputs: InputBatch) -> None:
-            teacher_passes.extend(teacher.start(images, inputs) for teacher in self._teachers)
+            teacher_passes.extend(teacher.start(batch.images, inputs) for teacher in self._teachers)
 
-        student_pass = self._student.student_pass(images, targets, start_teachers)
+        student_pass = self.detector.student_pass(batch, start_teachers)
         join_beside(student_pass.inputs.tensor.device)
         return student_pass, teacher_passes
 
@@ -313,7 +307,7 @@ class Distiller(nn.Module):
             terms = self._region_terms(student_pass, teacher_passes, lessons)
             for teacher, lesson in zip(self._teachers, lessons):
                 suspects[f"{teacher.name}'s logits"] = lesson.head.logits
-                suspects[f"{teacher.name}'s deltas"] = lesson.head.deltas
+                suspects[f"{teacher.name}'s {teacher.box_coding}"] = lesson.head.boxes
         if weights["gaussian"]:
             terms["gaussian"] = self._gaussian_term(student_pass, teacher_passes)
         if self.settings.check_finite:
@@ -324,7 +318,7 @@ class Distiller(nn.Module):
     def _prepare_lessons(self, student_pass: StudentPass, teacher_passes: Sequence[TeacherPass]) -> list[Lesson]:
         """For each teacher the shared regions that it teaches."""
         detectors = [teacher.detector for teacher in self._teachers]
-        shared = share_regions(self._student, student_pass, list(zip(detectors, teacher_passes)), self.settings)
+        shared = share_regions(self.detector, student_pass, list(zip(detectors, teacher_passes)), self.settings)
         return [
             teacher.prepare_lesson(shared, teacher_pass)
             for teacher, teacher_pass in zip(self._teachers, teacher_passes)
@@ -349,7 +343,7 @@ class Distiller(nn.Module):
         """The terms over shared regions that have weight, each a mean over the open gates of all teachers."""
         reduction: Reduction = "mean" if len(lessons) == 1 else "sum"
         losses = joint_region_losses(self._region_losses(student_pass, teacher_passes, lessons, reduction))
-        foregrounds = [lesson.regions.foreground(self._student.head) for lesson in lessons]
+        foregrounds = [lesson.regions.foreground(self.detector.head) for lesson in lessons]
         self.stats.update(region_stats(losses, foregrounds[0] if len(foregrounds) == 1 else torch.cat(foregrounds)))
         terms = {name: getattr(losses, name) for name in REGION_TERMS if self.settings.weights[name]}
         share = share_of_all(losses.gates)

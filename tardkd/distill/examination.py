@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from tardkd.detectors.base import Batch
 
 from .balance import pulls
 from .checks import FiniteCheck
@@ -20,32 +22,32 @@ SHARE = 0.3  # where we would start a term, by our own choice: its share of the 
 STRONG, WEAK = 1.0, SHARE / 10  # shares that are worth a warning
 
 
-def examine(distiller: Distiller, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> Findings:
+def examine(distiller: Distiller, batch: Batch) -> Findings:
     """See :meth:`tardkd.distill.Distiller.check`."""
     findings = Findings()
     with _undone(distiller):
         try:
-            for finding in _examine(distiller, images, targets):
+            for finding in _examine(distiller, batch):
                 findings.append(finding)  # those before an error stay
         except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
             findings.append(problem(str(error) or type(error).__name__))
     return findings
 
 
-def _examine(distiller: Distiller, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> Iterator[Finding]:
+def _examine(distiller: Distiller, batch: Batch) -> Iterator[Finding]:
     if not distiller.enabled:
         yield skipped("the student is trained alone: enabled=False")
         return
     yield from _classes(distiller)
     yield from _pairing(distiller)
-    check_types(images)
-    fault = batch_fault(targets, distiller.detector.head) if is_well_formed(targets) else None
+    check_types(batch.images)
+    fault = batch_fault(batch.targets, distiller.detector.head) if is_well_formed(batch.targets) else None
     if fault:
         yield problem(fault)
         return
-    student_pass, losses = distiller.step(images, targets)
+    student_pass, losses = distiller.step(batch)
     distiller.settle()
-    low, high = image_range(images).tolist()
+    low, high = image_range(batch.images).tolist()
     fault = range_fault(low, high, student_pass.inputs)
     if fault:
         yield warning(fault, "all that follows is of these images")
@@ -113,13 +115,19 @@ def _pairing(distiller: Distiller) -> Iterator[Finding]:
     own = distiller.detector.channels
     for teacher in distiller.frozen_teachers:
         theirs = teacher.detector.channels
-        channels = f"{own} channels on both sides"
-        if own != theirs:
-            channels = f"the student's {own} channels are brought to {teacher.name}'s {theirs} by a 1x1 convolution"
+        if teacher.level_pairs is not None:
+            pairs = [f"{own[level]} to {channels}" for level, channels in zip(teacher.level_pairs, theirs)]
+            channels = f"the student's channels are brought to {teacher.name}'s level by level ({', '.join(pairs)})"
+        elif own[0] != theirs[0]:
+            channels = (
+                f"the student's {own[0]} channels are brought to {teacher.name}'s {theirs[0]} by a 1x1 convolution"
+            )
+        else:
+            channels = f"{own[0]} channels on both sides"
         path = "as the two box heads have pooled them" if teacher.reads_pooled else "pooled again from both pyramids"
         size = f"{teacher.name} sees images {teacher.ratio:g} times as large as the student"
         features = f"{channels}, compared {path}" if distiller.settings.compares_features else "no term compares them"
-        yield ok(f"features: {features}; {size}", channels=[own, theirs], ratio=teacher.ratio)
+        yield ok(f"features: {features}; {size}", channels=[list(own), list(theirs)], ratio=teacher.ratio)
 
 
 # --- the step -----------------------------------------------------------------------------------------------

@@ -23,13 +23,13 @@ class Teacher:
         TypeError: a field is of another type; names it.
     """
 
-    model: nn.Module  # a detector of a family that tardkd.detectors knows
+    model: nn.Module | Detector  # a detector of a family that tardkd.detectors knows, or one in the terms of its family
     classes: Sequence[str] | None = None  # names in the order of the labels, no background; None: the student's
     class_map: Mapping[str, str | None] | None = None  # its class: the student's, or None for "not transferred"
     name: str | None = None  # what messages call it; None: "the teacher", or of several "teacher 0" and so on
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, nn.Module):
+        if not isinstance(self.model, (nn.Module, Detector)):
             raise TypeError(f"a teacher must be a detector (an nn.Module), got {type(self.model).__name__}")
         if self.classes is not None and (isinstance(self.classes, str) or not isinstance(self.classes, Sequence)):
             raise TypeError(f"a teacher's classes must be a list of names, got {self.classes!r}")
@@ -37,7 +37,8 @@ class Teacher:
             raise TypeError(f"a teacher's class_map must map its class names to the student's, got {self.class_map!r}")
 
 
-TeacherArgument = nn.Module | Teacher | Sequence[nn.Module | Teacher] | None
+OneTeacher = nn.Module | Detector | Teacher
+TeacherArgument = OneTeacher | Sequence[OneTeacher] | None
 ClassesArgument = Sequence[str] | Sequence[Sequence[str] | None] | None
 ClassMapArgument = Mapping[str, str | None] | Sequence[Mapping[str, str | None] | None] | None
 
@@ -57,7 +58,7 @@ def as_teachers(
     """
     if teacher is None:
         return []
-    if isinstance(teacher, (nn.Module, Teacher)):
+    if isinstance(teacher, (nn.Module, Detector, Teacher)):
         return [_as_teacher(teacher, teacher_classes, class_map)]
     if not isinstance(teacher, Sequence):
         raise TypeError(
@@ -72,7 +73,7 @@ def as_teachers(
     return [_as_teacher(*described) for described in zip(teacher, all_classes, all_maps)]
 
 
-def _as_teacher(teacher: nn.Module | Teacher, classes: Any, class_map: Any) -> Teacher:
+def _as_teacher(teacher: OneTeacher, classes: Any, class_map: Any) -> Teacher:
     """One teacher; whether what is said of its classes has the right types is seen by :class:`Teacher`."""
     if not isinstance(teacher, Teacher):
         return Teacher(teacher, classes, class_map)

@@ -142,13 +142,20 @@ class DistillSettings:
         )
 
     def loss_spec(self, head: HeadSettings, reduction: Reduction) -> LossSpec:
-        """What the ops are told about gates and losses, for outputs written in the conventions of ``head``."""
+        """What the ops are told about gates and losses, for outputs written in the conventions of ``head``.
+
+        Where the regions are the objects themselves, no box can be better than the region's own: the teacher's box is
+        then held against the student's.
+        """
+        regression_gate = self.regression_gate
+        if head.regions == "objects" and regression_gate == "vs_proposal":
+            regression_gate = "vs_student"
         return LossSpec(
             feature_loss=self.feature_loss,
             bin_weight=self.bin_weight,
             feature_gate=self.feature_gate,
             classification_gate=self.classification_gate,
-            regression_gate=self.regression_gate,
+            regression_gate=regression_gate,
             temperature=self.temperature,
             beta=self.beta,
             box_weights=head.box_weights,

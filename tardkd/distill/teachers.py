@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ from tardkd.device import run_beside
 from tardkd.ops.spec import Reduction
 
 from . import checks
+from .adapters import make_adapter, make_adapters, pair_levels
 from .classes import ClassMap
+from .conventions import common_coding, in_students_terms
 from .settings import DistillSettings
 from .sharing import rescale_deltas
 
@@ -48,7 +51,7 @@ class FrozenTeacher:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Detector,
         student: Detector,
         settings: DistillSettings,
         classes: ClassMap,
@@ -57,13 +60,20 @@ class FrozenTeacher:
     ) -> None:
         self.detector, self.student, self.settings = for_model(model), student, settings
         self.classes, self.name, self.adapter_key = classes, name, adapter_key
-        checks.check_separate(student.model, model)
+        checks.check_separate(student.model, self.detector.model)
         checks.check_conventions(student.head, self.detector.head, named=classes.is_named)
+        checks.check_sharing(settings.sharing, student, self.detector)
         classes.check_widths(student.head, self.detector.head)
-        model.eval().requires_grad_(False)
+        self.model.eval().requires_grad_(False)
         self.seconds = 0.0  # of the host's time that it has taken so far: on a CPU all of its time
         self.ratio = settings.teacher_input_ratio or self.detector.input_size / student.input_size
+        self.box_coding = common_coding(student.head, self.detector.head)
         self.reads_pooled = self._choose_path()
+        # Pyramids whose channels differ from level to level are compared level by level: the student's level by each of
+        # the teacher's. Of the others any level may meet any, and one adapter serves them all.
+        self.level_pairs: list[int] | None = None
+        if settings.compares_features and len({*student.channels}) + len({*self.detector.channels}) > 2:
+            self.level_pairs = pair_levels(student.strides, [stride / self.ratio for stride in self.detector.strides])
 
     @property
     def model(self) -> nn.Module:
@@ -76,6 +86,10 @@ class FrozenTeacher:
         alike = all(
             getattr(student, name) == getattr(teacher, name) for name in ("output_size", "sampling_ratio", "aligned")
         )
+        if not (self.student.two_stage and self.detector.two_stage):
+            if self.settings.path == "pooled":
+                raise ValueError("path='pooled' needs two detectors with a box head that pools proposals")
+            return False
         if self.settings.path == "pooled" and not alike:
             raise ValueError(
                 "path='pooled' needs equal output_size, sampling_ratio and aligned; "
@@ -112,14 +126,37 @@ class FrozenTeacher:
                 return run_beside(device, lambda: self.detector.teacher_pass(images, inputs, self.ratio))
 
     def prepare_lesson(self, shared: Regions, teacher_pass: TeacherPass) -> Lesson:
-        """Run the head on those of the shared regions that it teaches."""
-        convention = self.student.head
+        """Ask about those of the shared regions that it teaches."""
+        convention, own = self.student.head, self.detector.head
         regions = self.classes.student_regions(shared, convention)
         with torch.no_grad(), self._timed():
-            head = self.detector.teacher_head(teacher_pass, regions.proposals)
-            head = self.classes.teacher_outputs(head, self.detector.head, convention.background)
-        checks.check_head_widths(regions.head.widths, head.widths)
-        return Lesson(regions, head)
+            head = self.detector.answers(teacher_pass, regions, self.classes.teacher_places(regions, convention))
+            head = self.classes.teacher_outputs(head, own, convention.background)
+            head = in_students_terms(head, own, convention, regions, self.box_coding)
+        outputs = in_students_terms(regions.head, convention, convention, regions, self.box_coding)
+        checks.check_head_widths(outputs.widths, head.widths)
+        return Lesson(replace(regions, head=outputs), head)
+
+    def make_adapter(self) -> nn.Module:
+        """What brings the student's features to this teacher's channels, new."""
+        if not self.settings.compares_features:
+            return nn.Identity()
+        like = next(self.student.model.parameters())
+        if self.level_pairs is None:
+            return make_adapter(self.student.channels[0], self.detector.channels[0], like)
+        own = [self.student.channels[level] for level in self.level_pairs]
+        return make_adapters(own, self.detector.channels, like)
+
+    def _adapted(self, student_pass: StudentPass, adapter: nn.Module) -> tuple[list[Tensor], list[float]]:
+        """The student's maps with this teacher's channels, L x (N, C_l, H_l, W_l), and their scales.
+
+        Where levels are paired there is one for each of the teacher's levels.
+        """
+        maps, scales = student_pass.features, student_pass.scales
+        if self.level_pairs is None:
+            return [adapter(level) for level in maps], scales
+        adapted = [adapt(maps[level]) for adapt, level in zip(adapter.children(), self.level_pairs)]
+        return adapted, [scales[level] for level in self.level_pairs]
 
     # --- what it teaches
 
@@ -138,27 +175,34 @@ class FrozenTeacher:
             reduction: "mean" or "sum" over the open gates.
         """
         regions, head, convention = lesson.regions, lesson.head, self.student.head
+        own_boxes, their_boxes = regions.head.boxes, head.boxes
+        if self.box_coding == "deltas":
+            their_boxes = rescale_deltas(their_boxes, self.detector.head.box_weights, convention.box_weights)
         per_region = (
             regions.proposals,
             regions.head.logits,
             head.logits,
-            regions.head.deltas,
-            rescale_deltas(head.deltas, self.detector.head.box_weights, convention.box_weights),
+            own_boxes,
+            their_boxes,
             regions.labels,
             regions.gt_boxes,
         )
-        options = self.settings.loss_spec(convention, reduction)._asdict()
+        options: dict[str, Any] = self.settings.loss_spec(convention, reduction)._asdict()
+        options |= {"region_weights": regions.weights, "box_coding": self.box_coding}
         if not self.settings.feature:
             # The op wants features; one zero a region stands for them where only the heads transfer.
             nothing = regions.head.logits.new_zeros((len(regions.labels), 1, 1, 1))
             return ops.pooled_distill_loss(nothing, nothing, *per_region, **options)
         if self.reads_pooled:
-            return ops.pooled_distill_loss(adapter(regions.head.pooled), head.pooled, *per_region, **options)
+            pooled, theirs = regions.head.pooled, head.pooled
+            assert pooled is not None and theirs is not None, "box heads pool their regions"
+            return ops.pooled_distill_loss(adapter(pooled), theirs, *per_region, **options)
+        maps, scales = self._adapted(student_pass, adapter)
         return ops.region_distill_loss(
-            [adapter(level) for level in student_pass.features],
+            maps,
             teacher_pass.features,
             *per_region,
-            student_scales=student_pass.scales,
+            student_scales=scales,
             teacher_scales=teacher_pass.scales,
             **(self.student.roi._asdict() | options),
         )
@@ -172,17 +216,14 @@ class FrozenTeacher:
             boxes: N x (G, 4), those of :meth:`objects`.
             adapter: brings features from the student's channels to the teacher's.
         """
-        if student_pass.scales != teacher_pass.scales:
+        maps, scales = self._adapted(student_pass, adapter)
+        if scales != teacher_pass.scales:
             raise ValueError(
                 "the gaussian term compares maps position by position and needs equal scales; student: "
                 f"{student_pass.scales}, {self.name.removeprefix('the ')}: {teacher_pass.scales}"
             )
         return ops.gaussian_feature_loss(
-            [adapter(level) for level in student_pass.features],
-            teacher_pass.features,
-            boxes,
-            scales=student_pass.scales,
-            sigma_squared=self.settings.sigma_squared,
+            maps, teacher_pass.features, boxes, scales=scales, sigma_squared=self.settings.sigma_squared
         )
 
     def objects(self, student_pass: StudentPass) -> list[Tensor]:

@@ -7,6 +7,7 @@ import torch
 from train.recipe import MODEL
 
 from tardkd.data import Scenes, build_loader, build_transform
+from tardkd.detectors.base import Batch
 from tardkd.detectors.torchvision import GeneralizedRCNNDetector
 from tardkd.train.models import ModelSpec, build_model
 
@@ -80,7 +81,7 @@ def test_of_several_sizes_the_teacher_sees_the_one_that_the_student_drew(teacher
     drawn = set()
     for seed in range(6):
         torch.manual_seed(seed)
-        inputs = student.student_pass([image], [target]).inputs
+        inputs = student.student_pass(Batch([image], [target])).inputs
         drawn.add(min(inputs.sizes[0]))
         batch, *_ = teacher.teacher_pass([image], inputs, ratio).state
         assert batch.image_sizes[0] == tuple(round(side * ratio) for side in inputs.sizes[0])

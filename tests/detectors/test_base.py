@@ -24,7 +24,7 @@ def assert_rows(result: Regions, per_image: list[list[int]]) -> None:
     assert result.labels.tolist() == rows
     assert (result.gt_boxes[:, 3] - 100).tolist() == rows
     assert result.head.logits[:, 2].tolist() == rows
-    assert result.head.deltas[:, 11].tolist() == rows
+    assert result.head.boxes[:, 11].tolist() == rows
     assert result.head.pooled.flatten().tolist() == rows
 
 

@@ -14,7 +14,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from tardkd import ops
 from tardkd.detectors import for_model
-from tardkd.detectors.base import StudentPass
+from tardkd.detectors.base import Batch, StudentPass
 
 from .tiny import FAMILIES, tiny_batch, tiny_detector
 
@@ -40,7 +40,7 @@ def hooks_of(model: nn.Module) -> int:
 
 def run_student(model: nn.Module, family: str = "faster", **batch: Any) -> StudentPass:
     torch.manual_seed(5)
-    return for_model(model).student_pass(*tiny_batch(family, **batch))
+    return for_model(model).student_pass(Batch(*tiny_batch(family, **batch)))
 
 
 @families
@@ -78,7 +78,7 @@ def test_regions_are_the_sampled_ones(family: str, empty: bool, monkeypatch: pyt
     assert regions.head.pooled.shape == (32, 8, 3, 3)
     assert set(model.roi_heads.box_roi_pool.map_levels(proposals).tolist()) == {0, 1}
     logits, deltas = model.roi_heads.box_predictor(model.roi_heads.box_head(regions.head.pooled))
-    assert torch.equal(regions.head.logits, logits) and torch.equal(regions.head.deltas, deltas)
+    assert torch.equal(regions.head.logits, logits) and torch.equal(regions.head.boxes, deltas)
 
 
 def test_features_scales_and_inputs() -> None:
@@ -124,7 +124,7 @@ def test_levels_of_one_stride() -> None:
     torch.testing.assert_close(pooled, student.regions.head.pooled)
     teacher = teacher_of(copy.deepcopy(model))
     result = teacher.teacher_pass(tiny_batch()[0], student.inputs, 1.0)
-    head = teacher.teacher_head(result, student.regions.proposals)
+    head = teacher.answers(result, student.regions, student.regions.labels - 1)
     assert result.scales == [1 / 4]
     torch.testing.assert_close(head.pooled, student.regions.head.pooled)
 
@@ -154,7 +154,7 @@ def test_no_trace_is_left_by_a_failure() -> None:
     images, targets = tiny_batch()
     targets[0]["boxes"] = targets[0]["boxes"][:, [2, 3, 0, 1]]
     with pytest.raises(AssertionError, match="positive height and width"):
-        for_model(model).student_pass(images, targets)
+        for_model(model).student_pass(Batch(images, targets))
     assert hooks_of(model) == 0 and "select_training_samples" not in vars(model.roi_heads)
 
 
@@ -168,7 +168,7 @@ def test_settings_are_read_from_the_model() -> None:
     assert detector.head.box_weights == (1.0, 2.0, 3.0, 4.0)
     assert detector.head.widths == (4, 16)
     assert (detector.head.background, detector.head.activation) == ("first", "softmax")
-    assert (detector.channels, detector.input_size) == (8, 96)
+    assert (detector.channels, detector.input_size) == ((8,), 96)
 
 
 def teacher_of(model: nn.Module) -> Any:
@@ -216,14 +216,14 @@ def test_teacher_head_is_the_teachers_on_its_own_pixels(ratio: float, size: int)
     images, _ = tiny_batch()
     detector = teacher_of(model)
     teacher = detector.teacher_pass(images, student.inputs, ratio)
-    head = detector.teacher_head(teacher, student.regions.proposals)
+    head = detector.answers(teacher, student.regions, student.regions.labels - 1)
 
     batch, _ = model.transform(images)
     maps = model.backbone(batch.tensors)
     boxes = [boxes * ratio for boxes in student.regions.proposals]
     pooled = model.roi_heads.box_roi_pool(maps, boxes, batch.image_sizes)
     logits, deltas = model.roi_heads.box_predictor(model.roi_heads.box_head(pooled))
-    for actual, expected in zip((head.pooled, head.logits, head.deltas), (pooled, logits, deltas)):
+    for actual, expected in zip((head.pooled, head.logits, head.boxes), (pooled, logits, deltas)):
         torch.testing.assert_close(actual, expected)
     assert teacher.scales == [ratio / 4, ratio / 8, ratio / 16]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(teacher.features, maps.values()))
@@ -282,7 +282,7 @@ def test_autocast_keeps_boxes_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     for target in targets:
         target["boxes"] = target["boxes"] + 0.3  # more digits than bfloat16 has
     with torch.autocast("cpu", torch.bfloat16):
-        student = for_model(model).student_pass(images, targets)
+        student = for_model(model).student_pass(Batch(images, targets))
     assert samples[0][0][0].dtype == torch.bfloat16
     assert torch.equal(student.regions.labels, torch.cat(samples[0][2]))
     assert {boxes.dtype for boxes in student.regions.proposals} == {torch.float32}

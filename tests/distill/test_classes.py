@@ -125,7 +125,7 @@ def test_columns_of_every_kind_of_head(activation, own, wanted, deltas):
     expected = [0, 4, 2] if wanted == "first" else [4, 2, 0]
     assert taught.logits[1].tolist() == (expected if activation == "softmax" else [4, 2])
     blocks = {4: [9], 16: [4, 2], 20: expected}[deltas]
-    assert taught.deltas[1].tolist() == [block for block in blocks for _ in range(4)]
+    assert taught.boxes[1].tolist() == [block for block in blocks for _ in range(4)]
 
 
 def test_all_columns_in_order_are_taken_as_they_are():
@@ -133,7 +133,7 @@ def test_all_columns_in_order_are_taken_as_they_are():
     classes = match_classes(NAMES, ["c", "x", "b", "a"])
     given = outputs(3, head, 16)
     taken = classes.student_outputs(given, head)
-    assert taken.logits is given.logits and taken.deltas is given.deltas
+    assert taken.logits is given.logits and taken.boxes is given.boxes
     labels = torch.tensor([0, 1, 3, -1])
     assert classes.labels(labels, "first") is labels
 
@@ -185,7 +185,7 @@ def test_equal_names_still_move_a_background_that_stands_elsewhere():
     head = HeadSettings("last", "softmax", (1.0,) * 4, None)
     moved = match_classes(NAMES, NAMES).teacher_outputs(outputs(3, head, 16), head, "first")
     assert moved.logits[0].tolist() == [0, 1, 2, 3]
-    assert moved.deltas[0, ::4].tolist() == [0, 1, 2, 3]
+    assert moved.boxes[0, ::4].tolist() == [0, 1, 2, 3]
 
 
 def test_names_are_known_or_not():
