@@ -88,7 +88,7 @@ def _of_class(deltas: Tensor, columns: Tensor) -> Tensor:
     """(R, 4): of deltas (R, 4k) those of each region's column (R,); any for a region without an object."""
     by_class = deltas.unflatten(1, (-1, 4))
     chosen = columns.clamp(0, by_class.shape[1] - 1)[:, None, None].expand(-1, 1, 4)
-    return by_class.gather(1, chosen if by_class.shape[1] > 1 else torch.zeros_like(chosen))[:, 0]
+    return by_class.gather(1, chosen)[:, 0]
 
 
 def decode(deltas: Tensor, boxes: Tensor, weights: tuple[float, ...]) -> Tensor:
