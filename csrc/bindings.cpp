@@ -42,6 +42,18 @@ void pooled_distill(const py::object& student_pooled, const py::object& teacher_
   });
 }
 
+void head_distill(const py::object& inputs, const py::object& upstream, const py::object& results,
+                  const py::object& loss, int threads) {
+  const RegionInputs in = region_inputs(inputs, tensor(upstream), -1);
+  const LossSpec spec = loss_spec(loss);
+  accumulate_as(in.student_logits.dtype, [&](auto a) {
+    using A = decltype(a);
+    const auto out = region_outputs<A>(results);
+    py::gil_scoped_release release;
+    cpu::head_distill<A>(in, out, spec, threads);
+  });
+}
+
 // `proposals` (R, 5), `pooled` (R, C, pooled_h, pooled_w).
 void roi_align(const py::object& features_pyramid, const py::object& proposals, const py::object& pooled_object,
                const py::object& align, int threads) {
@@ -124,6 +136,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("empty_cache", &cpu::empty_cache);
   m.def("region_distill", &region_distill);
   m.def("pooled_distill", &pooled_distill);
+  m.def("head_distill", &head_distill);
   m.def("roi_align", &roi_align);
   m.def("roi_align_backward", &roi_align_backward);
   m.def("gaussian_feature_loss", &gaussian_feature_loss);

@@ -67,6 +67,19 @@ void pooled_distill(const py::object& student_pooled, const py::object& teacher_
   });
 }
 
+void head_distill(const py::object& inputs, const py::object& upstream, const py::object& results,
+                  const py::object& scratch, const py::object& loss, const py::object& target) {
+  const RegionInputs in = region_inputs(inputs, tensor(upstream), -1);
+  const LossSpec spec = loss_spec(loss);
+  const cuda::Target at = target_of(target);
+  accumulate_as(in.student_logits.dtype, [&](auto a) {
+    using A = decltype(a);
+    const auto out = region_outputs<A>(results);
+    const auto space = scratch_of<A>(scratch);
+    run([&] { return cuda::head_distill<A>(in, out, space, spec, at); });
+  });
+}
+
 // `proposals` (R, 5), `pooled` (R, C, pooled_h, pooled_w).
 void roi_align(const py::object& features_pyramid, const py::object& proposals, const py::object& pooled_object,
                const py::object& align, const py::object& target) {
@@ -154,6 +167,7 @@ void bind_cuda(py::module_& m) {
   m.def("region_partials", &cuda::region_partials);
   m.def("region_distill", &region_distill);
   m.def("pooled_distill", &pooled_distill);
+  m.def("head_distill", &head_distill);
   m.def("roi_align", &roi_align);
   m.def("roi_align_scatter", &roi_align_scatter);
   m.def("roi_align_gather", &roi_align_gather);

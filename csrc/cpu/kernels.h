@@ -20,6 +20,10 @@ template <class A>
 void pooled_distill(const PooledTensor& student, const PooledTensor& teacher, const PooledTensor& grad,
                     const RegionInputs& in, const RegionOutputs<A>& out, const LossSpec& spec, int threads);
 
+// The same without features: the feature term is 0.
+template <class A>
+void head_distill(const RegionInputs& in, const RegionOutputs<A>& out, const LossSpec& spec, int threads);
+
 // Pools `regions` regions, `proposals` (R, 5), into `pooled`: (R, C, pooled_h, pooled_w), contiguous. Rows of invalid
 // regions are zero.
 template <class A>

@@ -48,6 +48,11 @@ Status pooled_distill(const PooledTensor& student, const PooledTensor& teacher, 
                       const RegionInputs& in, const RegionOutputs<A>& out, const Scratch<A>& scratch,
                       const LossSpec& spec, const Target& target);
 
+// The same without features: the feature term is 0.
+template <class A>
+Status head_distill(const RegionInputs& in, const RegionOutputs<A>& out, const Scratch<A>& scratch,
+                    const LossSpec& spec, const Target& target);
+
 // Pools `regions` regions of every level, `proposals` (R, 5), in one launch into `pooled`: (R, C, pooled_h, pooled_w),
 // contiguous, of the features' dtype. Rows of invalid regions are zero.
 Status roi_align(const Pyramid& features, const Table& proposals, int64_t regions, void* pooled,

@@ -2,6 +2,7 @@
 
 from .functional import (
     gaussian_feature_loss,
+    head_distill_loss,
     multiscale_roi_align,
     pooled_distill_loss,
     region_distill_loss,
@@ -9,16 +10,18 @@ from .functional import (
 )
 from .inputs import RegionLosses
 from .memory import empty_cache
-from .modules import GaussianFeatureLoss, MultiScaleRoIAlign, PooledDistillLoss, RegionDistillLoss
+from .modules import GaussianFeatureLoss, HeadDistillLoss, MultiScaleRoIAlign, PooledDistillLoss, RegionDistillLoss
 
 __all__ = [
     "GaussianFeatureLoss",
+    "HeadDistillLoss",
     "MultiScaleRoIAlign",
     "PooledDistillLoss",
     "RegionDistillLoss",
     "RegionLosses",
     "empty_cache",
     "gaussian_feature_loss",
+    "head_distill_loss",
     "multiscale_roi_align",
     "pooled_distill_loss",
     "region_distill_loss",

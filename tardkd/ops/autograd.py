@@ -42,22 +42,21 @@ def region_losses(call: RegionCall) -> RegionLosses:
 
 def run_regions(call: RegionCall, wants: Wants, upstream: Tensor | None = None) -> RegionResults:
     """The registered op; ``upstream`` (3, R): gradients of every region's terms."""
-    op = torch.ops.tardkd.pooled_distill if call.pooling is None else torch.ops.tardkd.region_distill
-    return RegionResults(*op(*call.pack(wants, upstream)))
+    return RegionResults(*getattr(torch.ops.tardkd, call.op)(*call.pack(wants, upstream)))
 
 
 class _Student(NamedTuple):
     """What a backward pass has to know of the student's tensors: dtypes, and where a pyramid's gradient is to lie."""
 
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]  # of features, logits and deltas
-    layout: Layout | None  # None: pooled features, of which the gradient is one tensor
+    layout: Layout | None  # None: at most pooled features, of which the gradient is one tensor
 
     @classmethod
     def of(cls, call: RegionCall) -> _Student:
         layout = None if call.pooling is None else layout_of(call.student_features)
-        inputs = call.inputs
-        dtypes = call.student_features[0].dtype, inputs.student_logits.dtype, inputs.student_deltas.dtype
-        return cls(dtypes, layout)
+        logits, deltas = call.inputs.student_logits, call.inputs.student_deltas
+        [features] = call.student_features[:1] or [logits]  # without features nobody asks for their gradient
+        return cls((features.dtype, logits.dtype, deltas.dtype), layout)
 
 
 def _input_gradients(

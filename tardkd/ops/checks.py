@@ -170,11 +170,13 @@ def check_sides(student: Tensor, teacher: Tensor, student_name: str, teacher_nam
 # --- regions ----------------------------------------------------------------------------------------------------------
 
 
-def as_regions(proposals: Tensor | Sequence[Tensor], num_images: int | None, device: torch.device) -> Tensor:
+def as_regions(
+    proposals: Tensor | Sequence[Tensor], num_images: int | None, device: torch.device, where: str = "the features"
+) -> Tensor:
     """Proposals as (R, 5) [image index, x1, y1, x2, y2], float32 (float64 if given so), detached.
 
     ``proposals`` is already that, or one (R_n, 4) tensor per image. ``num_images`` None: the number is
-    not known and not checked.
+    not known and not checked. ``where`` names what is on ``device``.
     """
     if isinstance(proposals, Tensor):
         check_tensor("proposals", proposals, ("R", "5"), BOX_DTYPES)
@@ -188,7 +190,7 @@ def as_regions(proposals: Tensor | Sequence[Tensor], num_images: int | None, dev
         index = [torch.full_like(boxes[:, :1], image) for image, boxes in enumerate(proposals)]
         regions = torch.cat([torch.cat(index), torch.cat(list(proposals))], dim=1)
     if regions.device != device:
-        raise ValueError(f"proposals are on {regions.device} but the features are on {device}")
+        raise ValueError(f"proposals are on {regions.device} but {where} are on {device}")
     return regions.detach()
 
 
@@ -207,14 +209,19 @@ def check_box_list(name: str, boxes: Sequence[Tensor], num_images: int | None) -
 
 
 def check_per_region(
-    name: str, tensor: Tensor, axes: tuple[str, ...], dtypes: Sequence[torch.dtype], regions: Tensor
+    name: str,
+    tensor: Tensor,
+    axes: tuple[str, ...],
+    dtypes: Sequence[torch.dtype],
+    regions: Tensor,
+    like_name: str = "student_features",
 ) -> None:
-    """One row a region, on the device of the ``regions`` (R, 5)."""
+    """One row a region, on the device of the ``regions`` (R, 5), which is that of what is called ``like_name``."""
     check_tensor(name, tensor, axes, dtypes)
     if tensor.shape[0] != regions.shape[0]:
         raise ValueError(f"{name} has {tensor.shape[0]} rows but proposals hold {regions.shape[0]} regions")
     if tensor.device != regions.device:
-        raise ValueError(f"{name} is on {tensor.device} but student_features is on {regions.device}")
+        raise ValueError(f"{name} is on {tensor.device} but {like_name} is on {regions.device}")
 
 
 def checked_region_inputs(
@@ -230,16 +237,19 @@ def checked_region_inputs(
     loss: LossSpec,
     like: Tensor,
     num_images: int | None,
+    like_name: str = "student_features",
 ) -> RegionInputs:
     """What a region loss is given beside its features, each (R, ...) checked against the others.
 
     Args:
         proposals: (R, 5), or one (R_n, 4) an image; see :func:`as_regions`.
         loss: how the heads' outputs are to be read.
-        like: a student's feature, with whose device and precision the heads must agree.
+        like: a student's feature, or its logits where there are no features, with whose device and precision the
+            others must agree.
         num_images: N; None where the image index of the proposals has no meaning.
+        like_name: what ``like`` is called in messages.
     """
-    regions = as_regions(proposals, num_images, like.device)
+    regions = as_regions(proposals, num_images, like.device, f"the {like_name.removeprefix('student_')}")
     inputs = RegionInputs(
         regions, student_logits, teacher_logits, student_deltas, teacher_deltas, labels, gt_boxes, region_weights
     )
@@ -250,12 +260,12 @@ def checked_region_inputs(
         "teacher_deltas": (teacher_deltas, ("R", "4K")),
     }
     for name, (tensor, axes) in heads.items():
-        check_per_region(name, tensor, axes, FEATURE_DTYPES, regions)
-        check_same_precision("student_features", like, name, tensor)
-    check_per_region("labels", labels, ("R",), (torch.int64,), regions)
-    check_per_region("gt_boxes", gt_boxes, ("R", "4"), BOX_DTYPES, regions)
+        check_per_region(name, tensor, axes, FEATURE_DTYPES, regions, like_name)
+        check_same_precision(like_name, like, name, tensor)
+    check_per_region("labels", labels, ("R",), (torch.int64,), regions, like_name)
+    check_per_region("gt_boxes", gt_boxes, ("R", "4"), BOX_DTYPES, regions, like_name)
     if region_weights is not None:
-        check_per_region("region_weights", region_weights, ("R",), FEATURE_DTYPES, regions)
+        check_per_region("region_weights", region_weights, ("R",), FEATURE_DTYPES, regions, like_name)
         check_detached("region_weights", region_weights)
     check_detached("teacher_logits", teacher_logits)
     check_detached("teacher_deltas", teacher_deltas)

@@ -30,9 +30,12 @@ class CpuKernels:
         """Making the gradient from the inputs again reads the open regions once more.
 
         It saves the pass that multiplies the gradient by the upstream one. Over whole pyramids that pass takes longer
-        than to pool the few regions that gates leave open, but not longer than to pool all.
+        than to pool the few regions that gates leave open, but not longer than to pool all. The gradients of heads are
+        small, and made of exponentials.
         """
-        return call.pooling is None or call.loss.feature_gate != "all"
+        if call.pooling is None:
+            return bool(call.student_features)
+        return call.loss.feature_gate != "all"
 
     def region_distill(self, *packed: Any) -> RegionResults:
         call, wants, upstream = RegionCall.unpack(packed)
@@ -72,6 +75,20 @@ class CpuKernels:
             describe(student),
             describe(teacher),
             describe(gradient) if wants.features else None,
+            describe_fields(inputs),
+            describe(upstream),
+            describe_fields(results),
+            call.loss,
+            torch.get_num_threads(),
+        )
+        return results
+
+    def head_distill(self, *packed: Any) -> RegionResults:
+        call, wants, upstream = RegionCall.unpack(packed)
+        dtype = accumulation_dtype(call.inputs.student_logits.dtype)
+        results = region_results(call, wants, call.inputs.proposals.new_empty((0,), dtype=dtype))
+        inputs, upstream = _converted(call.inputs, dtype), _dense_if_given(upstream, dtype)
+        self._module.head_distill(
             describe_fields(inputs),
             describe(upstream),
             describe_fields(results),

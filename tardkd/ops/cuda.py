@@ -49,7 +49,7 @@ class CudaKernels:
 
     def defers(self, call: RegionCall) -> bool:
         """Pooled regions are read once more in the backward pass: no more bytes, and no gradient to keep until then."""
-        return call.pooling is None
+        return call.pooling is None and bool(call.student_features)
 
     def _target(self, device: torch.device) -> Target:
         return Target(device.index or 0, self._stream_of(device))
@@ -104,6 +104,21 @@ class CudaKernels:
             scratch(done, partial),
             call.loss,
             self._target(student.device),
+        )
+        return results
+
+    def head_distill(self, *packed: Any) -> RegionResults:
+        call, wants, upstream = RegionCall.unpack(packed)
+        proposals, dtype = call.inputs.proposals, accumulation_dtype(call.inputs.student_logits.dtype)
+        partial, done = zeros(proposals.device, dtype, [self._module.region_partials(proposals.shape[0], 1), 1])
+        results = region_results(call, wants, proposals.new_empty((0,), dtype=dtype))
+        self._module.head_distill(
+            describe_fields(call.inputs),
+            describe(upstream),
+            describe_fields(results),
+            scratch(done, partial),
+            call.loss,
+            self._target(proposals.device),
         )
         return results
 

@@ -29,6 +29,7 @@ def run_gaussian_loss(call: GaussianCall) -> Tensor:
 
 region_distill_loss = function_of(region.region_distill_loss, run_region_losses, "tardkd.ops")
 pooled_distill_loss = function_of(region.pooled_distill_loss, run_region_losses, "tardkd.ops")
+head_distill_loss = function_of(region.head_distill_loss, run_region_losses, "tardkd.ops")
 multiscale_roi_align = function_of(roi_align.multiscale_roi_align, run_roi_align, "tardkd.ops")
 shared_roi_align = function_of(roi_align.shared_roi_align, run_shared_roi_align, "tardkd.ops")
 gaussian_feature_loss = function_of(gaussian.gaussian_feature_loss, run_gaussian_loss, "tardkd.ops")

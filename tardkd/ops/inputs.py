@@ -93,13 +93,24 @@ class Pooling(NamedTuple):
 
 
 class RegionCall(NamedTuple):
-    """A call of ``region_distill_loss`` or, where the features are pooled already, of ``pooled_distill_loss``."""
+    """A call of a loss over shared regions.
 
-    student_features: list[Tensor]  # L x (N, C, H_l, W_l), or the one tensor (R, C, p_h, p_w) of pooled features
-    teacher_features: list[Tensor]  # L x (N, C, H_l, W_l), or the one tensor (R, C, p_h, p_w) of pooled features
+    The features are those of the pyramids, L x (N, C, H_l, W_l), for ``region_distill_loss``; the one tensor
+    (R, C, p_h, p_w) of pooled features for ``pooled_distill_loss``; none for ``head_distill_loss``.
+    """
+
+    student_features: list[Tensor]
+    teacher_features: list[Tensor]
     inputs: RegionInputs
     loss: LossSpec
-    pooling: Pooling | None  # None: the features are pooled already
+    pooling: Pooling | None  # None: there are no pyramids
+
+    @property
+    def op(self) -> str:
+        """Name of the registered op."""
+        if self.pooling is not None:
+            return "region_distill"
+        return "pooled_distill" if self.student_features else "head_distill"
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All tensors in one row, as autograd wants them."""
@@ -142,29 +153,31 @@ class RegionCall(NamedTuple):
         """
         common = (*self.inputs, upstream, wants, *self.loss)
         if self.pooling is None:
-            return (self.student_features[0], self.teacher_features[0], *common)
+            return (*self.student_features, *self.teacher_features, *common)
         student_scales, teacher_scales, align = self.pooling
         return (self.student_features, self.teacher_features, *common, student_scales, teacher_scales, *align)
 
     @classmethod
     def unpack(cls, packed: Sequence[Any]) -> tuple[RegionCall, Wants, Tensor | None]:
         """Call, ``wants`` and ``upstream`` from the registered op's arguments."""
-        student, teacher = packed[:2]
-        inputs = RegionInputs(*packed[2:_UPSTREAM])
-        upstream, wants = packed[_UPSTREAM], Wants(*packed[_UPSTREAM + 1])
-        loss = LossSpec(*packed[_UPSTREAM + 2 : _POOLING])
-        if len(packed) == _POOLING:
-            return cls([student], [teacher], inputs, loss, None), wants, upstream
-        student_scales, teacher_scales, *align = packed[_POOLING:]
+        first = 0 if len(packed) == _COMMON else 2
+        features, common, pooling = packed[:first], packed[first : first + _COMMON], packed[first + _COMMON :]
+        inputs, loss = RegionInputs(*common[:_UPSTREAM]), LossSpec(*common[_UPSTREAM + 2 :])
+        upstream, wants = common[_UPSTREAM], Wants(*common[_UPSTREAM + 1])
+        if not pooling:
+            return cls(list(features[:1]), list(features[1:]), inputs, loss, None), wants, upstream
+        student, teacher = features
+        student_scales, teacher_scales, *align = pooling
         pooling = Pooling(student_scales, teacher_scales, RoIAlignSpec(*align))
         return cls(student, teacher, inputs, loss, pooling), wants, upstream
 
 
 _NO_INPUTS: Any = RegionInputs(*[None] * len(RegionInputs._fields))  # type: ignore[arg-type]
 
-# Where a packed RegionCall has the upstream gradient and the first of what only pyramids need.
-_UPSTREAM = 2 + len(RegionInputs._fields)
-_POOLING = _UPSTREAM + 2 + len(LossSpec._fields)
+# What every packed RegionCall has, between the features before it and what only pyramids need behind it: how many
+# arguments, and which of them is the upstream gradient.
+_UPSTREAM = len(RegionInputs._fields)
+_COMMON = _UPSTREAM + 2 + len(LossSpec._fields)
 
 
 class AlignCall(NamedTuple):

@@ -24,6 +24,9 @@ class Kernels(Protocol):
     def pooled_distill(self, *packed: Any) -> RegionResults:
         """:class:`RegionCall`, from features that are pooled already."""
 
+    def head_distill(self, *packed: Any) -> RegionResults:
+        """:class:`RegionCall`, without features."""
+
     def roi_align(self, *packed: Any) -> Tensor:
         """:class:`AlignCall`; returns (R, C, p_h, p_w) in the features' dtype."""
 

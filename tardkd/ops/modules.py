@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import gaussian_feature_loss, multiscale_roi_align, pooled_distill_loss, region_distill_loss
+from .functional import (
+    gaussian_feature_loss,
+    head_distill_loss,
+    multiscale_roi_align,
+    pooled_distill_loss,
+    region_distill_loss,
+)
 from .inputs import RegionLosses
 from .spec import MAX_SAMPLES, LossSpec, RoIAlignSpec, integer, output_pair, positive
 
@@ -138,6 +144,15 @@ class PooledDistillLoss(_Loss):
 
     def forward(self, *tensors: Any, **keywords: Any) -> RegionLosses:
         return pooled_distill_loss(*tensors, **{**self.options, **keywords})
+
+
+class HeadDistillLoss(_Loss):
+    """:func:`tardkd.ops.head_distill_loss` with any of its keyword arguments bound; the others go with the call."""
+
+    function = staticmethod(head_distill_loss)
+
+    def forward(self, *tensors: Any, **keywords: Any) -> RegionLosses:
+        return head_distill_loss(*tensors, **{**self.options, **keywords})
 
 
 class GaussianFeatureLoss(_Loss):

@@ -345,10 +345,22 @@ def pooled_pair(call: RegionCall, rows: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+def feature_distances(call: RegionCall, rows: Tensor, foreground: Tensor) -> Tensor:
+    """(r,) mean penalties of the regions ``rows`` (r,), of which ``foreground`` (r,) bool have an object."""
+    inputs, spec = call.inputs, call.loss
+    student, teacher = pooled_pair(call, rows)
+    bins = penalty(student - teacher, spec.feature_loss, spec.beta)
+    if spec.bin_weight == "gaussian":
+        weight = gaussian_bin_weights(inputs.proposals[rows, 1:], inputs.gt_boxes[rows], (bins.shape[2], bins.shape[3]))
+        weight = torch.where(foreground[:, None, None], weight, torch.zeros_like(weight))
+        bins = bins * weight[:, None].to(bins.dtype)
+    return bins.mean((1, 2, 3))
+
+
 def region_losses(call: RegionCall) -> RegionLosses:
     """Gates and the three losses of shared regions."""
-    first, spec = call.student_features[0], call.loss
-    dtype, num_images = accumulation_dtype(first.dtype), None if call.pooling is None else first.shape[0]
+    spec, dtype = call.loss, accumulation_dtype(call.inputs.student_logits.dtype)
+    num_images = None if call.pooling is None else call.student_features[0].shape[0]
     inputs = call.inputs._replace(
         student_logits=call.inputs.student_logits.to(dtype),
         teacher_logits=call.inputs.teacher_logits.to(dtype),
@@ -361,13 +373,11 @@ def region_losses(call: RegionCall) -> RegionLosses:
     gates, scores, foreground = gates_and_scores(inputs, spec, num_images)
 
     rows = gates[:, 0].nonzero()[:, 0]
-    student, teacher = pooled_pair(call, rows)
-    bins = penalty(student - teacher, spec.feature_loss, spec.beta)
-    if spec.bin_weight == "gaussian":
-        weight = gaussian_bin_weights(inputs.proposals[rows, 1:], inputs.gt_boxes[rows], (bins.shape[2], bins.shape[3]))
-        weight = torch.where(foreground[rows, None, None], weight, torch.zeros_like(weight))
-        bins = bins * weight[:, None].to(dtype)
-    feature = reduce_regions(bins.mean((1, 2, 3)), rows, weights, count, spec.reduction)
+    if call.student_features:
+        distances = feature_distances(call, rows, foreground[rows])
+    else:
+        distances = inputs.student_logits[rows, :0].sum(1)  # zeros that are part of the graph
+    feature = reduce_regions(distances, rows, weights, count, spec.reduction)
 
     rows = gates[:, 1].nonzero()[:, 0]
     student, teacher = inputs.student_logits[rows], inputs.teacher_logits[rows]
@@ -431,6 +441,7 @@ def shared_roi_align_pair(calls: tuple[AlignCall, AlignCall]) -> tuple[Tensor, T
 
 region_distill_loss = function_of(region.region_distill_loss, region_losses, __name__)
 pooled_distill_loss = function_of(region.pooled_distill_loss, region_losses, __name__)
+head_distill_loss = function_of(region.head_distill_loss, region_losses, __name__)
 multiscale_roi_align = function_of(roi_align_calls.multiscale_roi_align, roi_align, __name__)
 shared_roi_align = function_of(roi_align_calls.shared_roi_align, shared_roi_align_pair, __name__)
 gaussian_feature_loss = function_of(gaussian.gaussian_feature_loss, gaussian_loss, __name__)

@@ -220,3 +220,63 @@ def pooled_distill_loss(
         "student_pooled", student_pooled, ("R", "C", "h", "w"), checks.FEATURE_DTYPES, inputs.proposals
     )
     return RegionCall([student_pooled], [teacher_pooled], inputs, loss, None)
+
+
+def head_distill_loss(
+    proposals: Tensor | Sequence[Tensor],
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    student_deltas: Tensor,
+    teacher_deltas: Tensor,
+    labels: Tensor,
+    gt_boxes: Tensor,
+    *,
+    classification_gate: ClassificationGate = "teacher_better",
+    regression_gate: RegressionGate = "vs_proposal",
+    temperature: float = 1.0,
+    beta: float = 1 / 9,
+    box_weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
+    background: Background = "first",
+    activation: Activation = "softmax",
+    region_weights: Tensor | None = None,
+    reduction: Reduction = "mean",
+    box_coding: BoxCoding = "deltas",
+) -> RegionCall:
+    """:func:`region_distill_loss` of what the heads say alone, for regions whose features are not compared.
+
+    Args:
+        proposals: the regions' boxes; their image index is not looked at.
+
+    The other arguments and the errors are those of :func:`region_distill_loss`.
+
+    Returns:
+        :class:`RegionLosses`, of which ``feature`` is 0, and the feature column of ``gates`` tells whether one of the
+        other two gates of a foreground region is open.
+    """
+    checks.check_tensor("student_logits", student_logits, ("R", "K"), checks.FEATURE_DTYPES)
+    loss = LossSpec(
+        classification_gate=classification_gate,
+        regression_gate=regression_gate,
+        temperature=temperature,
+        beta=beta,
+        box_weights=box_weights,
+        background=background,
+        activation=activation,
+        reduction=reduction,
+        box_coding=box_coding,
+    ).checked()
+    inputs = checks.checked_region_inputs(
+        proposals,
+        student_logits,
+        teacher_logits,
+        student_deltas,
+        teacher_deltas,
+        labels,
+        gt_boxes,
+        region_weights,
+        loss=loss,
+        like=student_logits,
+        num_images=None,
+        like_name="student_logits",
+    )
+    return RegionCall([], [], inputs, loss, None)

@@ -74,6 +74,7 @@ SCHEMAS = {
     "region_distill": f"(Tensor[] student_features, Tensor[] teacher_features, {_REGION}, float[] student_scales, "
     f"float[] teacher_scales, {_ALIGN}) -> {_RESULTS}",
     "pooled_distill": f"(Tensor student_pooled, Tensor teacher_pooled, {_REGION}) -> {_RESULTS}",
+    "head_distill": f"({_REGION}) -> {_RESULTS}",
     "roi_align": f"(Tensor[] features, Tensor proposals, float[] scales, {_ALIGN}) -> Tensor",
     "roi_align_backward": "(Tensor grad_pooled, Tensor proposals, SymInt[] sizes, bool[] channels_last, "
     f"float[] scales, {_ALIGN}) -> Tensor",
@@ -112,6 +113,13 @@ def _(*packed):
     [student], dtype = call.student_features, accumulation_dtype(call.student_features[0].dtype)
     gradient = gradient_like(student, dtype) if wants.features else student.new_empty((0,), dtype=dtype)
     return region_results(call, wants, gradient)
+
+
+@torch.library.register_fake("tardkd::head_distill", lib=_library)
+def _(*packed):
+    call, wants, _ = RegionCall.unpack(packed)
+    logits = call.inputs.student_logits
+    return region_results(call, wants, logits.new_empty((0,), dtype=accumulation_dtype(logits.dtype)))
 
 
 @torch.library.register_fake("tardkd::roi_align", lib=_library)

@@ -20,7 +20,7 @@ def region_results(call: RegionCall, wants: Wants, grad_features: Tensor) -> Reg
     """Everything that a region loss writes, of which the features' gradient is given."""
     inputs = call.inputs
     count = inputs.proposals.shape[0]
-    dtype = accumulation_dtype(call.student_features[0].dtype)
+    dtype = accumulation_dtype(inputs.student_logits.dtype)
     loss_shape = (count,) if call.loss.reduction == "none" else ()
 
     def empty(shape: tuple[int, ...], dtype: torch.dtype = dtype) -> Tensor:

@@ -127,6 +127,13 @@ def pooled(case: Case, **options: object) -> Forward:
     return _of_losses(case, losses, [case.pooled[0], scene.student_logits, scene.student_deltas])
 
 
+def heads(case: Case, **options: object) -> Forward:
+    scene = case.scene
+    options = {"region_weights": scene.region_weights, **options}
+    losses = tardkd.ops.head_distill_loss(*scene.per_region, **options)
+    return _of_losses(case, losses, [scene.student_logits, scene.student_deltas])
+
+
 def align(case: Case) -> Forward:
     scene = case.scene
     features = tardkd.ops.multiscale_roi_align(
@@ -148,6 +155,8 @@ STEPS: dict[str, Callable[[Case], Forward]] = {
     "region-none": partial(region, reduction="none"),
     "pooled": pooled,
     "pooled-none": partial(pooled, reduction="none"),
+    "heads": heads,
+    "heads-none": partial(heads, reduction="none"),
     "align": align,
     "gaussian": gaussian,
 }

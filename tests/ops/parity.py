@@ -14,9 +14,14 @@ TERMS = ("feature", "classification", "regression")
 UPSTREAM = (0.7, -1.3, 2.1)  # of the three losses; different, so that a mixed-up term shows
 
 
-def losses_and_gradients(ops, scene: Scene, *, pooled: tuple[Tensor, Tensor] | None = None, **options):
-    """Of ``region_distill_loss`` or, given pooled features, of ``pooled_distill_loss``."""
-    if pooled is None:
+def losses_and_gradients(
+    ops, scene: Scene, *, pooled: tuple[Tensor, Tensor] | None = None, heads_alone: bool = False, **options
+):
+    """Of ``region_distill_loss``; given pooled features, of ``pooled_distill_loss``; or of ``head_distill_loss``."""
+    if heads_alone:
+        losses = ops.head_distill_loss(*scene.per_region, **options)
+        leaves = [scene.student_logits, scene.student_deltas]
+    elif pooled is None:
         losses = ops.region_distill_loss(*scene.inputs, **{**scene.scales, **LEVEL_RULE, **options})
         leaves = scene.leaves
     else:
@@ -35,11 +40,14 @@ def upstream_sum(loss: Tensor) -> Tensor:
     return (loss * weights.to(loss)).sum()
 
 
-def assert_losses_match(ops, scene: Scene, *, pooled: tuple[Tensor, Tensor] | None = None, **options) -> None:
+def assert_losses_match(
+    ops, scene: Scene, *, pooled: tuple[Tensor, Tensor] | None = None, heads_alone: bool = False, **options
+) -> None:
     """``scene`` is in the dtype and layout under test."""
     expected_pooled = None
     if pooled is not None:
         expected_pooled = (pooled[0].detach().double().requires_grad_(), pooled[1].double())
+    options["heads_alone"] = heads_alone
     losses, gradients = losses_and_gradients(ops, scene, pooled=pooled, **options)
     expected, expected_gradients = losses_and_gradients(reference, scene.doubled(), pooled=expected_pooled, **options)
 

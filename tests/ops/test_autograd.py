@@ -74,6 +74,22 @@ def test_pooled_loss(backend, activation, reduction):
     assert gradcheck(function, (student, scene.student_logits, scene.student_deltas), fast_mode=True)
 
 
+@pytest.mark.parametrize("box_coding", ["deltas", "boxes"])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_head_loss(backend, activation, reduction, box_coding):
+    scene = small_scene(106, backend, activation=activation, box_coding=box_coding)
+
+    def function(logits, deltas):
+        changed = scene.replace(student_logits=logits, student_deltas=deltas)
+        options = dict(activation=activation, reduction=reduction, box_coding=box_coding, temperature=2.0)
+        return backend.ops.head_distill_loss(*changed.per_region, **options)[1:3]
+
+    leaves = (scene.student_logits, scene.student_deltas)
+    assert all(loss.any() for loss in function(*leaves))
+    assert gradcheck(function, leaves, fast_mode=True)
+
+
 @pytest.mark.parametrize("aligned", [False, True], ids=["legacy", "aligned"])
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
 def test_roi_align(backend, deterministic, sampling_ratio, aligned):

@@ -29,6 +29,7 @@ def test_dtypes_and_gates(backend, dtypes, regression_gate):
     options = dict(regression_gate=regression_gate, **BOXES)
     assert_losses_match(backend.ops, scene, **options)
     assert_losses_match(backend.ops, scene, pooled=make_pooled(scene, *DTYPES[dtypes]), **options)
+    assert_losses_match(backend.ops, scene, heads_alone=True, **options)
 
 
 @pytest.mark.parametrize("form", ["specific", "specific+background"])

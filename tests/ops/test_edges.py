@@ -780,6 +780,7 @@ def test_misfits_of_the_gaussian_loss(backend, misfit):
         ("activation", "relu"),
         ("reduction", "average"),
         ("reduction", None),
+        ("box_coding", "corners"),
         ("temperature", 0.0),
         ("temperature", -1.0),
         ("temperature", NAN),

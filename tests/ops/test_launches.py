@@ -30,6 +30,11 @@ def pooled(scene, **options):
     return lambda: tardkd.ops.pooled_distill_loss(student, teacher, *scene.per_region, **options)[:3], leaves
 
 
+def heads(scene, **options):
+    leaves = [scene.student_logits, scene.student_deltas]
+    return lambda: tardkd.ops.head_distill_loss(*scene.per_region, **options)[:3], leaves
+
+
 def align(scene):
     features, options = scene.student_features, dict(scales=scene.student_scales, **LEVEL_RULE)
     return lambda: [tardkd.ops.multiscale_roi_align(features, scene.proposals, **options)], features
@@ -47,6 +52,8 @@ STEPS = {
     "region-none": lambda scene: region(scene, reduction="none"),
     "pooled": pooled,
     "pooled-none": lambda scene: pooled(scene, reduction="none"),
+    "heads": heads,
+    "heads-none": lambda scene: heads(scene, reduction="none"),
     "align": align,
     "gaussian": gaussian,
 }
@@ -58,6 +65,8 @@ LAUNCHES = {
     "region-none": (1, 1),
     "pooled": (1, 1),
     "pooled-none": (1, 1),
+    "heads": (1, 0),
+    "heads-none": (1, 1),
     "align": (1, 1),
     "gaussian": (1, 1),
 }
@@ -66,6 +75,8 @@ DETERMINISTIC_LAUNCHES = {
     "region-none": (1, 3),
     "pooled": (1, 1),
     "pooled-none": (1, 1),
+    "heads": (1, 0),
+    "heads-none": (1, 1),
     "align": (1, 2),
     "gaussian": (1, 1),
 }
@@ -106,6 +117,8 @@ BESIDE = {
     "region-none": (["zeros"], ["stack", "zeros"]),
     "pooled": (["zeros"], ["stack", "mul", "zeros"]),
     "pooled-none": (["zeros"], ["stack", "zeros"]),
+    "heads": (["zeros"], ["mul", "mul_"] * 2),
+    "heads-none": (["zeros"], ["stack", "zeros"]),
     "align": ([], ["new_zeros"]),
     "gaussian": (["full_like"] * 2 + ["cat"] * 3 + ["zeros"], []),
 }

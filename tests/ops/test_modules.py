@@ -133,6 +133,12 @@ def test_losses_as_modules():
     for got, want in zip(module(*pooled, *scene.per_region, region_weights=scene.region_weights), expected):
         assert torch.equal(got, want)
 
+    options = dict(temperature=2.0, regression_gate="vs_student")
+    module = tardkd.ops.HeadDistillLoss(**options)
+    expected = tardkd.ops.head_distill_loss(*scene.per_region, region_weights=scene.region_weights, **options)
+    for got, want in zip(module(*scene.per_region, region_weights=scene.region_weights), expected):
+        assert torch.equal(got, want)
+
     gt_boxes = [make_boxes(torch.Generator().manual_seed(1), 4)] * 2
     arguments = scene.student_features, scene.teacher_features, gt_boxes
     module = tardkd.ops.GaussianFeatureLoss(sigma_squared=0.5)
@@ -140,7 +146,7 @@ def test_losses_as_modules():
     assert torch.equal(module(*arguments, scales=scene.student_scales), expected)
 
 
-@pytest.mark.parametrize("name", ["RegionDistillLoss", "PooledDistillLoss", "GaussianFeatureLoss"])
+@pytest.mark.parametrize("name", ["RegionDistillLoss", "PooledDistillLoss", "HeadDistillLoss", "GaussianFeatureLoss"])
 def test_modules_refuse_unknown_options(name):
     with pytest.raises(TypeError, match="temprature"):
         getattr(tardkd.ops, name)(temprature=2.0)
@@ -152,6 +158,7 @@ def test_modules_refuse_unknown_options(name):
         (tardkd.ops.RegionDistillLoss, "reduction", "x"),
         (tardkd.ops.RegionDistillLoss, "output_size", 0),
         (tardkd.ops.PooledDistillLoss, "temperature", -1.0),
+        (tardkd.ops.HeadDistillLoss, "box_coding", "corners"),
         (tardkd.ops.GaussianFeatureLoss, "sigma_squared", 0.0),
     ],
 )

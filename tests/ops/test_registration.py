@@ -48,6 +48,7 @@ def calls_of_everything(dtype: torch.dtype, layout: str) -> list[tuple]:
             options = dict(reduction=reduction, region_weights=scene.region_weights)
             losses += tardkd.ops.region_distill_loss(*scene.inputs, **scene.scales, **LEVEL_RULE, **options)[:3]
             losses += tardkd.ops.pooled_distill_loss(*pooled, *scene.per_region, **options)[:3]
+            losses += tardkd.ops.head_distill_loss(*scene.per_region, **options)[:3]
         scales = dict(scales=scene.student_scales)
         losses.append(tardkd.ops.gaussian_feature_loss(scene.student_features, others, gt_boxes, **scales))
         losses.append(tardkd.ops.multiscale_roi_align(scene.student_features, scene.proposals, **scales))
@@ -55,6 +56,7 @@ def calls_of_everything(dtype: torch.dtype, layout: str) -> list[tuple]:
         with torch.no_grad():
             tardkd.ops.region_distill_loss(*scene.inputs, **scene.scales)
             tardkd.ops.pooled_distill_loss(*pooled, *scene.per_region)
+            tardkd.ops.head_distill_loss(*scene.per_region)
     return calls.seen
 
 
@@ -103,6 +105,14 @@ def pooled_step(scene):
     return step, lambda s: (*make_pooled(s), *s.per_region)
 
 
+def head_step(scene):
+    def step(*per_region):
+        losses = tardkd.ops.head_distill_loss(*per_region, box_coding="boxes")
+        return losses.classification + losses.regression, losses.gates
+
+    return step, lambda s: s.per_region
+
+
 def align_step(scene):
     scales = dict(scene.scales)
 
@@ -141,7 +151,14 @@ def listed_step(scene):
     return step, lambda s: (s.student_features, [f.detach() + 1 for f in s.student_features], *boxes_of(s))
 
 
-STEPS = dict(region=region_step, pooled=pooled_step, align=align_step, unreduced=unreduced_step, listed=listed_step)
+STEPS = dict(
+    region=region_step,
+    pooled=pooled_step,
+    head=head_step,
+    align=align_step,
+    unreduced=unreduced_step,
+    listed=listed_step,
+)
 
 
 def leaves_of(arguments):
