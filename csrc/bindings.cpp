@@ -16,7 +16,7 @@ void region_distill(const py::object& student_pyramid, const py::object& teacher
                     const py::object& grad_pyramid, const py::object& inputs, const py::object& upstream,
                     const py::object& results, const py::object& align, const py::object& loss, int threads) {
   const Pyramid student = pyramid(student_pyramid), teacher = pyramid(teacher_pyramid), grad = pyramid(grad_pyramid);
-  const RegionInputs in = region_inputs(inputs, tensor(upstream), student.images);
+  const RegionInputs in = region_inputs(inputs, tensor(upstream), student, teacher);
   const RoiAlignSpec roi = align_spec(align);
   const LossSpec spec = loss_spec(loss);
   accumulate_as(student.dtype, [&](auto a) {
@@ -54,31 +54,33 @@ void head_distill(const py::object& inputs, const py::object& upstream, const py
   });
 }
 
-// `proposals` (R, 5), `pooled` (R, C, pooled_h, pooled_w).
-void roi_align(const py::object& features_pyramid, const py::object& proposals, const py::object& pooled_object,
-               const py::object& align, int threads) {
+// `proposals` (R, 5), `levels` (R,) or None, `pooled` (R, C, pooled_h, pooled_w).
+void roi_align(const py::object& features_pyramid, const py::object& proposals, const py::object& levels,
+               const py::object& pooled_object, const py::object& align, int threads) {
   const Pyramid features = pyramid(features_pyramid);
   const Table regions = table(tensor(proposals));
+  const GivenLevels given = given_levels(levels, features.levels);
   const Tensor pooled = tensor(pooled_object);
   const RoiAlignSpec spec = align_spec(align);
   accumulate_as(pooled.dtype, [&](auto a) {
     using A = decltype(a);
     py::gil_scoped_release release;
-    cpu::roi_align<A>(features, regions, pooled.shape[0], pooled.as<A>(), spec, threads);
+    cpu::roi_align<A>(features, regions, given, pooled.shape[0], pooled.as<A>(), spec, threads);
   });
 }
 
-// `proposals` (R, 5), `grad_pooled` (R, C, pooled_h, pooled_w).
-void roi_align_backward(const py::object& grad_pyramid, const py::object& proposals, const py::object& grad_pooled,
-                        const py::object& align, int threads) {
+// `proposals` (R, 5), `levels` (R,) or None, `grad_pooled` (R, C, pooled_h, pooled_w).
+void roi_align_backward(const py::object& grad_pyramid, const py::object& proposals, const py::object& levels,
+                        const py::object& grad_pooled, const py::object& align, int threads) {
   const Pyramid grad = pyramid(grad_pyramid);
   const Table regions = table(tensor(proposals));
+  const GivenLevels given = given_levels(levels, grad.levels);
   const Tensor pooled = tensor(grad_pooled);
   const RoiAlignSpec spec = align_spec(align);
   accumulate_as(pooled.dtype, [&](auto a) {
     using A = decltype(a);
     py::gil_scoped_release release;
-    cpu::roi_align_backward<A>(grad, regions, pooled.shape[0], pooled.as<A>(), spec, threads);
+    cpu::roi_align_backward<A>(grad, regions, given, pooled.shape[0], pooled.as<A>(), spec, threads);
   });
 }
 

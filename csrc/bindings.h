@@ -91,6 +91,12 @@ inline Table table(const Tensor& t) {
   return Table{t.data, t.dtype, t.strides[0], t.strides.size() > 1 ? t.strides[1] : 0};
 }
 
+// (R,) of int64, or None where the level rule decides; `levels`: those of the pyramid.
+inline GivenLevels given_levels(const py::object& description, int32_t levels) {
+  const Tensor t = tensor(description);
+  return t ? GivenLevels{t.as<const int64_t>(), t.strides[0], levels} : GivenLevels{};
+}
+
 // --- settings ------------------------------------------------------------------------------------------------------
 
 // The enumerator that `given` names; `names` in the order of the enumerators.
@@ -158,6 +164,15 @@ inline RegionInputs region_inputs(const py::object& inputs, const Tensor& upstre
   in.upstream = table(upstream);
   in.labels = labels.as<const int64_t>();
   in.label_stride = labels.strides[0];
+  return in;
+}
+
+// The same where the regions are pooled from the pyramids of `student` and `teacher`.
+inline RegionInputs region_inputs(const py::object& inputs, const Tensor& upstream, const Pyramid& student,
+                                  const Pyramid& teacher) {
+  RegionInputs in = region_inputs(inputs, upstream, student.images);
+  in.student_levels = given_levels(TARDKD_FIELD(inputs, "student_levels"), student.levels);
+  in.teacher_levels = given_levels(TARDKD_FIELD(inputs, "teacher_levels"), teacher.levels);
   return in;
 }
 

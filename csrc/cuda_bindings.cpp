@@ -36,7 +36,7 @@ void region_distill(const py::object& student_pyramid, const py::object& teacher
                     const py::object& align, const py::object& loss, const py::object& target) {
   const Pyramid student = pyramid(student_pyramid), teacher = pyramid(teacher_pyramid), grad = pyramid(grad_pyramid);
   const Tensor pooled = tensor(grad_pooled);
-  const RegionInputs in = region_inputs(inputs, tensor(upstream), student.images);
+  const RegionInputs in = region_inputs(inputs, tensor(upstream), student, teacher);
   const RoiAlignSpec roi = align_spec(align);
   const LossSpec spec = loss_spec(loss);
   const cuda::Target at = target_of(target);
@@ -80,45 +80,48 @@ void head_distill(const py::object& inputs, const py::object& upstream, const py
   });
 }
 
-// `proposals` (R, 5), `pooled` (R, C, pooled_h, pooled_w).
-void roi_align(const py::object& features_pyramid, const py::object& proposals, const py::object& pooled_object,
-               const py::object& align, const py::object& target) {
+// `proposals` (R, 5), `levels` (R,) or None, `pooled` (R, C, pooled_h, pooled_w).
+void roi_align(const py::object& features_pyramid, const py::object& proposals, const py::object& levels,
+               const py::object& pooled_object, const py::object& align, const py::object& target) {
   const Pyramid features = pyramid(features_pyramid);
   const Table regions = table(tensor(proposals));
+  const GivenLevels given = given_levels(levels, features.levels);
   const Tensor pooled = tensor(pooled_object);
   const RoiAlignSpec spec = align_spec(align);
   const cuda::Target at = target_of(target);
-  run([&] { return cuda::roi_align(features, regions, pooled.shape[0], pooled.data, spec, at); });
+  run([&] { return cuda::roi_align(features, regions, given, pooled.shape[0], pooled.data, spec, at); });
 }
 
-// `proposals` (R, 5), `grad_pooled` (R, C, pooled_h, pooled_w).
-void roi_align_scatter(const py::object& grad_pyramid, const py::object& proposals, const py::object& grad_pooled,
-                       const py::object& align, const py::object& target) {
+// `proposals` (R, 5), `levels` (R,) or None, `grad_pooled` (R, C, pooled_h, pooled_w).
+void roi_align_scatter(const py::object& grad_pyramid, const py::object& proposals, const py::object& levels,
+                       const py::object& grad_pooled, const py::object& align, const py::object& target) {
   const Pyramid grad = pyramid(grad_pyramid);
   const Table regions = table(tensor(proposals));
+  const GivenLevels given = given_levels(levels, grad.levels);
   const Tensor pooled = tensor(grad_pooled);
   const RoiAlignSpec spec = align_spec(align);
   const cuda::Target at = target_of(target);
   accumulate_as(grad.dtype, [&](auto a) {
     using A = decltype(a);
     run([&] {
-      return cuda::roi_align_scatter<A>(grad, regions, pooled.shape[0], pooled.data, pooled.dtype, spec, at);
+      return cuda::roi_align_scatter<A>(grad, regions, given, pooled.shape[0], pooled.data, pooled.dtype, spec, at);
     });
   });
 }
 
 // The same, and `gates` (R, 3) or None, `windows` (6 R,).
-void roi_align_gather(const py::object& grad_pyramid, const py::object& proposals, const py::object& gates,
-                      const py::object& grad_pooled, const py::object& windows, const py::object& align,
-                      const py::object& target) {
+void roi_align_gather(const py::object& grad_pyramid, const py::object& proposals, const py::object& levels,
+                      const py::object& gates, const py::object& grad_pooled, const py::object& windows,
+                      const py::object& align, const py::object& target) {
   const Pyramid grad = pyramid(grad_pyramid);
   const Table regions = table(tensor(proposals));
+  const GivenLevels given = given_levels(levels, grad.levels);
   const Tensor open = tensor(gates), pooled = tensor(grad_pooled), scratch = tensor(windows);
   const RoiAlignSpec spec = align_spec(align);
   const cuda::Target at = target_of(target);
   run([&] {
-    return cuda::roi_align_gather(grad, regions, pooled.shape[0], open.as<const bool>(), pooled.data, pooled.dtype,
-                                  scratch.as<int32_t>(), spec, at);
+    return cuda::roi_align_gather(grad, regions, given, pooled.shape[0], open.as<const bool>(), pooled.data,
+                                  pooled.dtype, scratch.as<int32_t>(), spec, at);
   });
 }
 

@@ -87,4 +87,10 @@ TARDKD_HD int32_t assign_level(const double* box, double scale0, int32_t levels,
   return level <= 0.0 ? 0 : (level >= levels - 1 ? levels - 1 : static_cast<int32_t>(level));
 }
 
+// The level of region `r`: the given one, which exists, or that of the rule.
+TARDKD_HD int32_t level_of(const GivenLevels& given, int64_t r, const double* box, double scale0, int32_t levels,
+                           const RoiAlignSpec& align) {
+  return given.data ? static_cast<int32_t>(given.data[r * given.stride]) : assign_level(box, scale0, levels, align);
+}
+
 }  // namespace tardkd

@@ -75,6 +75,17 @@ TARDKD_HD const T* dense_row(const Table& table, int64_t row) {
   return static_cast<const T*>(table.data) + row * table.stride_row;
 }
 
+// The levels of a pyramid that regions are pooled from, given from outside. Null data: the level rule decides.
+struct GivenLevels {
+  const int64_t* data;  // (R,)
+  int64_t stride;
+  int32_t count;  // levels of the pyramid
+
+  // Whether the level of region r exists.
+  TARDKD_HD bool has(int64_t r) const { return !data || (data[r * stride] >= 0 && data[r * stride] < count); }
+  bool operator==(const GivenLevels& other) const { return data == other.data && stride == other.stride; }
+};
+
 struct RoiAlignSpec {
   int32_t pooled_h, pooled_w;
   int32_t sampling_ratio;  // <= 0: adaptive, ceil(region size / pooled size)
@@ -113,6 +124,7 @@ struct RegionInputs {
   Table gt_boxes;                                        // (R, 4) x1, y1, x2, y2
   Table region_weights;                                  // (R,), or absent for ones
   Table upstream;                                        // (3, R) gradients of the unreduced terms, or absent for ones
+  GivenLevels student_levels, teacher_levels;            // (R,), for regions that are pooled here
   const int64_t* labels;                                 // (R,)
   int64_t label_stride;
 };

@@ -49,6 +49,12 @@ TARDKD_HD RegionState region_state(const double* proposal, int32_t images, int64
   return state;
 }
 
+// The same of region `r` of a call, as far as the levels given for it matter: it cannot be pooled from one that does
+// not exist.
+TARDKD_HD RegionState with_levels(const RegionState& state, const RegionInputs& in, int64_t r) {
+  return in.student_levels.has(r) && in.teacher_levels.has(r) ? state : RegionState{false, false};
+}
+
 struct Gates {
   bool feature, classification, regression;
 };

@@ -24,16 +24,16 @@ void pooled_distill(const PooledTensor& student, const PooledTensor& teacher, co
 template <class A>
 void head_distill(const RegionInputs& in, const RegionOutputs<A>& out, const LossSpec& spec, int threads);
 
-// Pools `regions` regions, `proposals` (R, 5), into `pooled`: (R, C, pooled_h, pooled_w), contiguous. Rows of invalid
-// regions are zero.
+// Pools `regions` regions, `proposals` (R, 5), `levels` (R,), into `pooled`: (R, C, pooled_h, pooled_w), contiguous.
+// Rows of invalid regions are zero.
 template <class A>
-void roi_align(const Pyramid& features, const Table& proposals, int64_t regions, A* pooled, const RoiAlignSpec& align,
-               int threads);
+void roi_align(const Pyramid& features, const Table& proposals, const GivenLevels& levels, int64_t regions, A* pooled,
+               const RoiAlignSpec& align, int threads);
 
 // Gradient of roi_align: `grad` as in region_distill, `grad_pooled` (R, C, pooled_h, pooled_w), contiguous.
 template <class A>
-void roi_align_backward(const Pyramid& grad, const Table& proposals, int64_t regions, const A* grad_pooled,
-                        const RoiAlignSpec& align, int threads);
+void roi_align_backward(const Pyramid& grad, const Table& proposals, const GivenLevels& levels, int64_t regions,
+                        const A* grad_pooled, const RoiAlignSpec& align, int threads);
 
 // `boxes`: (count, 5) image index, x1, y1, x2, y2. Writes `loss`, one element, and `mask_sums`, (levels,).
 template <class A>

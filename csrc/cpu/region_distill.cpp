@@ -27,8 +27,9 @@ template <class A>
 void region_distill(const Pyramid& student, const Pyramid& teacher, const Pyramid* grad, const RegionInputs& in,
                     const RegionOutputs<A>& out, const RoiAlignSpec& align, const LossSpec& spec, int threads) {
   const RegionTerms<A> terms(in, out, spec, threads);
-  const bool shared = same_geometry(student, teacher);
-  const PoolPlan<A> plan(student, shared ? nullptr : &teacher, in.proposals, in.regions, out.gates, align, threads);
+  const bool shared = same_geometry(student, teacher) && in.student_levels == in.teacher_levels;
+  const PoolPlan<A> plan(student, shared ? nullptr : &teacher, in.proposals, in.student_levels, in.teacher_levels,
+                         in.regions, out.gates, align, threads);
   const int64_t open = plan.regions.size();
   const int32_t bins = align.pooled_h * align.pooled_w;
   const A per_region = A(1) / (A(student.channels) * A(bins));

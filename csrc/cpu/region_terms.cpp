@@ -103,7 +103,8 @@ void RegionTerms<A>::decide(int64_t begin, int64_t end) {
     A* scores = out_.scores + 4 * r;
     std::fill(scores, scores + 4, A(0));
 
-    const RegionState state = region_state(proposal, in_.images, label, gt, classes, spec_.background);
+    const RegionState state =
+        with_levels(region_state(proposal, in_.images, label, gt, classes, spec_.background), in_, r);
     if (state.valid && softmax) {
       log_softmax(z_t, columns, A(1), log_t.data());
       log_softmax(z_s, columns, A(1), log_s.data());

@@ -7,9 +7,9 @@
 namespace tardkd::cpu {
 
 template <class A>
-void roi_align(const Pyramid& features, const Table& proposals, int64_t regions, A* pooled, const RoiAlignSpec& align,
-               int threads) {
-  const PoolPlan<A> plan(features, nullptr, proposals, regions, nullptr, align, threads);
+void roi_align(const Pyramid& features, const Table& proposals, const GivenLevels& levels, int64_t regions, A* pooled,
+               const RoiAlignSpec& align, int threads) {
+  const PoolPlan<A> plan(features, nullptr, proposals, levels, GivenLevels{}, regions, nullptr, align, threads);
   if (static_cast<int64_t>(plan.regions.size()) < regions)
     std::memset(pooled, 0, sizeof(A) * regions * features.channels * align.pooled_h * align.pooled_w);
   PoolJob<A> job = pool_job(features, plan, align);
@@ -18,18 +18,19 @@ void roi_align(const Pyramid& features, const Table& proposals, int64_t regions,
 }
 
 template <class A>
-void roi_align_backward(const Pyramid& grad, const Table& proposals, int64_t regions, const A* grad_pooled,
-                        const RoiAlignSpec& align, int threads) {
-  const PoolPlan<A> plan(grad, nullptr, proposals, regions, nullptr, align, threads);
+void roi_align_backward(const Pyramid& grad, const Table& proposals, const GivenLevels& levels, int64_t regions,
+                        const A* grad_pooled, const RoiAlignSpec& align, int threads) {
+  const PoolPlan<A> plan(grad, nullptr, proposals, levels, GivenLevels{}, regions, nullptr, align, threads);
   PoolJob<A> job = pool_job(grad, plan, align);
   job.grad = &grad;
   job.grad_pooled = grad_pooled;
   run_pool(job, threads);
 }
 
-#define TARDKD_INSTANTIATE(A)                                                                      \
-  template void roi_align<A>(const Pyramid&, const Table&, int64_t, A*, const RoiAlignSpec&, int); \
-  template void roi_align_backward<A>(const Pyramid&, const Table&, int64_t, const A*, const RoiAlignSpec&, int)
+#define TARDKD_INSTANTIATE(A)                                                                                          \
+  template void roi_align<A>(const Pyramid&, const Table&, const GivenLevels&, int64_t, A*, const RoiAlignSpec&, int); \
+  template void roi_align_backward<A>(const Pyramid&, const Table&, const GivenLevels&, int64_t, const A*,             \
+                                      const RoiAlignSpec&, int)
 TARDKD_INSTANTIATE(float);
 TARDKD_INSTANTIATE(double);
 

@@ -53,23 +53,23 @@ template <class A>
 Status head_distill(const RegionInputs& in, const RegionOutputs<A>& out, const Scratch<A>& scratch,
                     const LossSpec& spec, const Target& target);
 
-// Pools `regions` regions of every level, `proposals` (R, 5), in one launch into `pooled`: (R, C, pooled_h, pooled_w),
-// contiguous, of the features' dtype. Rows of invalid regions are zero.
-Status roi_align(const Pyramid& features, const Table& proposals, int64_t regions, void* pooled,
-                 const RoiAlignSpec& align, const Target& target);
+// Pools `regions` regions of every level, `proposals` (R, 5), `levels` (R,), in one launch into `pooled`: (R, C,
+// pooled_h, pooled_w), contiguous, of the features' dtype. Rows of invalid regions are zero.
+Status roi_align(const Pyramid& features, const Table& proposals, const GivenLevels& levels, int64_t regions,
+                 void* pooled, const RoiAlignSpec& align, const Target& target);
 
 // Gradient of roi_align by atomics. `grad`: maps of A, filled with zeros. `grad_pooled`: (R, C, pooled_h, pooled_w),
 // contiguous, of any dtype.
 template <class A>
-Status roi_align_scatter(const Pyramid& grad, const Table& proposals, int64_t regions, const void* grad_pooled,
-                         DType pooled_dtype, const RoiAlignSpec& align, const Target& target);
+Status roi_align_scatter(const Pyramid& grad, const Table& proposals, const GivenLevels& levels, int64_t regions,
+                         const void* grad_pooled, DType pooled_dtype, const RoiAlignSpec& align, const Target& target);
 
 // The same without atomics, in an order that depends on the regions alone: bitwise repeatable, and every element of
 // `grad`, of any dtype, is written. Regions whose row of `open` (R, 3; column 0) is false are left out; null: none.
 // `windows`: scratch, (6, R). Two launches.
-Status roi_align_gather(const Pyramid& grad, const Table& proposals, int64_t regions, const bool* open,
-                        const void* grad_pooled, DType pooled_dtype, int32_t* windows, const RoiAlignSpec& align,
-                        const Target& target);
+Status roi_align_gather(const Pyramid& grad, const Table& proposals, const GivenLevels& levels, int64_t regions,
+                        const bool* open, const void* grad_pooled, DType pooled_dtype, int32_t* windows,
+                        const RoiAlignSpec& align, const Target& target);
 
 // Gaussian-mask loss, one pass. `boxes`: (count, 5) image index, x1, y1, x2, y2. Writes `mask_sums`, (levels,), and
 // `loss`, one element.

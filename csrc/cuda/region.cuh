@@ -239,7 +239,8 @@ __device__ Decision decide_region(const RegionTask<A>& task, int64_t r, bool wri
   load_row(in.proposals, r, 0, proposal);
   load_row(in.gt_boxes, r, 0, region.gt);
   region.label = in.labels[r * in.label_stride];
-  region.state = region_state(proposal, in.images, region.label, region.gt, classes, spec.background);
+  region.state =
+      with_levels(region_state(proposal, in.images, region.label, region.gt, classes, spec.background), in, r);
   region.image = region.state.valid && in.images >= 0 ? static_cast<int32_t>(proposal[0]) : 0;
 #pragma unroll
   for (int k = 0; k < 4; ++k) region.box[k] = proposal[k + 1];

@@ -65,7 +65,9 @@ __device__ __forceinline__ A feature_term(const RegionJob<A>& job, int64_t regio
   PoolShared<A>& bins = shared.pool;
   if (threadIdx.x % kWarp == 0 && threadIdx.x / kWarp < job.tables) {
     const int side = threadIdx.x / kWarp;
-    bins.place[side] = place_region(side == 0 ? job.student : job.teacher, shared.decision.box, job.align);
+    bins.place[side] =
+        place_region(side == 0 ? job.student : job.teacher, side == 0 ? job.in.student_levels : job.in.teacher_levels,
+                     region, shared.decision.box, job.align);
     bins.tables[side].at[0] = -1;
   }
   __syncthreads();
@@ -163,7 +165,7 @@ Status region_distill(const Pyramid& student, const Pyramid& teacher, const Pyra
   job.want_grad = grad != nullptr;
   if (grad) job.grad = view_of(*grad);
   job.grad_pooled = grad_pooled;
-  job.tables = same_geometry(job.student, job.teacher) ? 1 : 2;
+  job.tables = same_geometry(job.student, job.teacher) && in.student_levels == in.teacher_levels ? 1 : 2;
   job.in = in;
   job.out = out;
   job.scratch = scratch;

@@ -9,8 +9,8 @@ namespace tardkd::cuda {
 namespace {
 
 // Reads a row of `proposals`, (R, 5), into `box`, (4,); false if it cannot be pooled.
-__device__ inline bool read_region(const Table& proposals, int64_t region, int32_t images, double* box,
-                                   int32_t& image) {
+__device__ inline bool read_region(const Table& proposals, const GivenLevels& levels, int64_t region, int32_t images,
+                                   double* box, int32_t& image) {
   double row[5];
 #pragma unroll
   for (int k = 0; k < 5; ++k)
@@ -18,7 +18,7 @@ __device__ inline bool read_region(const Table& proposals, int64_t region, int32
         load_any<double>(proposals.data, proposals.dtype, region * proposals.stride_row + k * proposals.stride_column);
 #pragma unroll
   for (int k = 0; k < 4; ++k) box[k] = row[k + 1];
-  const bool valid = is_valid_proposal(row, images);
+  const bool valid = is_valid_proposal(row, images) && levels.has(region);
   image = valid ? int32_t(row[0]) : 0;
   return valid;
 }
@@ -29,6 +29,7 @@ template <class A>
 struct AlignJob {
   PyramidView pyramid;  // features, or gradients of A
   Table proposals;      // (R, 5)
+  GivenLevels levels;   // (R,)
   void* pooled;         // (R, C, pooled_h, pooled_w), written, or read for the gradient
   DType pooled_dtype;
   RoiAlignSpec align;
@@ -49,8 +50,8 @@ __device__ bool for_region(const AlignJob<A>& job, const Body& body) {
   const RegionBlock block = region_block(job.groups);
   if (threadIdx.x == 0) {
     double box[4];
-    found[0] = read_region(job.proposals, block.region, job.pyramid.images, box, found[1]);
-    if (found[0]) shared.place[0] = place_region(job.pyramid, box, job.align);
+    found[0] = read_region(job.proposals, job.levels, block.region, job.pyramid.images, box, found[1]);
+    if (found[0]) shared.place[0] = place_region(job.pyramid, job.levels, block.region, box, job.align);
     shared.tables[0].at[0] = -1;
   }
   __syncthreads();
@@ -109,10 +110,11 @@ __global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
 
 template <class A, class Kernel>
 Status launch_by_region(const char* name, Kernel kernel, const Pyramid& pyramid, const Table& proposals,
-                        int64_t regions, void* pooled, DType pooled_dtype, const RoiAlignSpec& align,
-                        const Target& target) {
+                        const GivenLevels& levels, int64_t regions, void* pooled, DType pooled_dtype,
+                        const RoiAlignSpec& align, const Target& target) {
   if (!strides_fit(pyramid)) return Status{cudaErrorInvalidValue, name};
-  const AlignJob<A> job{view_of(pyramid), proposals, pooled, pooled_dtype, align, channel_groups<A>(pyramid.channels)};
+  const AlignJob<A> job{
+      view_of(pyramid), proposals, levels, pooled, pooled_dtype, align, channel_groups<A>(pyramid.channels)};
   return launch_on(target, name, kernel, regions * job.groups, align_shared<A>(), job);
 }
 
@@ -126,7 +128,8 @@ constexpr int kOwnPixels = kTile * kTile * kQuads<A> / kThreads;
 
 struct GatherJob {
   PyramidView grad;
-  Table proposals;  // (R, 5)
+  Table proposals;     // (R, 5)
+  GivenLevels levels;  // (R,)
   int64_t regions;
   const bool* open;    // (R, 3), or null
   const void* pooled;  // (R, C, pooled_h, pooled_w)
@@ -142,8 +145,9 @@ __global__ void __launch_bounds__(kThreads) roi_windows_kernel(const __grid_cons
   if (region >= job.regions) return;
   int32_t window[kWindow] = {0, -1, 0, -1, 0, -1};
   double box[4];
-  if ((!job.open || job.open[3 * region]) && read_region(job.proposals, region, job.grad.images, box, window[0])) {
-    const RegionPlace place = place_region(job.grad, box, job.align);
+  if ((!job.open || job.open[3 * region]) &&
+      read_region(job.proposals, job.levels, region, job.grad.images, box, window[0])) {
+    const RegionPlace place = place_region(job.grad, job.levels, region, box, job.align);
     window[1] = place.level;
     const auto pixels = [](const AxisPlace& axis, int32_t pooled, int32_t& first, int32_t& last) {
       const double end = axis.roi.start + pooled * axis.roi.bin, size = axis.roi.size;
@@ -197,8 +201,8 @@ __device__ void gather_region(const GatherJob& job, const Tile& tile, int64_t re
   if (threadIdx.x == 0) {
     double box[4];
     int32_t image;
-    read_region(job.proposals, region, job.grad.images, box, image);
-    shared.place = place_region(job.grad, box, job.align);
+    read_region(job.proposals, job.levels, region, job.grad.images, box, image);
+    shared.place = place_region(job.grad, job.levels, region, box, job.align);
   }
   const int32_t channels = chunk_channels<A>(job.grad.channels, tile.channel);
   const int64_t first = region * job.grad.channels + tile.channel;
@@ -297,33 +301,34 @@ Status launch_gather(GatherJob job, const Target& target) {
 
 }  // namespace
 
-Status roi_align(const Pyramid& features, const Table& proposals, int64_t regions, void* pooled,
-                 const RoiAlignSpec& align, const Target& target) {
+Status roi_align(const Pyramid& features, const Table& proposals, const GivenLevels& levels, int64_t regions,
+                 void* pooled, const RoiAlignSpec& align, const Target& target) {
   if (features.dtype == DType::float64)
-    return launch_by_region<double>("roi_align", roi_align_kernel<double>, features, proposals, regions, pooled,
+    return launch_by_region<double>("roi_align", roi_align_kernel<double>, features, proposals, levels, regions, pooled,
                                     features.dtype, align, target);
-  return launch_by_region<float>("roi_align", roi_align_kernel<float>, features, proposals, regions, pooled,
+  return launch_by_region<float>("roi_align", roi_align_kernel<float>, features, proposals, levels, regions, pooled,
                                  features.dtype, align, target);
 }
 
 template <class A>
-Status roi_align_scatter(const Pyramid& grad, const Table& proposals, int64_t regions, const void* grad_pooled,
-                         DType pooled_dtype, const RoiAlignSpec& align, const Target& target) {
-  return launch_by_region<A>("roi_align_scatter", roi_align_scatter_kernel<A>, grad, proposals, regions,
+Status roi_align_scatter(const Pyramid& grad, const Table& proposals, const GivenLevels& levels, int64_t regions,
+                         const void* grad_pooled, DType pooled_dtype, const RoiAlignSpec& align, const Target& target) {
+  return launch_by_region<A>("roi_align_scatter", roi_align_scatter_kernel<A>, grad, proposals, levels, regions,
                              const_cast<void*>(grad_pooled), pooled_dtype, align, target);
 }
 
-template Status roi_align_scatter<float>(const Pyramid&, const Table&, int64_t, const void*, DType, const RoiAlignSpec&,
-                                         const Target&);
-template Status roi_align_scatter<double>(const Pyramid&, const Table&, int64_t, const void*, DType,
+template Status roi_align_scatter<float>(const Pyramid&, const Table&, const GivenLevels&, int64_t, const void*, DType,
+                                         const RoiAlignSpec&, const Target&);
+template Status roi_align_scatter<double>(const Pyramid&, const Table&, const GivenLevels&, int64_t, const void*, DType,
                                           const RoiAlignSpec&, const Target&);
 
-Status roi_align_gather(const Pyramid& grad, const Table& proposals, int64_t regions, const bool* open,
-                        const void* grad_pooled, DType pooled_dtype, int32_t* windows, const RoiAlignSpec& align,
-                        const Target& target) {
+Status roi_align_gather(const Pyramid& grad, const Table& proposals, const GivenLevels& levels, int64_t regions,
+                        const bool* open, const void* grad_pooled, DType pooled_dtype, int32_t* windows,
+                        const RoiAlignSpec& align, const Target& target) {
   GatherJob job{};
   job.grad = view_of(grad);
   job.proposals = proposals;
+  job.levels = levels;
   job.regions = regions;
   job.open = open;
   job.pooled = grad_pooled;

@@ -138,7 +138,7 @@ def roi_align(call: AlignCall) -> Tensor:
     """(R, C, p_h, p_w), part of the graph where the features' gradient is wanted."""
     refuse_transforms(call)
     if wanted(*call.features):
-        return _RoIAlign.apply(call.scales, call.align, call.proposals, *call.features)
+        return _RoIAlign.apply(call.scales, call.align, call.proposals, call.levels, *call.features)
     return torch.ops.tardkd.roi_align(*call.pack())
 
 
@@ -146,18 +146,25 @@ class _RoIAlign(torch.autograd.Function):
     """Keeps only the regions: the gradient does not depend on the features."""
 
     @staticmethod
-    def forward(ctx: Any, scales: list[float], align: RoIAlignSpec, proposals: Tensor, *features: Tensor) -> Tensor:
-        ctx.save_for_backward(proposals)
+    def forward(
+        ctx: Any,
+        scales: list[float],
+        align: RoIAlignSpec,
+        proposals: Tensor,
+        levels: Tensor | None,
+        *features: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(proposals, levels)
         ctx.scales, ctx.align, ctx.layout = scales, align, layout_of(features)
-        return torch.ops.tardkd.roi_align(*AlignCall(list(features), proposals, scales, align).pack())
+        return torch.ops.tardkd.roi_align(*AlignCall(list(features), proposals, levels, scales, align).pack())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_pooled: Tensor) -> tuple[Tensor | None, ...]:
-        (proposals,) = ctx.saved_tensors
-        backward = AlignBackward(grad_pooled, proposals, ctx.layout, ctx.scales, ctx.align)
+        proposals, levels = ctx.saved_tensors
+        backward = AlignBackward(grad_pooled, proposals, levels, ctx.layout, ctx.scales, ctx.align)
         maps = maps_of(torch.ops.tardkd.roi_align_backward(*backward.pack()), *ctx.layout)
-        return None, None, None, *maps
+        return None, None, None, None, *maps
 
 
 # --- Gaussian-mask loss -----------------------------------------------------------------------------------------------

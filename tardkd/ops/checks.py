@@ -17,6 +17,7 @@ from .spec import MAX_LEVELS, Activation, Background, LossSpec, class_count, is_
 
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BOX_DTYPES = (torch.float32, torch.float64)
+LEVEL_DTYPES = (torch.int64, torch.int32)
 
 
 LARGEST_COORDINATE = torch.finfo(torch.float32).max
@@ -224,6 +225,14 @@ def check_per_region(
         raise ValueError(f"{name} is on {tensor.device} but {like_name} is on {regions.device}")
 
 
+def checked_levels(name: str, levels: Tensor | None, regions: Tensor) -> Tensor | None:
+    """``levels`` (R,) as int64, one for each of the ``regions`` (R, 5)."""
+    if levels is None:
+        return None
+    check_per_region(name, levels, ("R",), LEVEL_DTYPES, regions)
+    return levels.long()
+
+
 def checked_region_inputs(
     proposals: Tensor | Sequence[Tensor],
     student_logits: Tensor,
@@ -238,6 +247,9 @@ def checked_region_inputs(
     like: Tensor,
     num_images: int | None,
     like_name: str = "student_features",
+    student_levels: Tensor | None = None,
+    teacher_levels: Tensor | None = None,
+    num_levels: tuple[int, int] = (0, 0),
 ) -> RegionInputs:
     """What a region loss is given beside its features, each (R, ...) checked against the others.
 
@@ -248,11 +260,24 @@ def checked_region_inputs(
             others must agree.
         num_images: N; None where the image index of the proposals has no meaning.
         like_name: what ``like`` is called in messages.
+        student_levels, teacher_levels: (R,) where the regions are to be pooled from; None: by the level rule.
+        num_levels: of the student's and the teacher's pyramid.
     """
     regions = as_regions(proposals, num_images, like.device, f"the {like_name.removeprefix('student_')}")
     inputs = RegionInputs(
-        regions, student_logits, teacher_logits, student_deltas, teacher_deltas, labels, gt_boxes, region_weights
+        regions,
+        student_logits,
+        teacher_logits,
+        student_deltas,
+        teacher_deltas,
+        labels,
+        gt_boxes,
+        region_weights,
+        checked_levels("student_levels", student_levels, regions),
+        checked_levels("teacher_levels", teacher_levels, regions),
     )
+    if teacher_levels is student_levels:  # also once converted: the kernels see by that that the sides pool alike
+        inputs = inputs._replace(teacher_levels=inputs.student_levels)
     heads = {
         "student_logits": (student_logits, ("R", "K")),
         "teacher_logits": (teacher_logits, ("R", "K")),
@@ -273,7 +298,9 @@ def checked_region_inputs(
         raise ValueError(f"gt_boxes must have shape (R, 4), got {tuple(gt_boxes.shape)}")
     num_classes = check_head_widths(inputs, loss.activation)
     if checking_values():
-        check_region_values(region_faults(regions, num_images) + label_faults(inputs, loss.background, num_classes))
+        faults = region_faults(regions, num_images) + label_faults(inputs, loss.background, num_classes)
+        faults += level_faults("student_levels", inputs.student_levels, num_levels[0])
+        check_region_values(faults + level_faults("teacher_levels", inputs.teacher_levels, num_levels[1]))
     return inputs
 
 
@@ -344,6 +371,13 @@ def label_faults(inputs: RegionInputs, background: Background, num_classes: int)
         ("its gt box is not finite", is_object & ~are_finite(gt_boxes), gt_boxes),
         (no_extent, is_object & are_finite(gt_boxes) & ~has_extent, gt_boxes),
     ]
+
+
+def level_faults(name: str, levels: Tensor | None, count: int) -> Faults:
+    """What is wrong with a region's level, of ``levels`` (R,), in a pyramid of ``count``; the ops leave it out."""
+    if levels is None:
+        return []
+    return [(f"its level in {name} is not in [0, {count})", (levels < 0) | (levels >= count), levels)]
 
 
 def check_region_values(faults: Faults) -> None:

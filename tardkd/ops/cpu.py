@@ -105,6 +105,7 @@ class CpuKernels:
         self._module.roi_align(
             describe_pyramid(call.features, call.scales),
             describe(proposals),
+            describe(call.levels),
             describe(pooled),
             call.align,
             torch.get_num_threads(),
@@ -112,13 +113,14 @@ class CpuKernels:
         return pooled.to(first.dtype)
 
     def roi_align_backward(self, *packed: Any) -> Tensor:
-        grad_pooled, proposals, layout, scales, align = AlignBackward.unpack(packed)
+        grad_pooled, proposals, levels, layout, scales, align = AlignBackward.unpack(packed)
         dtype = accumulation_dtype(grad_pooled.dtype)
         gradient = empty((flat_size(layout.sizes),), dtype)
         upstream, proposals = _dense(grad_pooled, dtype), _dense(proposals, torch.float64)
         self._module.roi_align_backward(
             describe_pyramid(maps_of(gradient, *layout), scales),
             describe(proposals),
+            describe(levels),
             describe(upstream),
             align,
             torch.get_num_threads(),
@@ -181,4 +183,6 @@ def _converted(inputs: RegionInputs, dtype: torch.dtype) -> RegionInputs:
         labels=_dense(inputs.labels, torch.int64),
         gt_boxes=_dense(inputs.gt_boxes, torch.float64),
         region_weights=_dense_if_given(inputs.region_weights, dtype),
+        student_levels=inputs.student_levels,
+        teacher_levels=inputs.teacher_levels,
     )

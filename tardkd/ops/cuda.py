@@ -82,7 +82,8 @@ class CudaKernels:
         )
         if grad_pooled is None:
             return results
-        backward = AlignBackward(grad_pooled, proposals, layout, pooling.student_scales, pooling.align)
+        levels, scales = call.inputs.student_levels, pooling.student_scales
+        backward = AlignBackward(grad_pooled, proposals, levels, layout, scales, pooling.align)
         return results._replace(grad_features=self._gather(backward, dtype, results.gates))
 
     def pooled_distill(self, *packed: Any) -> RegionResults:
@@ -129,6 +130,7 @@ class CudaKernels:
         self._module.roi_align(
             describe_pyramid(call.features, call.scales),
             describe(proposals),
+            describe(call.levels),
             describe(pooled),
             call.align,
             self._target(pooled.device),
@@ -146,6 +148,7 @@ class CudaKernels:
         self._module.roi_align_scatter(
             describe_pyramid(maps_of(gradient, *backward.layout), backward.scales),
             describe(backward.proposals),
+            describe(backward.levels),
             describe(grad_pooled),
             backward.align,
             self._target(grad_pooled.device),
@@ -158,12 +161,13 @@ class CudaKernels:
         Args:
             gates: (R, 3) bool; None: all are open.
         """
-        grad_pooled, proposals, layout, scales, align = backward
+        grad_pooled, proposals, levels, layout, scales, align = backward
         gradient = grad_pooled.new_empty((flat_size(layout.sizes),), dtype=dtype)
         windows = proposals.new_empty((6 * proposals.shape[0],), dtype=torch.int32)
         self._module.roi_align_gather(
             describe_pyramid(maps_of(gradient, *layout), scales),
             describe(proposals),
+            describe(levels),
             describe(gates),
             describe(grad_pooled),
             describe(windows),

@@ -28,6 +28,10 @@ class RegionInputs(NamedTuple):
     labels: Tensor  # (R,) int64
     gt_boxes: Tensor  # (R, 4) float32 or float64
     region_weights: Tensor | None = None  # (R,); None: ones
+    student_levels: Tensor | None = None  # (R,) int64 level of the pyramid; None: by the level rule
+    teacher_levels: Tensor | None = (
+        None  # (R,) int64, of the teacher's; both None where the features are pooled already
+    )
 
 
 class RegionLosses(NamedTuple):
@@ -185,20 +189,21 @@ class AlignCall(NamedTuple):
 
     features: list[Tensor]  # L x (N, C, H_l, W_l)
     proposals: Tensor  # (R, 5) image index, x1, y1, x2, y2; input pixels
+    levels: Tensor | None  # (R,) int64; None: by the level rule
     scales: list[float]  # (L,) map pixels per input pixel
     align: RoIAlignSpec
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor | None, ...]:
         """All tensors in one row."""
-        return (*self.features, self.proposals)
+        return (*self.features, self.proposals, self.levels)
 
     def pack(self) -> tuple[Any, ...]:
-        return (self.features, self.proposals, self.scales, *self.align)
+        return (self.features, self.proposals, self.levels, self.scales, *self.align)
 
     @classmethod
     def unpack(cls, packed: Sequence[Any]) -> AlignCall:
-        features, proposals, scales, *align = packed
-        return cls(features, proposals, scales, RoIAlignSpec(*align))
+        features, proposals, levels, scales, *align = packed
+        return cls(features, proposals, levels, scales, RoIAlignSpec(*align))
 
 
 class AlignBackward(NamedTuple):
@@ -206,17 +211,18 @@ class AlignBackward(NamedTuple):
 
     grad_pooled: Tensor  # (R, C, p_h, p_w)
     proposals: Tensor  # (R, 5) image index, x1, y1, x2, y2; input pixels
+    levels: Tensor | None  # (R,) int64; None: by the level rule
     layout: Layout  # of the features' gradient
     scales: list[float]  # (L,) map pixels per input pixel
     align: RoIAlignSpec
 
     def pack(self) -> tuple[Any, ...]:
-        return (self.grad_pooled, self.proposals, *self.layout, self.scales, *self.align)
+        return (self.grad_pooled, self.proposals, self.levels, *self.layout, self.scales, *self.align)
 
     @classmethod
     def unpack(cls, packed: Sequence[Any]) -> AlignBackward:
-        grad_pooled, proposals, sizes, channels_last, scales, *align = packed
-        return cls(grad_pooled, proposals, Layout(sizes, channels_last), scales, RoIAlignSpec(*align))
+        grad_pooled, proposals, levels, sizes, channels_last, scales, *align = packed
+        return cls(grad_pooled, proposals, levels, Layout(sizes, channels_last), scales, RoIAlignSpec(*align))
 
 
 class GaussianCall(NamedTuple):

@@ -47,6 +47,17 @@ def valid_regions(regions: Tensor, num_images: int | None) -> Tensor:
     return valid
 
 
+def levels_exist(levels: Tensor | None, count: int, regions: Tensor) -> Tensor:
+    """(R,) bool: whether the given ``levels`` (R,), where there are any, are among the ``count`` of a pyramid."""
+    if levels is None:
+        return regions.new_ones(len(regions), dtype=torch.bool)
+    return (levels >= 0) & (levels < count)
+
+
+def rows_of(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor[rows]
+
+
 def region_levels(boxes: Tensor, scales: Sequence[float], canonical_scale: float, canonical_level: int) -> Tensor:
     """Level index of each (R, 4) box: eq. 1 of FPN (Lin et al. 2017), clamped to the octaves that the scales span."""
     boxes = boxes.double()
@@ -126,10 +137,12 @@ def pool_regions(
     regions: Tensor,  # (r, 5), all valid
     scales: Sequence[float],
     align: RoIAlignSpec,
+    levels: Tensor | None = None,  # (r,), all in range; None: by the level rule
 ) -> Tensor:  # (r, C, h, w), accumulation dtype
     """Each region from its level. Every level joins the graph, also one that holds no region."""
     regions = regions.double()
-    levels = region_levels(regions[:, 1:], scales, align.canonical_scale, align.canonical_level)
+    if levels is None:
+        levels = region_levels(regions[:, 1:], scales, align.canonical_scale, align.canonical_level)
     dtype = accumulation_dtype(features[0].dtype)
     pooled = features[0].new_zeros((len(regions), features[0].shape[1], *align.output_size), dtype=dtype)
     for level, (feature, scale) in enumerate(zip(features, scales)):
@@ -140,10 +153,11 @@ def pool_regions(
 
 def roi_align(call: AlignCall) -> Tensor:
     """(R, C, h, w) in the features' dtype; invalid regions give zeros."""
-    features, regions, scales, align = call
-    valid = valid_regions(regions, features[0].shape[0]).nonzero()[:, 0]
-    pooled = pool_regions(features, regions[valid], scales, align)
-    return pooled.new_zeros(len(regions), *pooled.shape[1:]).index_add(0, valid, pooled).to(features[0].dtype)
+    features, regions, levels, scales, align = call
+    valid = valid_regions(regions, features[0].shape[0]) & levels_exist(levels, len(features), regions)
+    rows = valid.nonzero()[:, 0]
+    pooled = pool_regions(features, regions[rows], scales, align, rows_of(levels, rows))
+    return pooled.new_zeros(len(regions), *pooled.shape[1:]).index_add(0, rows, pooled).to(features[0].dtype)
 
 
 # --- boxes and classes ------------------------------------------------------------------------------------------------
@@ -339,10 +353,24 @@ def pooled_pair(call: RegionCall, rows: Tensor) -> tuple[Tensor, Tensor]:
         return student[rows].to(dtype), teacher[rows].to(dtype)
     student_scales, teacher_scales, align = call.pooling
     regions = call.inputs.proposals[rows]
-    return (
-        pool_regions(call.student_features, regions, student_scales, align),
-        pool_regions(call.teacher_features, regions, teacher_scales, align),
+    student_levels, teacher_levels = (
+        rows_of(levels, rows) for levels in (call.inputs.student_levels, call.inputs.teacher_levels)
     )
+    return (
+        pool_regions(call.student_features, regions, student_scales, align, student_levels),
+        pool_regions(call.teacher_features, regions, teacher_scales, align, teacher_levels),
+    )
+
+
+def labels_of_pooled(call: RegionCall) -> Tensor:
+    """(R,) the labels, -1 where a level that does not exist leaves a region out."""
+    inputs, exists = call.inputs, call.inputs.labels.new_ones(len(call.inputs.labels), dtype=torch.bool)
+    for levels, features in (
+        (inputs.student_levels, call.student_features),
+        (inputs.teacher_levels, call.teacher_features),
+    ):
+        exists = exists & levels_exist(levels, len(features), inputs.proposals)
+    return torch.where(exists, inputs.labels, -1)
 
 
 def feature_distances(call: RegionCall, rows: Tensor, foreground: Tensor) -> Tensor:
@@ -362,6 +390,7 @@ def region_losses(call: RegionCall) -> RegionLosses:
     spec, dtype = call.loss, accumulation_dtype(call.inputs.student_logits.dtype)
     num_images = None if call.pooling is None else call.student_features[0].shape[0]
     inputs = call.inputs._replace(
+        labels=labels_of_pooled(call),
         student_logits=call.inputs.student_logits.to(dtype),
         teacher_logits=call.inputs.teacher_logits.to(dtype),
         student_deltas=call.inputs.student_deltas.to(dtype),

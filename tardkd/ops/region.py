@@ -54,6 +54,8 @@ def region_distill_loss(
     region_weights: Tensor | None = None,
     reduction: Reduction = "mean",
     box_coding: BoxCoding = "deltas",
+    student_levels: Tensor | None = None,
+    teacher_levels: Tensor | None = None,
 ) -> RegionCall:
     """Gates and the three distillation losses of R shared regions, fused, from the two feature pyramids.
 
@@ -112,11 +114,14 @@ def region_distill_loss(
             which each counts at least one pixel: to first order what the deltas would differ by, but without a
             logarithm, so that an inverted or a huge box has a finite loss and gradient. For the gates' IoU an inverted
             box is empty.
+        student_levels, teacher_levels: (R,) int64 or int32, the level of each region in that side's pyramid where no
+            rule is to choose it, as for the cells of a dense head, which know theirs. None: by the rule. Where both
+            sides' levels are equal, pass one tensor for both: equal pyramids are then read in one pass, as by the rule.
 
     Returns:
         :class:`RegionLosses`: the three losses, ``gates`` (R, 3) and ``scores`` (R, 4). Gradients flow into the
         student's features, logits and deltas only. Ties leave a gate closed. A region with a non-finite box, an image
-        index out of range or such a label contributes nothing (``TARDKD_CHECK=1``: raises).
+        index or a level out of range or such a label contributes nothing (``TARDKD_CHECK=1``: raises).
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, an unknown option, or a teacher tensor that
@@ -150,6 +155,9 @@ def region_distill_loss(
         loss=loss,
         like=student_features[0],
         num_images=student_features[0].shape[0],
+        student_levels=student_levels,
+        teacher_levels=teacher_levels,
+        num_levels=(len(student_features), len(teacher_features)),
     )
     pooling = Pooling(list(map(float, student_scales)), list(map(float, teacher_scales)), align)
     return RegionCall(list(student_features), list(teacher_features), inputs, loss, pooling)

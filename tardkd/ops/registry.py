@@ -75,9 +75,9 @@ SCHEMAS = {
     f"float[] teacher_scales, {_ALIGN}) -> {_RESULTS}",
     "pooled_distill": f"(Tensor student_pooled, Tensor teacher_pooled, {_REGION}) -> {_RESULTS}",
     "head_distill": f"({_REGION}) -> {_RESULTS}",
-    "roi_align": f"(Tensor[] features, Tensor proposals, float[] scales, {_ALIGN}) -> Tensor",
-    "roi_align_backward": "(Tensor grad_pooled, Tensor proposals, SymInt[] sizes, bool[] channels_last, "
-    f"float[] scales, {_ALIGN}) -> Tensor",
+    "roi_align": f"(Tensor[] features, Tensor proposals, Tensor? levels, float[] scales, {_ALIGN}) -> Tensor",
+    "roi_align_backward": "(Tensor grad_pooled, Tensor proposals, Tensor? levels, SymInt[] sizes, "
+    f"bool[] channels_last, float[] scales, {_ALIGN}) -> Tensor",
     "gaussian_feature_loss": f"({_GAUSSIAN}) -> (Tensor, Tensor)",
     "gaussian_feature_loss_backward": f"({_GAUSSIAN}, Tensor mask_sums, Tensor upstream) -> Tensor[]",
 }

@@ -21,6 +21,7 @@ def multiscale_roi_align(
     aligned: bool = False,
     canonical_scale: float = 224,
     canonical_level: int = 4,
+    levels: Tensor | None = None,
 ) -> AlignCall:
     """Pool each region from the pyramid level that fits its size, exactly as torchvision's ``MultiScaleRoIAlign``.
 
@@ -36,10 +37,13 @@ def multiscale_roi_align(
         sampling_ratio: samples a bin and axis; 0 or less: adaptive, ``ceil(region / bins)``.
         aligned: shift regions by half a pixel, as in torchvision's ``roi_align``.
         canonical_scale, canonical_level: a region of ``canonical_scale`` pixels a side belongs to ``canonical_level``.
+        levels: (R,) int64 or int32, the level of each region in ``features`` where no rule is to choose it, as for the
+            cells of a dense head, which know theirs. None: by the rule.
 
     Returns:
         (R, C, p_h, p_w) in the features' dtype, in the order of the proposals; accumulated in float32 (float64 for
-        float64). A region with a non-finite box or an image index out of range is zero (``TARDKD_CHECK=1``: raises).
+        float64). A region with a non-finite box, an image index or a level out of range is zero (``TARDKD_CHECK=1``:
+        raises).
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
@@ -47,7 +51,9 @@ def multiscale_roi_align(
     checks.check_pyramid("features", features)
     checks.check_scales("scales", scales, "features", features)
     align = RoIAlignSpec.checked(output_size, sampling_ratio, aligned, canonical_scale, canonical_level)
-    return AlignCall(list(features), _checked_regions(proposals, features), list(map(float, scales)), align)
+    regions = _checked_regions(proposals, features)
+    levels = _checked_levels("levels", levels, regions, features)
+    return AlignCall(list(features), regions, levels, list(map(float, scales)), align)
 
 
 def shared_roi_align(
@@ -62,6 +68,8 @@ def shared_roi_align(
     aligned: bool = False,
     canonical_scale: float = 224,
     canonical_level: int = 4,
+    student_levels: Tensor | None = None,
+    teacher_levels: Tensor | None = None,
 ) -> tuple[AlignCall, AlignCall]:
     """The same regions pooled from both models' pyramids, each with its own scales and level rule.
 
@@ -74,9 +82,11 @@ def shared_roi_align(
     teacher_scales = checks.check_pyramids(student_features, teacher_features, student_scales, teacher_scales)
     align = RoIAlignSpec.checked(output_size, sampling_ratio, aligned, canonical_scale, canonical_level)
     regions = _checked_regions(proposals, student_features)
+    student_levels = _checked_levels("student_levels", student_levels, regions, student_features)
+    teacher_levels = _checked_levels("teacher_levels", teacher_levels, regions, teacher_features)
     return (
-        AlignCall(list(student_features), regions, list(map(float, student_scales)), align),
-        AlignCall(list(teacher_features), regions, list(map(float, teacher_scales)), align),
+        AlignCall(list(student_features), regions, student_levels, list(map(float, student_scales)), align),
+        AlignCall(list(teacher_features), regions, teacher_levels, list(map(float, teacher_scales)), align),
     )
 
 
@@ -87,3 +97,11 @@ def _checked_regions(proposals: Tensor | Sequence[Tensor], features: Sequence[Te
     if checks.checking_values():
         checks.check_region_values(checks.region_faults(regions, num_images))
     return regions
+
+
+def _checked_levels(name: str, levels: Tensor | None, regions: Tensor, features: Sequence[Tensor]) -> Tensor | None:
+    """(R,) int64 levels of the ``regions`` (R, 5) in the pyramid of ``features``, L x (N, C, H_l, W_l)."""
+    levels = checks.checked_levels(name, levels, regions)
+    if levels is not None and checks.checking_values():
+        checks.check_region_values(checks.level_faults(name, levels, len(features)))
+    return levels
