@@ -15,6 +15,7 @@ from tardkd import ops
 from tardkd.detectors import Detector, for_model
 from tardkd.detectors.base import HeadOutputs, InputBatch, Regions, StudentPass, TeacherPass
 from tardkd.device import run_beside
+from tardkd.ops.reference import region_levels
 from tardkd.ops.spec import Reduction
 
 from . import checks
@@ -190,22 +191,38 @@ class FrozenTeacher:
         options: dict[str, Any] = self.settings.loss_spec(convention, reduction)._asdict()
         options |= {"region_weights": regions.weights, "box_coding": self.box_coding}
         if not self.settings.feature:
-            # The op wants features; one zero a region stands for them where only the heads transfer.
-            nothing = regions.head.logits.new_zeros((len(regions.labels), 1, 1, 1))
-            return ops.pooled_distill_loss(nothing, nothing, *per_region, **options)
+            of_features = ("feature_loss", "bin_weight", "feature_gate")
+            return ops.head_distill_loss(*per_region, **{k: v for k, v in options.items() if k not in of_features})
         if self.reads_pooled:
             pooled, theirs = regions.head.pooled, head.pooled
             assert pooled is not None and theirs is not None, "box heads pool their regions"
             return ops.pooled_distill_loss(adapter(pooled), theirs, *per_region, **options)
         maps, scales = self._adapted(student_pass, adapter)
+        student_levels, teacher_levels = self._levels(regions, teacher_pass)
         return ops.region_distill_loss(
             maps,
             teacher_pass.features,
             *per_region,
             student_scales=scales,
             teacher_scales=teacher_pass.scales,
+            student_levels=student_levels,
+            teacher_levels=teacher_levels,
             **(self.student.roi._asdict() | options),
         )
+
+    def _levels(self, regions: Regions, teacher_pass: TeacherPass) -> tuple[Tensor | None, Tensor | None]:
+        """(R,) levels that the regions are pooled from, the student's and the teacher's; None: by the regions' sizes.
+
+        On equal grids both are the student's. Where levels are paired, the teacher's decides.
+        """
+        known, alike = regions.levels, regions.grid is not None and regions.grid == teacher_pass.grid
+        if known is not None and alike:
+            return known, known
+        if self.level_pairs is None:
+            return known, None
+        roi = self.student.roi
+        levels = region_levels(regions.boxes, teacher_pass.scales, roi.canonical_scale, roi.canonical_level)
+        return levels, levels
 
     def gaussian_loss(
         self, student_pass: StudentPass, teacher_pass: TeacherPass, boxes: Sequence[Tensor], adapter: nn.Module
