@@ -8,6 +8,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <string>
@@ -70,10 +71,10 @@ inline Pyramid pyramid(const py::object& described) {
   for (int32_t level = 0; level < p.levels; ++level) {
     const Tensor t = tensor(levels[level]);
     p.images = t.size(0);
-    p.channels = t.size(1);
+    p.max_channels = std::max(p.max_channels, t.size(1));
     p.dtype = t.dtype;
-    p.level[level] =
-        FeatureMap{t.data, t.strides[0], t.strides[1], t.strides[2], t.strides[3], t.size(2), t.size(3), scales[level]};
+    p.level[level] = FeatureMap{t.data,    t.strides[0], t.strides[1],  t.strides[2], t.strides[3],
+                                t.size(2), t.size(3),    scales[level], t.size(1)};
   }
   return p;
 }
@@ -173,6 +174,8 @@ inline RegionInputs region_inputs(const py::object& inputs, const Tensor& upstre
   RegionInputs in = region_inputs(inputs, upstream, student.images);
   in.student_levels = given_levels(TARDKD_FIELD(inputs, "student_levels"), student.levels);
   in.teacher_levels = given_levels(TARDKD_FIELD(inputs, "teacher_levels"), teacher.levels);
+  for (int32_t level = 0; level < kMaxLevels; ++level)  // the teacher may have more levels, of the same channels
+    in.level_channels[level] = student.level[level < student.levels ? level : 0].channels;
   return in;
 }
 

@@ -87,10 +87,34 @@ TARDKD_HD int32_t assign_level(const double* box, double scale0, int32_t levels,
   return level <= 0.0 ? 0 : (level >= levels - 1 ? levels - 1 : static_cast<int32_t>(level));
 }
 
-// The level of region `r`: the given one, which exists, or that of the rule.
-TARDKD_HD int32_t level_of(const GivenLevels& given, int64_t r, const double* box, double scale0, int32_t levels,
-                           const RoiAlignSpec& align) {
-  return given.data ? static_cast<int32_t>(given.data[r * given.stride]) : assign_level(box, scale0, levels, align);
+// How the level of a region is found: it is given and exists, or follows from the rule for a pyramid of these scales.
+struct LevelChoice {
+  GivenLevels given;
+  double scale0;   // of the finest level
+  int32_t levels;  // reachable ones
+
+  bool operator==(const LevelChoice& other) const {
+    return given == other.given && scale0 == other.scale0 && levels == other.levels;
+  }
+};
+
+TARDKD_HD int32_t level_of(const LevelChoice& choice, int64_t r, const double* box, const RoiAlignSpec& align) {
+  const GivenLevels& given = choice.given;
+  return given.data ? static_cast<int32_t>(given.data[r * given.stride])
+                    : assign_level(box, choice.scale0, choice.levels, align);
+}
+
+inline LevelChoice level_choice(const Pyramid& pyramid, const GivenLevels& given) {
+  return LevelChoice{given, pyramid.level[0].scale, reachable_levels(pyramid)};
+}
+
+// The teacher's choice beside the student's. Where channels differ from level to level, levels of one region have to go
+// together: the teacher takes the student's level unless its own is given.
+inline LevelChoice teacher_choice(const LevelChoice& student_choice, const Pyramid& teacher, const GivenLevels& given) {
+  bool differ = false;
+  for (int32_t level = 1; level < teacher.levels; ++level)
+    differ = differ || teacher.level[level].channels != teacher.level[0].channels;
+  return differ && !given.data ? student_choice : level_choice(teacher, given);
 }
 
 }  // namespace tardkd

@@ -33,6 +33,7 @@ struct FeatureMap {
   int64_t stride_n, stride_c, stride_h, stride_w;
   int32_t height, width;
   double scale;  // map pixels per student-input pixel
+  int32_t channels;
 };
 
 // Element of a map, counted from its first one.
@@ -48,7 +49,8 @@ inline bool same_extent(const FeatureMap& a, const FeatureMap& b) {
 // A feature pyramid, or the gradients of one; the finest level comes first.
 struct Pyramid {
   FeatureMap level[kMaxLevels];
-  int32_t levels, images, channels;
+  int32_t levels, images;
+  int32_t max_channels;  // of the level that has most
   DType dtype;
 };
 
@@ -125,6 +127,7 @@ struct RegionInputs {
   Table region_weights;                                  // (R,), or absent for ones
   Table upstream;                                        // (3, R) gradients of the unreduced terms, or absent for ones
   GivenLevels student_levels, teacher_levels;            // (R,), for regions that are pooled here
+  int32_t level_channels[kMaxLevels];                    // of both sides, where the levels of both are given
   const int64_t* labels;                                 // (R,)
   int64_t label_stride;
 };

@@ -49,10 +49,17 @@ TARDKD_HD RegionState region_state(const double* proposal, int32_t images, int64
   return state;
 }
 
-// The same of region `r` of a call, as far as the levels given for it matter: it cannot be pooled from one that does
-// not exist.
+// Whether the levels given for region `r`, if any, exist and have equally many channels.
+TARDKD_HD bool are_valid_levels(const RegionInputs& in, int64_t r) {
+  const GivenLevels &student = in.student_levels, &teacher = in.teacher_levels;
+  if (!student.has(r) || !teacher.has(r)) return false;
+  return !student.data || !teacher.data ||
+         in.level_channels[student.data[r * student.stride]] == in.level_channels[teacher.data[r * teacher.stride]];
+}
+
+// The state of region `r` of a call where its levels are looked at too.
 TARDKD_HD RegionState with_levels(const RegionState& state, const RegionInputs& in, int64_t r) {
-  return in.student_levels.has(r) && in.teacher_levels.has(r) ? state : RegionState{false, false};
+  return are_valid_levels(in, r) ? state : RegionState{false, false};
 }
 
 struct Gates {

@@ -106,7 +106,7 @@ GaussianJob<A> gaussian_job(const Pyramid& student, const Pyramid& teacher, int3
   job.teacher = teacher.level[level];
   job.student_dtype = student.dtype;
   job.teacher_dtype = teacher.dtype;
-  job.channels = student.channels;
+  job.channels = student.level[level].channels;
   return job;
 }
 

@@ -235,7 +235,7 @@ void pool_task(const PoolJob<A>& job, int32_t image, int32_t level, int32_t bloc
   const Pyramid& student = *job.student;
   const FeatureMap& map = student.level[level];
   const int c0 = block * L, bins = job.pooled_h * job.pooled_w;
-  const int channels = student.channels - c0 < L ? student.channels - c0 : L;
+  const int channels = map.channels - c0 < L ? map.channels - c0 : L;
   const int64_t group = int64_t(image) * student.levels + level;
   const int64_t begin = job.group_begin[group], end = job.group_begin[group + 1];
 
@@ -260,7 +260,7 @@ void pool_task(const PoolJob<A>& job, int32_t image, int32_t level, int32_t bloc
     const PooledRegion<A>& region = job.regions[r];
     A slope = 0;
     if (job.grad_pooled) {
-      const A* from = job.grad_pooled + (region.region * student.channels + c0) * bins;
+      const A* from = job.grad_pooled + (region.region * map.channels + c0) * bins;
       std::memset(out, 0, sizeof(A) * bins * L);
       for (int c = 0; c < channels; ++c)
         for (int k = 0; k < bins; ++k) out[k * L + c] = from[c * bins + k];
@@ -275,7 +275,7 @@ void pool_task(const PoolJob<A>& job, int32_t image, int32_t level, int32_t bloc
         for (int k = 0; k < bins * L; ++k) out[k] -= other[k];
       }
       if (job.pooled) {
-        A* to = job.pooled + (region.region * student.channels + c0) * bins;
+        A* to = job.pooled + (region.region * map.channels + c0) * bins;
         for (int c = 0; c < channels; ++c)
           for (int k = 0; k < bins; ++k) to[c * bins + k] = out[k * L + c];
       }

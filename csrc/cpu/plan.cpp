@@ -80,31 +80,30 @@ bool is_planar(const FeatureMap& map) { return map.stride_w == 1 && map.stride_c
 
 int32_t lanes_for(const Pyramid& student) {
   for (int32_t level = 0; level < student.levels; ++level)
-    if (student.level[level].stride_c != 1) return 8;
-  return student.channels % 16 == 0 ? 16 : 8;
+    if (student.level[level].stride_c != 1 || student.level[level].channels % 16 != 0) return 8;
+  return 16;
 }
 
 template <class A>
 PoolPlan<A>::PoolPlan(const Pyramid& student, const Pyramid* teacher, const Table& proposals,
-                      const GivenLevels& student_levels, const GivenLevels& teacher_levels, int64_t count,
+                      const LevelChoice& student_levels, const LevelChoice& teacher_levels, int64_t count,
                       const bool* open, const RoiAlignSpec& align, int threads) {
   const Pyramid* pyramids[2] = {&student, teacher};
-  const GivenLevels* given[2] = {&student_levels, &teacher_levels};
+  const LevelChoice* choices[2] = {&student_levels, &teacher_levels};
   const int sides = teacher ? 2 : 1;
-  int32_t reachable[2] = {};
-  for (int side = 0; side < sides; ++side) reachable[side] = reachable_levels(*pyramids[side]);
   std::vector<Placement> placed;
   int64_t integers = 0, weights = 0;
   for (int64_t r = 0; r < count; ++r) {
     const double* proposal = dense_row<double>(proposals, r);
-    if (!is_valid_proposal(proposal, student.images) || !student_levels.has(r) || (open && !open[3 * r])) continue;
+    if (!is_valid_proposal(proposal, student.images) || !student_levels.given.has(r) || (open && !open[3 * r]))
+      continue;
     Placement place;
     place.region = r;
     place.image = static_cast<int32_t>(proposal[0]);
     for (int side = 0; side < sides; ++side) {
       const Pyramid& pyramid = *pyramids[side];
       Placement::Side& at = place.side[side];
-      at.level = level_of(*given[side], r, proposal + 1, pyramid.level[0].scale, reachable[side], align);
+      at.level = level_of(*choices[side], r, proposal + 1, align);
       at.y = roi_axis_y(proposal + 1, pyramid.level[at.level], align);
       at.x = roi_axis_x(proposal + 1, pyramid.level[at.level], align);
       at.integers = integers;

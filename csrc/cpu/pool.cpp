@@ -28,6 +28,7 @@ void run_pool(const PoolJob<A>& job, int threads) {
     const int32_t block = static_cast<int32_t>(task % blocks);
     const int32_t image = static_cast<int32_t>(task / blocks % images);
     const int32_t level = static_cast<int32_t>(task / blocks / images);
+    if (block * job.lanes >= job.student->level[level].channels) return;
     const int64_t group = int64_t(image) * levels + level;
     if (job.grad || job.group_begin[group] != job.group_begin[group + 1])
       hot.pool_task(job, image, level, block, scratch.data() + worker * scratch_size);

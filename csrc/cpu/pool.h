@@ -12,7 +12,7 @@ PoolJob<A> pool_job(const Pyramid& student, const PoolPlan<A>& plan, const RoiAl
 
 template <class A>
 int32_t channel_blocks(const PoolJob<A>& job) {
-  return (job.student->channels + job.lanes - 1) / job.lanes;
+  return (job.student->max_channels + job.lanes - 1) / job.lanes;
 }
 
 template <class A>

@@ -27,17 +27,21 @@ template <class A>
 void region_distill(const Pyramid& student, const Pyramid& teacher, const Pyramid* grad, const RegionInputs& in,
                     const RegionOutputs<A>& out, const RoiAlignSpec& align, const LossSpec& spec, int threads) {
   const RegionTerms<A> terms(in, out, spec, threads);
-  const bool shared = same_geometry(student, teacher) && in.student_levels == in.teacher_levels;
-  const PoolPlan<A> plan(student, shared ? nullptr : &teacher, in.proposals, in.student_levels, in.teacher_levels,
-                         in.regions, out.gates, align, threads);
+  const LevelChoice student_levels = level_choice(student, in.student_levels);
+  const LevelChoice teacher_levels = teacher_choice(student_levels, teacher, in.teacher_levels);
+  const bool shared = same_geometry(student, teacher) && student_levels == teacher_levels;
+  const PoolPlan<A> plan(student, shared ? nullptr : &teacher, in.proposals, student_levels, teacher_levels, in.regions,
+                         out.gates, align, threads);
   const int64_t open = plan.regions.size();
   const int32_t bins = align.pooled_h * align.pooled_w;
-  const A per_region = A(1) / (A(student.channels) * A(bins));
+  const auto per_element = [&](const PooledRegion<A>& region) {
+    return A(1) / (A(student.level[region.student.level].channels) * A(bins));
+  };
 
   std::vector<A> slope(open), bin_weights(spec.bin_weight == BinWeight::gaussian ? open * bins : 0);
   for (int64_t r = 0; r < open; ++r) {
     const int64_t region = plan.regions[r].region;
-    slope[r] = terms.feature_factor(region) * per_region;
+    slope[r] = terms.feature_factor(region) * per_element(plan.regions[r]);
     if (!bin_weights.empty())
       write_bin_weights(in, region, spec, align.pooled_h, align.pooled_w, &bin_weights[r * bins]);
   }
@@ -59,7 +63,7 @@ void region_distill(const Pyramid& student, const Pyramid& teacher, const Pyrami
   for (int64_t r = 0; r < open; ++r) {
     double sum = 0;
     for (int32_t block = 0; block < blocks; ++block) sum += partial[block * open + r];
-    feature[plan.regions[r].region] = static_cast<A>(sum * per_region);
+    feature[plan.regions[r].region] = static_cast<A>(sum * per_element(plan.regions[r]));
   }
   terms.write_losses(feature);
 }

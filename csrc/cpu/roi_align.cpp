@@ -9,9 +9,10 @@ namespace tardkd::cpu {
 template <class A>
 void roi_align(const Pyramid& features, const Table& proposals, const GivenLevels& levels, int64_t regions, A* pooled,
                const RoiAlignSpec& align, int threads) {
-  const PoolPlan<A> plan(features, nullptr, proposals, levels, GivenLevels{}, regions, nullptr, align, threads);
+  const PoolPlan<A> plan(features, nullptr, proposals, level_choice(features, levels), LevelChoice{}, regions, nullptr,
+                         align, threads);
   if (static_cast<int64_t>(plan.regions.size()) < regions)
-    std::memset(pooled, 0, sizeof(A) * regions * features.channels * align.pooled_h * align.pooled_w);
+    std::memset(pooled, 0, sizeof(A) * regions * features.max_channels * align.pooled_h * align.pooled_w);
   PoolJob<A> job = pool_job(features, plan, align);
   job.pooled = pooled;
   run_pool(job, threads);
@@ -20,7 +21,8 @@ void roi_align(const Pyramid& features, const Table& proposals, const GivenLevel
 template <class A>
 void roi_align_backward(const Pyramid& grad, const Table& proposals, const GivenLevels& levels, int64_t regions,
                         const A* grad_pooled, const RoiAlignSpec& align, int threads) {
-  const PoolPlan<A> plan(grad, nullptr, proposals, levels, GivenLevels{}, regions, nullptr, align, threads);
+  const PoolPlan<A> plan(grad, nullptr, proposals, level_choice(grad, levels), LevelChoice{}, regions, nullptr, align,
+                         threads);
   PoolJob<A> job = pool_job(grad, plan, align);
   job.grad = &grad;
   job.grad_pooled = grad_pooled;

@@ -139,7 +139,7 @@ struct Walk {
     channel = planar ? across : along;
     channel_apart = planar ? 0 : apart;
     const FeatureMap& map = job.student.level[tile.level].map;
-    const int32_t left = planar ? (job.student.channels - tile.channel - channel + 3) / 4 : map.height - tile.y;
+    const int32_t left = planar ? (map.channels - tile.channel - channel + 3) / 4 : map.height - tile.y;
     steps = left < kSteps ? left : kSteps;
   }
   // Whether element k exists, in any step.
@@ -147,7 +147,7 @@ struct Walk {
     const FeatureMap& map = job.student.level[tile.level].map;
     const int32_t at = pixel + k * pixel_apart;
     return tile.y + at / tile.width < map.height && tile.x + at % tile.width < map.width &&
-           tile.channel + channel + k * channel_apart < job.student.channels;
+           tile.channel + channel + k * channel_apart < map.channels;
   }
 };
 
@@ -377,7 +377,7 @@ GaussianJob make_job(const Pyramid& student, const Pyramid& teacher, const Pyram
     const MapView &s = job.student.level[level], &t = job.teacher.level[level];
     const MapView& g = grad ? job.grad.level[level] : s;
     job.quads[level] = s.vector && t.vector && g.vector && s.planar == t.planar && s.planar == g.planar &&
-                       (s.planar || student.channels % 4 == 0) && teacher.dtype == student.dtype &&
+                       (s.planar || s.map.channels % 4 == 0) && teacher.dtype == student.dtype &&
                        (!grad || grad->dtype == student.dtype);
   }
   return job;

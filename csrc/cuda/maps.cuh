@@ -35,8 +35,8 @@ struct MapView {
 
 struct PyramidView {
   MapView level[kMaxLevels];
-  int32_t levels, images, channels;
-  int32_t reachable;  // levels the rule can choose
+  int32_t levels, images, max_channels;
+  LevelChoice choice;
   DType dtype;
 };
 
@@ -65,16 +65,19 @@ inline bool strides_fit(const Pyramid& pyramid) {
 
 __device__ __forceinline__ int64_t steps(int32_t count, int32_t stride) { return int64_t(count) * stride; }
 
-inline PyramidView view_of(const Pyramid& pyramid) {
+inline PyramidView view_of(const Pyramid& pyramid, const LevelChoice& choice) {
   PyramidView view{};
   view.levels = pyramid.levels;
   view.images = pyramid.images;
-  view.channels = pyramid.channels;
+  view.max_channels = pyramid.max_channels;
+  view.choice = choice;
   view.dtype = pyramid.dtype;
   for (int32_t level = 0; level < pyramid.levels; ++level)
     view.level[level] = view_of(pyramid.level[level], pyramid.dtype);
-  view.reachable = reachable_levels(pyramid);
   return view;
 }
+
+// For regions whose levels follow from the rule, or where there are no regions.
+inline PyramidView view_of(const Pyramid& pyramid) { return view_of(pyramid, level_choice(pyramid, GivenLevels{})); }
 
 }  // namespace tardkd::cuda

@@ -57,10 +57,10 @@ __device__ inline AxisPlace place_axis(const RoiAxis& roi, int32_t pooled) {
 }
 
 // Where region `r` lies. `box`: (4,) x1, y1, x2, y2.
-__device__ inline RegionPlace place_region(const PyramidView& pyramid, const GivenLevels& levels, int64_t r,
-                                           const double* box, const RoiAlignSpec& align) {
+__device__ inline RegionPlace place_region(const PyramidView& pyramid, int64_t r, const double* box,
+                                           const RoiAlignSpec& align) {
   RegionPlace place;
-  place.level = level_of(levels, r, box, pyramid.level[0].map.scale, pyramid.reachable, align);
+  place.level = level_of(pyramid.choice, r, box, align);
   const FeatureMap& map = pyramid.level[place.level].map;
   place.y = place_axis(roi_axis_y(box, map, align), align.pooled_h);
   place.x = place_axis(roi_axis_x(box, map, align), align.pooled_w);

@@ -14,7 +14,7 @@ template <class A>
 struct RegionFeatures {
   PyramidView student, teacher, grad;
   bool want_grad;
-  A* grad_pooled;  // (R, C, pooled_h, pooled_w), or null
+  A* grad_pooled;  // (R, most channels of a level, pooled_h, pooled_w), or null
   int32_t tables;  // 1 if one set serves both sides: same geometry and layout
 };
 
@@ -40,7 +40,7 @@ __device__ __forceinline__ void pool_difference(const RegionJob<A>& job, int32_t
                             on_load ? teacher : nullptr,
                             pass == 0 ? job.student.dtype : job.teacher.dtype,
                             image,
-                            job.student.channels,
+                            student->map.channels,
                             channel};
     pool(source, shared.place[table], group, shared, shared.tables[table], pass == 0 ? A(1) : A(-1));
   }
@@ -58,23 +58,22 @@ __host__ __device__ size_t feature_shared_bytes(int32_t tables) {
   return sizeof(FeatureShared<A>) - sizeof(PoolShared<A>) + pool_shared_bytes<A>(tables);
 }
 
-// Penalty of this block's channels, summed over the block, with the gradient on the way.
+// This block's share of the weighted feature term, with the gradient on the way.
 template <class A>
 __device__ __forceinline__ A feature_term(const RegionJob<A>& job, int64_t region, int32_t channel_group,
                                           FeatureShared<A>& shared, const RegionShared<A>& heads) {
   PoolShared<A>& bins = shared.pool;
   if (threadIdx.x % kWarp == 0 && threadIdx.x / kWarp < job.tables) {
     const int side = threadIdx.x / kWarp;
-    bins.place[side] =
-        place_region(side == 0 ? job.student : job.teacher, side == 0 ? job.in.student_levels : job.in.teacher_levels,
-                     region, shared.decision.box, job.align);
+    bins.place[side] = place_region(side == 0 ? job.student : job.teacher, region, shared.decision.box, job.align);
     bins.tables[side].at[0] = -1;
   }
   __syncthreads();
 
-  const int32_t channels = job.student.channels, image = shared.decision.image;
+  const int32_t channels = job.student.level[bins.place[0].level].map.channels, image = shared.decision.image;
   const A beta = static_cast<A>(job.spec.beta);
-  const A slope = feature_factor<A>(job.in, region) / (A(channels) * A(job.align.pooled_h * job.align.pooled_w));
+  const A elements = A(channels) * A(job.align.pooled_h * job.align.pooled_w);
+  const A slope = feature_factor<A>(job.in, region) / elements;
   A sum = A(0);
   for_each_chunk<A>(channel_group, channels, [&](int32_t channel) {
     for_each_group(job.align, [&](const BinGroup& group) {
@@ -97,12 +96,12 @@ __device__ __forceinline__ A feature_term(const RegionJob<A>& job, int64_t regio
         scatter(job.grad.level[bins.place[0].level], image, channels, channel, bins.place[0], group, bins,
                 bins.tables[0]);
       else if (job.grad_pooled)
-        for_pooled<A>(region * channels + channel, chunk_channels<A>(channels, channel), job.align, group, bins.bins,
-                      [&](int32_t, int64_t at, A gradient) { job.grad_pooled[at] = gradient; });
+        for_pooled<A>(region * job.student.max_channels + channel, chunk_channels<A>(channels, channel), job.align,
+                      group, bins.bins, [&](int32_t, int64_t at, A gradient) { job.grad_pooled[at] = gradient; });
       __syncthreads();
     });
   });
-  return block_sum(sum, heads.sums);
+  return block_sum(sum, heads.sums) * (region_weight<A>(job.in, region) / elements);
 }
 
 // Whether the feature gate is open. Its own function: what it needs of registers is not to weigh on the pooling.
@@ -125,9 +124,7 @@ __global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
   run_region<A>(job, block.region, block.group, heads, [&] {
     if (!decide(job, block.region, block.group == 0, heads, shared.decision)) return A(0);
     __syncthreads();
-    const A sum = feature_term(job, block.region, block.group, shared, heads);
-    const A elements = A(job.student.channels) * A(job.align.pooled_h * job.align.pooled_w);
-    return sum * (region_weight<A>(job.in, block.region) / elements);
+    return feature_term(job, block.region, block.group, shared, heads);
   });
 }
 
@@ -160,18 +157,18 @@ Status region_distill(const Pyramid& student, const Pyramid& teacher, const Pyra
   if (!strides_fit(student) || !strides_fit(teacher) || (grad && !strides_fit(*grad)))
     return Status{cudaErrorInvalidValue, "region_distill"};
   RegionJob<A> job{};
-  job.student = view_of(student);
-  job.teacher = view_of(teacher);
+  job.student = view_of(student, level_choice(student, in.student_levels));
+  job.teacher = view_of(teacher, teacher_choice(job.student.choice, teacher, in.teacher_levels));
   job.want_grad = grad != nullptr;
   if (grad) job.grad = view_of(*grad);
   job.grad_pooled = grad_pooled;
-  job.tables = same_geometry(job.student, job.teacher) && in.student_levels == in.teacher_levels ? 1 : 2;
+  job.tables = same_geometry(job.student, job.teacher) && job.student.choice == job.teacher.choice ? 1 : 2;
   job.in = in;
   job.out = out;
   job.scratch = scratch;
   job.align = align;
   job.spec = spec;
-  job.groups = blocks_of_region<A>(student.channels);
+  job.groups = blocks_of_region<A>(student.max_channels);
   const size_t shared = RegionShared<A>::bytes() + feature_shared_bytes<A>(job.tables);
   // Without regions one block still writes the losses.
   const int64_t blocks = (in.regions > 0 ? in.regions : 1) * job.groups;

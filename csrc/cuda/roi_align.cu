@@ -9,8 +9,8 @@ namespace tardkd::cuda {
 namespace {
 
 // Reads a row of `proposals`, (R, 5), into `box`, (4,); false if it cannot be pooled.
-__device__ inline bool read_region(const Table& proposals, const GivenLevels& levels, int64_t region, int32_t images,
-                                   double* box, int32_t& image) {
+__device__ inline bool read_region(const Table& proposals, const PyramidView& pyramid, int64_t region, double* box,
+                                   int32_t& image) {
   double row[5];
 #pragma unroll
   for (int k = 0; k < 5; ++k)
@@ -18,7 +18,7 @@ __device__ inline bool read_region(const Table& proposals, const GivenLevels& le
         load_any<double>(proposals.data, proposals.dtype, region * proposals.stride_row + k * proposals.stride_column);
 #pragma unroll
   for (int k = 0; k < 4; ++k) box[k] = row[k + 1];
-  const bool valid = is_valid_proposal(row, images) && levels.has(region);
+  const bool valid = is_valid_proposal(row, pyramid.images) && pyramid.choice.given.has(region);
   image = valid ? int32_t(row[0]) : 0;
   return valid;
 }
@@ -29,7 +29,6 @@ template <class A>
 struct AlignJob {
   PyramidView pyramid;  // features, or gradients of A
   Table proposals;      // (R, 5)
-  GivenLevels levels;   // (R,)
   void* pooled;         // (R, C, pooled_h, pooled_w), written, or read for the gradient
   DType pooled_dtype;
   RoiAlignSpec align;
@@ -50,13 +49,13 @@ __device__ bool for_region(const AlignJob<A>& job, const Body& body) {
   const RegionBlock block = region_block(job.groups);
   if (threadIdx.x == 0) {
     double box[4];
-    found[0] = read_region(job.proposals, job.levels, block.region, job.pyramid.images, box, found[1]);
-    if (found[0]) shared.place[0] = place_region(job.pyramid, job.levels, block.region, box, job.align);
+    found[0] = read_region(job.proposals, job.pyramid, block.region, box, found[1]);
+    if (found[0]) shared.place[0] = place_region(job.pyramid, block.region, box, job.align);
     shared.tables[0].at[0] = -1;
   }
   __syncthreads();
   if (!found[0]) return false;
-  for_each_chunk<A>(block.group, job.pyramid.channels, [&](int32_t channel) {
+  for_each_chunk<A>(block.group, job.pyramid.max_channels, [&](int32_t channel) {
     for_each_group(job.align, [&](const BinGroup& group) { body(block.region, found[1], channel, group, shared); });
   });
   return true;
@@ -65,7 +64,7 @@ __device__ bool for_region(const AlignJob<A>& job, const Body& body) {
 template <class A>
 __global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
     roi_align_kernel(const __grid_constant__ AlignJob<A> job) {
-  const int32_t channels = job.pyramid.channels;
+  const int32_t channels = job.pyramid.max_channels;
   const bool valid = for_region(job, [&](int64_t region, int32_t image, int32_t channel, const BinGroup& group,
                                          PoolShared<A>& shared) {
     const RegionPlace& place = shared.place[0];
@@ -95,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
 template <class A>
 __global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
     roi_align_scatter_kernel(const __grid_constant__ AlignJob<A> job) {
-  const int32_t channels = job.pyramid.channels;
+  const int32_t channels = job.pyramid.max_channels;
   for_region(job, [&](int64_t region, int32_t image, int32_t channel, const BinGroup& group, PoolShared<A>& shared) {
     clear_bins(shared, group);  // of channels that do not exist
     __syncthreads();
@@ -113,8 +112,8 @@ Status launch_by_region(const char* name, Kernel kernel, const Pyramid& pyramid,
                         const GivenLevels& levels, int64_t regions, void* pooled, DType pooled_dtype,
                         const RoiAlignSpec& align, const Target& target) {
   if (!strides_fit(pyramid)) return Status{cudaErrorInvalidValue, name};
-  const AlignJob<A> job{
-      view_of(pyramid), proposals, levels, pooled, pooled_dtype, align, channel_groups<A>(pyramid.channels)};
+  const AlignJob<A> job{view_of(pyramid, level_choice(pyramid, levels)), proposals, pooled, pooled_dtype, align,
+                        channel_groups<A>(pyramid.max_channels)};
   return launch_on(target, name, kernel, regions * job.groups, align_shared<A>(), job);
 }
 
@@ -128,11 +127,10 @@ constexpr int kOwnPixels = kTile * kTile * kQuads<A> / kThreads;
 
 struct GatherJob {
   PyramidView grad;
-  Table proposals;     // (R, 5)
-  GivenLevels levels;  // (R,)
+  Table proposals;  // (R, 5)
   int64_t regions;
   const bool* open;    // (R, 3), or null
-  const void* pooled;  // (R, C, pooled_h, pooled_w)
+  const void* pooled;  // (R, most channels of a level, pooled_h, pooled_w)
   DType pooled_dtype;
   int32_t* windows;  // (kWindow, R)
   RoiAlignSpec align;
@@ -145,9 +143,8 @@ __global__ void __launch_bounds__(kThreads) roi_windows_kernel(const __grid_cons
   if (region >= job.regions) return;
   int32_t window[kWindow] = {0, -1, 0, -1, 0, -1};
   double box[4];
-  if ((!job.open || job.open[3 * region]) &&
-      read_region(job.proposals, job.levels, region, job.grad.images, box, window[0])) {
-    const RegionPlace place = place_region(job.grad, job.levels, region, box, job.align);
+  if ((!job.open || job.open[3 * region]) && read_region(job.proposals, job.grad, region, box, window[0])) {
+    const RegionPlace place = place_region(job.grad, region, box, job.align);
     window[1] = place.level;
     const auto pixels = [](const AxisPlace& axis, int32_t pooled, int32_t& first, int32_t& last) {
       const double end = axis.roi.start + pooled * axis.roi.bin, size = axis.roi.size;
@@ -201,11 +198,11 @@ __device__ void gather_region(const GatherJob& job, const Tile& tile, int64_t re
   if (threadIdx.x == 0) {
     double box[4];
     int32_t image;
-    read_region(job.proposals, job.levels, region, job.grad.images, box, image);
-    shared.place = place_region(job.grad, job.levels, region, box, job.align);
+    read_region(job.proposals, job.grad, region, box, image);
+    shared.place = place_region(job.grad, region, box, job.align);
   }
-  const int32_t channels = chunk_channels<A>(job.grad.channels, tile.channel);
-  const int64_t first = region * job.grad.channels + tile.channel;
+  const int32_t channels = chunk_channels<A>(job.grad.level[tile.level].map.channels, tile.channel);
+  const int64_t first = region * job.grad.max_channels + tile.channel;
   for_each_group(job.align, [&](const BinGroup& group) {
     for_pooled<A>(first, kChunk<A>, job.align, group, shared.bins, [&](int32_t channel, int64_t at, A& bin) {
       bin = channel < channels ? load_any<A>(job.pooled, job.pooled_dtype, at) : A(0);
@@ -278,12 +275,12 @@ __global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
     with_stored<A>(job.grad.dtype, [&](auto stored) {
       using T = decltype(stored);
       T* data = static_cast<T*>(view.map.data) + at;
-      if (!view.planar && view.vector && channel + 4 <= job.grad.channels) {
+      if (!view.planar && view.vector && channel + 4 <= view.map.channels) {
         store_four(data, own[n]);
       } else {
 #pragma unroll
         for (int k = 0; k < 4; ++k)
-          if (channel + k < job.grad.channels) data[k * view.map.stride_c] = Stored<T>::from(own[n].at[k]);
+          if (channel + k < view.map.channels) data[k * view.map.stride_c] = Stored<T>::from(own[n].at[k]);
       }
     });
   }
@@ -326,9 +323,8 @@ Status roi_align_gather(const Pyramid& grad, const Table& proposals, const Given
                         const bool* open, const void* grad_pooled, DType pooled_dtype, int32_t* windows,
                         const RoiAlignSpec& align, const Target& target) {
   GatherJob job{};
-  job.grad = view_of(grad);
+  job.grad = view_of(grad, level_choice(grad, levels));
   job.proposals = proposals;
-  job.levels = levels;
   job.regions = regions;
   job.open = open;
   job.pooled = grad_pooled;

@@ -9,31 +9,31 @@ struct TileSize {
   int32_t width, height;
 };
 
-// Columns and rows of tiles of a map.
+// Columns and rows of tiles of a map, and groups of its channels.
 struct TileCounts {
-  int32_t columns, rows;
+  int32_t columns, rows, groups;
 
-  __host__ __device__ __forceinline__ TileCounts(const FeatureMap& map, const TileSize& size)
-      : columns((map.width + size.width - 1) / size.width), rows((map.height + size.height - 1) / size.height) {}
+  __host__ __device__ __forceinline__ TileCounts(const FeatureMap& map, const TileSize& size, int32_t group_channels)
+      : columns((map.width + size.width - 1) / size.width),
+        rows((map.height + size.height - 1) / size.height),
+        groups((map.channels + group_channels - 1) / group_channels) {}
 };
 
 // Which blocks work on which level. Within a level the channel group of a block changes fastest, then the column, the
 // row and the image.
 struct TileGrid {
   int64_t first_block[kMaxLevels + 1];  // of each level; behind the last one the number of all blocks
-  int32_t groups;                       // of channels
 };
 
 // `size_of` tells the size of the tiles of a map.
 template <class SizeOf>
 TileGrid tile_grid(const PyramidView& pyramid, int32_t group_channels, const SizeOf& size_of) {
   TileGrid grid{};
-  grid.groups = (pyramid.channels + group_channels - 1) / group_channels;
   for (int32_t level = 0; level < pyramid.levels; ++level) {
     const MapView& view = pyramid.level[level];
-    const TileCounts tiles(view.map, size_of(view));
+    const TileCounts tiles(view.map, size_of(view), group_channels);
     grid.first_block[level + 1] =
-        grid.first_block[level] + int64_t(tiles.columns) * tiles.rows * pyramid.images * grid.groups;
+        grid.first_block[level] + int64_t(tiles.columns) * tiles.rows * pyramid.images * tiles.groups;
   }
   return grid;
 }
@@ -52,10 +52,10 @@ __device__ __forceinline__ Tile tile_of(const TileGrid& grid, const PyramidView&
   while (int64_t(blockIdx.x) >= grid.first_block[tile.level + 1]) ++tile.level;
   const MapView& view = pyramid.level[tile.level];
   const TileSize size = size_of(view);
-  const TileCounts tiles(view.map, size);
+  const TileCounts tiles(view.map, size, group_channels);
   int32_t rest = int32_t(blockIdx.x - grid.first_block[tile.level]);
-  tile.channel = rest % grid.groups * group_channels;
-  rest /= grid.groups;
+  tile.channel = rest % tiles.groups * group_channels;
+  rest /= tiles.groups;
   tile.x = rest % tiles.columns * size.width;
   rest /= tiles.columns;
   tile.y = rest % tiles.rows * size.height;

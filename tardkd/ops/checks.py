@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .inputs import RegionInputs
+from .maps import channels_differ
 from .spec import MAX_LEVELS, Activation, Background, LossSpec, class_count, is_foreground, positive
 
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -60,8 +61,8 @@ def check_detached(name: str, tensor: Tensor) -> None:
 # --- pyramids ---------------------------------------------------------------------------------------------------------
 
 
-def check_pyramid(name: str, features: Sequence[Tensor]) -> None:
-    """``features``: L x (N, C, H_l, W_l), one dtype, one device."""
+def check_pyramid(name: str, features: Sequence[Tensor], *, same_channels: bool = True) -> None:
+    """``features``: L x (N, C_l, H_l, W_l), one dtype, one device; all C_l are equal with ``same_channels``."""
     if not isinstance(features, (list, tuple)):
         raise TypeError(f"{name} must be a list of tensors, one per level, got {type(features).__name__}")
     if len(features) == 0:
@@ -76,7 +77,7 @@ def check_pyramid(name: str, features: Sequence[Tensor]) -> None:
         n, c, h, w = feature.shape
         if h < 1 or w < 1:
             raise ValueError(f"{name}[{level}] is an empty map of shape {tuple(feature.shape)}")
-        if n != images or c != channels:
+        if n != images or (same_channels and c != channels):
             raise ValueError(
                 f"{name}[{level}] has {n} images and {c} channels "
                 f"but {name}[0] has {images} images and {channels} channels"
@@ -100,10 +101,14 @@ def check_pyramids(
     teacher_features: Sequence[Tensor],
     student_scales: Sequence[float],
     teacher_scales: Sequence[float] | None,
+    *,
+    same_channels: bool = True,
 ) -> Sequence[float]:
     """Check both sides and each against the other; returns the teacher's scales."""
-    check_pyramid("student_features", student_features)
-    check_pyramid("teacher_features", teacher_features)
+    check_pyramid("student_features", student_features, same_channels=same_channels)
+    check_pyramid("teacher_features", teacher_features, same_channels=same_channels)
+    if channels_differ(student_features) or channels_differ(teacher_features):
+        check_channels_of_levels(student_features, teacher_features)
     check_scales("student_scales", student_scales, "student_features", student_features)
     if teacher_scales is None:
         check_scales("student_scales (teacher_scales is None)", student_scales, "teacher_features", teacher_features)
@@ -116,12 +121,31 @@ def check_pyramids(
     return teacher_scales
 
 
+def check_channels_of_levels(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> None:
+    """Where channels differ from level to level, both pyramids have the same ones."""
+    remedy = (
+        "channels may differ from level to level, but then level by level both sides must have the same: adapt each "
+        "of the student's with a 1x1 convolution"
+    )
+    for level, (student, teacher) in enumerate(zip(student_features, teacher_features)):
+        if student.shape[1] != teacher.shape[1]:
+            raise ValueError(
+                f"student_features[{level}] has {student.shape[1]} channels but teacher_features[{level}] has "
+                f"{teacher.shape[1]}, where student_features[0] has {student_features[0].shape[1]} channels; {remedy}"
+            )
+    if len(student_features) != len(teacher_features):
+        raise ValueError(
+            f"student_features have {len(student_features)} levels but teacher_features have "
+            f"{len(teacher_features)}; {remedy}"
+        )
+
+
 def check_same_pyramids(
     student_features: Sequence[Tensor], teacher_features: Sequence[Tensor], scales: Sequence[float]
 ) -> None:
     """Both sides have the same levels, level by level of one shape."""
-    check_pyramid("student_features", student_features)
-    check_pyramid("teacher_features", teacher_features)
+    check_pyramid("student_features", student_features, same_channels=False)
+    check_pyramid("teacher_features", teacher_features, same_channels=False)
     check_scales("scales", scales, "student_features", student_features)
     check_scales("scales", scales, "teacher_features", teacher_features)
     check_sides(student_features[0], teacher_features[0], "student_features", "teacher_features", "images")
@@ -249,7 +273,7 @@ def checked_region_inputs(
     like_name: str = "student_features",
     student_levels: Tensor | None = None,
     teacher_levels: Tensor | None = None,
-    num_levels: tuple[int, int] = (0, 0),
+    pyramids: tuple[Sequence[Tensor], Sequence[Tensor]] = ((), ()),
 ) -> RegionInputs:
     """What a region loss is given beside its features, each (R, ...) checked against the others.
 
@@ -261,7 +285,7 @@ def checked_region_inputs(
         num_images: N; None where the image index of the proposals has no meaning.
         like_name: what ``like`` is called in messages.
         student_levels, teacher_levels: (R,) where the regions are to be pooled from; None: by the level rule.
-        num_levels: of the student's and the teacher's pyramid.
+        pyramids: the student's and the teacher's, which these levels are of.
     """
     regions = as_regions(proposals, num_images, like.device, f"the {like_name.removeprefix('student_')}")
     inputs = RegionInputs(
@@ -299,8 +323,7 @@ def checked_region_inputs(
     num_classes = check_head_widths(inputs, loss.activation)
     if checking_values():
         faults = region_faults(regions, num_images) + label_faults(inputs, loss.background, num_classes)
-        faults += level_faults("student_levels", inputs.student_levels, num_levels[0])
-        check_region_values(faults + level_faults("teacher_levels", inputs.teacher_levels, num_levels[1]))
+        check_region_values(faults + pair_faults(inputs, *pyramids))
     return inputs
 
 
@@ -378,6 +401,23 @@ def level_faults(name: str, levels: Tensor | None, count: int) -> Faults:
     if levels is None:
         return []
     return [(f"its level in {name} is not in [0, {count})", (levels < 0) | (levels >= count), levels)]
+
+
+def pair_faults(inputs: RegionInputs, student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Faults:
+    """What is wrong with the levels given for a region; the ops leave it out."""
+    student, teacher = inputs.student_levels, inputs.teacher_levels
+    faults = level_faults("student_levels", student, len(student_features))
+    faults += level_faults("teacher_levels", teacher, len(teacher_features))
+    if student is not None and teacher is not None:
+        channels = [
+            torch.tensor([feature.shape[1] for feature in features], device=levels.device)[
+                levels.clamp(0, len(features) - 1)
+            ]
+            for levels, features in ((student, student_features), (teacher, teacher_features))
+        ]
+        what = "its levels in student_levels and teacher_levels have different channels"
+        faults.append((what, channels[0] != channels[1], torch.stack([student, teacher], 1)))
+    return faults
 
 
 def check_region_values(faults: Faults) -> None:

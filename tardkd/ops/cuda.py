@@ -58,7 +58,8 @@ class CudaKernels:
         call, wants, upstream = RegionCall.unpack(packed)
         assert call.pooling is not None, "region_distill pools from pyramids"
         first, proposals, pooling = call.student_features[0], call.inputs.proposals, call.pooling
-        count, channels, dtype = proposals.shape[0], first.shape[1], accumulation_dtype(first.dtype)
+        count, dtype = proposals.shape[0], accumulation_dtype(first.dtype)
+        channels = max(feature.shape[1] for feature in call.student_features)
         layout = layout_of(call.student_features if wants.features else [])
         size = flat_size(layout.sizes)
         grad_pooled = None

@@ -28,8 +28,8 @@ def gaussian_feature_loss(
     the mean over levels.
 
     Args:
-        student_features, teacher_features: L tensors (N, C, H_l, W_l), level by level of one shape; float16, bfloat16,
-            float32 or float64, any strides.
+        student_features, teacher_features: L tensors (N, C_l, H_l, W_l), level by level of one shape; float16,
+            bfloat16, float32 or float64, any strides.
         gt_boxes: N tensors (G_n, 4) xyxy, input pixels; boxes without area or not finite are left out.
         scales: map pixels per input pixel, one a level.
         sigma_squared: sigma^2.

@@ -99,7 +99,7 @@ class Pooling(NamedTuple):
 class RegionCall(NamedTuple):
     """A call of a loss over shared regions.
 
-    The features are those of the pyramids, L x (N, C, H_l, W_l), for ``region_distill_loss``; the one tensor
+    The features are those of the pyramids, L x (N, C_l, H_l, W_l), for ``region_distill_loss``; the one tensor
     (R, C, p_h, p_w) of pooled features for ``pooled_distill_loss``; none for ``head_distill_loss``.
     """
 
@@ -228,8 +228,8 @@ class AlignBackward(NamedTuple):
 class GaussianCall(NamedTuple):
     """A call of ``gaussian_feature_loss``."""
 
-    student_features: list[Tensor]  # L x (N, C, H_l, W_l)
-    teacher_features: list[Tensor]  # L x (N, C, H_l, W_l)
+    student_features: list[Tensor]  # L x (N, C_l, H_l, W_l)
+    teacher_features: list[Tensor]  # L x (N, C_l, H_l, W_l)
     gt_boxes: Tensor  # (G, 5) image index, x1, y1, x2, y2; input pixels
     scales: list[float]  # (L,) map pixels per input pixel
     sigma_squared: float

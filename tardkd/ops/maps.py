@@ -14,6 +14,11 @@ class Layout(NamedTuple):
     channels_last: list[bool]  # of every level; else NCHW
 
 
+def channels_differ(features: Sequence[Tensor]) -> bool:
+    """Whether the levels of a pyramid, L x (N, C_l, H_l, W_l), have different numbers of channels."""
+    return any(feature.shape[1] != features[0].shape[1] for feature in features)
+
+
 def is_channels_last(feature: Tensor) -> bool:
     return feature.is_contiguous(memory_format=torch.channels_last) and not feature.is_contiguous()
 

@@ -20,7 +20,7 @@ Named = TypeVar("Named", bound=tuple)
 
 
 class DescribedPyramid(NamedTuple):
-    levels: list[Description]  # (L,) of (N, C, H_l, W_l) maps
+    levels: list[Description]  # (L,) of (N, C_l, H_l, W_l) maps
     scales: list[float]  # (L,)
 
 
@@ -40,7 +40,7 @@ def describe(tensor: Tensor | None) -> Description | None:
 
 
 def describe_pyramid(features: Sequence[Tensor], scales: list[float]) -> DescribedPyramid:
-    """``features``: L x (N, C, H_l, W_l). Without features: a gradient that is not wanted."""
+    """``features``: L x (N, C_l, H_l, W_l). Without features: a gradient that is not wanted."""
     return DescribedPyramid([describe(feature) for feature in features], scales)
 
 

@@ -18,6 +18,7 @@ from . import gaussian, region
 from . import roi_align as roi_align_calls
 from .checks import accumulation_dtype, are_finite
 from .inputs import AlignCall, GaussianCall, RegionCall, RegionInputs, RegionLosses
+from .maps import channels_differ
 from .signature import function_of
 from .spec import (
     Activation,
@@ -133,21 +134,27 @@ def roi_align_level(
 
 
 def pool_regions(
-    features: Sequence[Tensor],  # L x (N, C, H_l, W_l)
+    features: Sequence[Tensor],  # L x (N, C_l, H_l, W_l)
     regions: Tensor,  # (r, 5), all valid
     scales: Sequence[float],
     align: RoIAlignSpec,
     levels: Tensor | None = None,  # (r,), all in range; None: by the level rule
 ) -> Tensor:  # (r, C, h, w), accumulation dtype
-    """Each region from its level. Every level joins the graph, also one that holds no region."""
+    """Each region from its level. Every level joins the graph, also one that holds no region.
+
+    C is the most channels that a level has; those that the region's own lacks are zero.
+    """
     regions = regions.double()
     if levels is None:
         levels = region_levels(regions[:, 1:], scales, align.canonical_scale, align.canonical_level)
     dtype = accumulation_dtype(features[0].dtype)
-    pooled = features[0].new_zeros((len(regions), features[0].shape[1], *align.output_size), dtype=dtype)
+    channels = max(feature.shape[1] for feature in features)
+    pooled = features[0].new_zeros((len(regions), channels, *align.output_size), dtype=dtype)
     for level, (feature, scale) in enumerate(zip(features, scales)):
         rows = (levels == level).nonzero()[:, 0]
-        pooled = pooled.index_add(0, rows, roi_align_level(feature.to(dtype), regions[rows], scale, align))
+        of_level = roi_align_level(feature.to(dtype), regions[rows], scale, align)
+        of_level = F.pad(of_level, (0, 0, 0, 0, 0, channels - feature.shape[1]))
+        pooled = pooled.index_add(0, rows, of_level)
     return pooled
 
 
@@ -345,44 +352,67 @@ def reduce_regions(losses: Tensor, rows: Tensor, weights: Tensor, num_regions: i
     return losses.sum() / (max(1, len(rows)) if reduction == "mean" else 1)
 
 
-def pooled_pair(call: RegionCall, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(r, C, h, w) of student and teacher in the accumulation dtype: the regions ``rows`` (r,) alone are pooled."""
+def levels_of_sides(call: RegionCall, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(r,) levels of the regions ``rows`` (r,) in the student's and in the teacher's pyramid."""
+    assert call.pooling is not None, "pooled features have no levels"
+    student_scales, teacher_scales, align = call.pooling
+    boxes, inputs = call.inputs.proposals[rows, 1:], call.inputs
+
+    def by_rule(scales: Sequence[float]) -> Tensor:
+        return region_levels(boxes, scales, align.canonical_scale, align.canonical_level)
+
+    student = by_rule(student_scales) if inputs.student_levels is None else inputs.student_levels[rows]
+    if inputs.teacher_levels is not None:
+        return student, inputs.teacher_levels[rows]
+    # Where channels differ from level to level, levels of one region have to go together.
+    return student, student if channels_differ(call.student_features) else by_rule(teacher_scales)
+
+
+def pooled_pair(call: RegionCall, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What student and teacher pool of the regions ``rows`` (r,), and of no others.
+
+    Returns:
+        (r, C, h, w) of either side in the accumulation dtype, and (r,) by what its channels C outnumber those of the
+        region's own level, which come first.
+    """
     if call.pooling is None:
         [student], [teacher] = call.student_features, call.teacher_features
         dtype = accumulation_dtype(student.dtype)
-        return student[rows].to(dtype), teacher[rows].to(dtype)
+        return student[rows].to(dtype), teacher[rows].to(dtype), student.new_ones(len(rows), dtype=dtype)
     student_scales, teacher_scales, align = call.pooling
+    student_levels, teacher_levels = levels_of_sides(call, rows)
     regions = call.inputs.proposals[rows]
-    student_levels, teacher_levels = (
-        rows_of(levels, rows) for levels in (call.inputs.student_levels, call.inputs.teacher_levels)
-    )
-    return (
-        pool_regions(call.student_features, regions, student_scales, align, student_levels),
-        pool_regions(call.teacher_features, regions, teacher_scales, align, teacher_levels),
-    )
+    student = pool_regions(call.student_features, regions, student_scales, align, student_levels)
+    teacher = pool_regions(call.teacher_features, regions, teacher_scales, align, teacher_levels)
+    excess = [student.shape[1] / max(1, feature.shape[1]) for feature in call.student_features]
+    return student, teacher, student.new_tensor(excess)[student_levels]
 
 
 def labels_of_pooled(call: RegionCall) -> Tensor:
-    """(R,) the labels, -1 where a level that does not exist leaves a region out."""
-    inputs, exists = call.inputs, call.inputs.labels.new_ones(len(call.inputs.labels), dtype=torch.bool)
-    for levels, features in (
-        (inputs.student_levels, call.student_features),
-        (inputs.teacher_levels, call.teacher_features),
-    ):
-        exists = exists & levels_exist(levels, len(features), inputs.proposals)
+    """(R,) the labels, -1 where levels that do not exist, or differ in channels, leave a region out."""
+    inputs = call.inputs
+    student, teacher = inputs.student_levels, inputs.teacher_levels
+    exists = levels_exist(student, len(call.student_features), inputs.proposals)
+    exists = exists & levels_exist(teacher, len(call.teacher_features), inputs.proposals)
+    if student is not None and teacher is not None:
+        channels = [
+            inputs.labels.new_tensor([feature.shape[1] for feature in features])[levels.clamp(0, len(features) - 1)]
+            for levels, features in ((student, call.student_features), (teacher, call.teacher_features))
+        ]
+        exists = exists & (channels[0] == channels[1])
     return torch.where(exists, inputs.labels, -1)
 
 
 def feature_distances(call: RegionCall, rows: Tensor, foreground: Tensor) -> Tensor:
     """(r,) mean penalties of the regions ``rows`` (r,), of which ``foreground`` (r,) bool have an object."""
     inputs, spec = call.inputs, call.loss
-    student, teacher = pooled_pair(call, rows)
+    student, teacher, excess = pooled_pair(call, rows)
     bins = penalty(student - teacher, spec.feature_loss, spec.beta)
     if spec.bin_weight == "gaussian":
         weight = gaussian_bin_weights(inputs.proposals[rows, 1:], inputs.gt_boxes[rows], (bins.shape[2], bins.shape[3]))
         weight = torch.where(foreground[:, None, None], weight, torch.zeros_like(weight))
         bins = bins * weight[:, None].to(bins.dtype)
-    return bins.mean((1, 2, 3))
+    return bins.mean((1, 2, 3)) * excess
 
 
 def region_losses(call: RegionCall) -> RegionLosses:

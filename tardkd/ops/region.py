@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import checks
 from .inputs import Pooling, RegionCall
+from .maps import channels_differ
 from .spec import (
     Activation,
     Background,
@@ -72,8 +73,11 @@ def region_distill_loss(
 
     Args:
         student_features: the student's pyramid, L tensors (N, C, H_l, W_l), at most 8, finest first; float16, bfloat16,
-            float32 or float64; contiguous, channels_last or any strides.
-        teacher_features: the teacher's, with the same N and C; levels, sizes, strides and dtype may differ.
+            float32 or float64; contiguous, channels_last or any strides. C may differ from level to level; ``l_i`` is
+            the mean over the channels of the region's own level.
+        teacher_features: the teacher's, with the same N and C; levels, sizes, strides and dtype may differ. Where C
+            differs from level to level, the teacher has as many levels with the same C, and pools each region from the
+            student's level, also where its scales would say another.
         proposals: (R, 5) image index and xyxy, or N tensors (R_n, 4) xyxy; student-input pixels, float32 (or float64).
         student_logits, teacher_logits: (R, K + 1), or (R, K) with ``activation="sigmoid"``.
         student_deltas, teacher_deltas: (R, 4) class-agnostic, or (R, 4K) or (R, 4(K + 1)) class-specific; boxes in
@@ -117,6 +121,8 @@ def region_distill_loss(
         student_levels, teacher_levels: (R,) int64 or int32, the level of each region in that side's pyramid where no
             rule is to choose it, as for the cells of a dense head, which know theirs. None: by the rule. Where both
             sides' levels are equal, pass one tensor for both: equal pyramids are then read in one pass, as by the rule.
+            Where C differs from level to level, the teacher's go with the student's, and a region whose two levels
+            differ in C is left out.
 
     Returns:
         :class:`RegionLosses`: the three losses, ``gates`` (R, 3) and ``scores`` (R, 4). Gradients flow into the
@@ -127,7 +133,14 @@ def region_distill_loss(
         ValueError, TypeError: shapes, dtypes or devices that do not fit, an unknown option, or a teacher tensor that
             requires grad.
     """
-    teacher_scales = checks.check_pyramids(student_features, teacher_features, student_scales, teacher_scales)
+    teacher_scales = checks.check_pyramids(
+        student_features, teacher_features, student_scales, teacher_scales, same_channels=False
+    )
+    if teacher_levels is not None and student_levels is None and channels_differ(student_features):
+        raise ValueError(
+            "teacher_levels go with student_levels where channels differ from level to level: a region needs levels of "
+            "equal channels"
+        )
     align = RoIAlignSpec.checked(output_size, sampling_ratio, aligned, canonical_scale, canonical_level)
     loss = LossSpec(
         feature_loss,
@@ -157,7 +170,7 @@ def region_distill_loss(
         num_images=student_features[0].shape[0],
         student_levels=student_levels,
         teacher_levels=teacher_levels,
-        num_levels=(len(student_features), len(teacher_features)),
+        pyramids=(student_features, teacher_features),
     )
     pooling = Pooling(list(map(float, student_scales)), list(map(float, teacher_scales)), align)
     return RegionCall(list(student_features), list(teacher_features), inputs, loss, pooling)
