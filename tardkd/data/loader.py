@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -60,10 +60,10 @@ def build_loader(
         ]
     else:
         batches = _chunks(list(range(rank, count, processes)), max(1, batch_size // (processes * parts)))
-    return DataLoader(
+    return _Loader(
         _SeededItems(dataset, seed, epoch),
         batch_sampler=batches[first_batch:],
-        collate_fn=collate,
+        collate_fn=_collate,
         num_workers=workers,
         pin_memory=pin_memory,
         generator=_generator(seed, epoch),
@@ -130,8 +130,31 @@ def to_float(images: Iterable[Tensor], device: torch.device | str = "cpu") -> li
     return [image / whole if image.dtype == torch.uint8 else image for image in on_device]
 
 
+class _Loader(DataLoader):
+    """Raises the error of an image as it is, whichever process met it: torch would put a traceback into its message."""
+
+    def __iter__(self) -> Iterator:
+        for batch in super().__iter__():
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+
+
+def _collate(items: list[tuple[Tensor, Target] | Exception]) -> tuple[list[Tensor], list[Target]] | Exception:
+    """The batch, or the first error among its items."""
+    good = []
+    for item in items:
+        if isinstance(item, Exception):
+            return item
+        good.append(item)
+    return collate(good)
+
+
 class _SeededItems(Dataset):
-    """``dataset`` with torch's CPU generator seeded for each item and restored after it."""
+    """``dataset`` with torch's CPU generator seeded for each item and restored after it.
+
+    In the place of an item that cannot be read is its error.
+    """
 
     def __init__(self, dataset: Dataset, seed: int, epoch: int) -> None:
         self.dataset, self.seed, self.epoch = dataset, seed, epoch
@@ -139,10 +162,13 @@ class _SeededItems(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]  # as in build_loader
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Target] | Exception:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix(self.seed, self.epoch, index))
-            return self.dataset[index]
+            try:
+                return self.dataset[index]
+            except (FileNotFoundError, ValueError) as error:
+                return error
 
 
 def _generator(*numbers: int) -> torch.Generator:
