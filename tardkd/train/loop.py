@@ -40,7 +40,7 @@ from tardkd.train.interrupt import Interrupted, Termination
 from tardkd.train.late import Readings
 from tardkd.train.logs import NoLog, OnLog, RunLog
 from tardkd.train.optim import learning_rate
-from tardkd.train.resume import check_teachers, lengthened, restoring, resumed_state
+from tardkd.train.resume import check_data, check_teachers, lengthened, restoring, resumed_state
 from tardkd.train.skip import Skipping
 from tardkd.train.steps import Step, Stopwatch
 from tardkd.train.update import Update
@@ -111,6 +111,7 @@ class Run:
         state = resumed_state(self.folder, config) if resume else None
         self.train_set, self.val_set = build_dataset(config, "train", augment=True), build_dataset(config, "val")
         self._check_data()
+        self.data = {"train": self.train_set.fingerprint(), "val": self.val_set.fingerprint()}
         self.distiller = self._build_distiller(resumed=state is not None)
         self._check_sizes()
         self.fingerprints = [checkpoint.fingerprint(teacher.state_dict()) for teacher in self.distiller.teachers]
@@ -212,6 +213,7 @@ class Run:
             "classes": self.train_set.class_names,
             "config": self.config.plain(),
             "teachers": self.fingerprints,
+            "data": self.data,
             "task": self.distiller.task_state(),
             **self.update.state_dict(),
             **asdict(self.progress),
@@ -292,6 +294,7 @@ class Run:
         path, train = self.folder / checkpoint.LAST, self.config.train
         check_classes(str(path), state["classes"], "data.train", self.train_set.class_names)
         check_teachers(self.config, self.fingerprints, state.get("teachers", self.fingerprints))
+        check_data(self.data, state.get("data", self.data), self.folder)
         with restoring(path):
             self.update.load_state_dict(state["model"], state)
             self.distiller.load_task_state(state["task"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,8 @@ def _check_resumable(state: dict[str, Any], path: Path) -> None:
         checkpoint.require(state, path, key, kind, what)
     if "teachers" in state:
         checkpoint.require(state, path, "teachers", list, "the fingerprints of the teachers")
+    if "data" in state:  # earlier versions did not note it
+        checkpoint.require(state, path, "data", dict, "the fingerprints of the data")
     negative = [key for key in ("epoch", "batch", "step") if state[key] < 0]
     if negative:
         raise CheckpointError(f"{path} is damaged: {', '.join(negative)} must not be negative")
@@ -123,6 +125,16 @@ def check_teachers(config: Config, fingerprints: Sequence[str], before: Sequence
     for (key, section), fingerprint, expected in zip(config.teachers.items(), fingerprints, before):
         if fingerprint != expected:
             raise ConfigError(f"{key}.weights {section.weights} holds other weights than the run began with")
+
+
+def check_data(fingerprints: Mapping[str, str], before: Mapping[str, str], folder: Path) -> None:
+    """Refuse data whose fingerprints, by the names of the splits, are others than those that the run began with."""
+    for split, fingerprint in fingerprints.items():
+        if fingerprint != before.get(split, fingerprint):
+            raise ConfigError(
+                f"data.{split} holds other images or annotations than the run began with: put those back, or start a "
+                f"new run from its weights, into another output, with --init-from {folder}"
+            )
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
