@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -10,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
+from tardkd.files import UnwritableFileError
 from tardkd.train.display import Display, place
 from tardkd.train.evaluate import METRICS
 from tardkd.train.tables import Table
@@ -57,10 +59,11 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._display.__exit__()
-        if self._board is not None:
-            self._board.close()
         self._steps.close()
         self._evaluations.close()
+        if self._board is not None:
+            with contextlib.suppress(OSError):  # what could not be written has been told
+                self._board.close()
 
     def step(
         self,
@@ -95,7 +98,10 @@ class RunLog:
     def _scalar(self, tag: str, value: float, step: int) -> None:
         if self._board is None:
             self._board = SummaryWriter(str(self._board_folder), purge_step=self._purge_step)
-        self._board.add_scalar(tag, value, step)
+        try:
+            self._board.add_scalar(tag, value, step)
+        except OSError as error:  # of its own thread, and of some step before
+            raise UnwritableFileError(f"cannot write into {self._board_folder}: {error.strerror}") from None
 
     def _write(self, table: Table, row: dict[str, Any]) -> None:
         table.write(row)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 from pathlib import Path
 
-from tardkd.files import replacing
+from tardkd.files import UnwritableFileError, replacing
 
 EPOCH, STEP = "epoch", "step"  # the first columns of every table
 
@@ -81,6 +82,11 @@ class Table:
         self._file = open(path, "a" if last is not None else "w", newline="", encoding="utf-8")  # noqa: SIM115 (closed with the log)
 
     def write(self, row: dict[str, float | None]) -> None:
+        """One more row.
+
+        Raises:
+            UnwritableFileError: it could not be written, as on a full disk.
+        """
         if self._columns is None:
             self._columns = list(row)
             csv.writer(self._file).writerow(self._columns)
@@ -88,10 +94,14 @@ class Table:
         if unknown:
             raise ValueError(f"{self._path} has no column for {', '.join(unknown)}; it has {', '.join(self._columns)}")
         csv.writer(self._file).writerow([_cell(row.get(name)) for name in self._columns])
-        self._file.flush()
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise UnwritableFileError(f"cannot write {self._path}: {error.strerror}") from None
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written has been told
+            self._file.close()
 
     def _truncate(self, column: str, last: int) -> None:
         header, rows = read_table(self._path)

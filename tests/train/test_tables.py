@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 
 from tardkd import cli
+from tardkd.files import UnwritableFileError
 from tardkd.train.loop import train
 from tardkd.train.tables import Table, TableError, read_table
 
@@ -66,3 +68,11 @@ def test_a_folder_in_the_place_of_a_table(tmp_path):
     (tmp_path / "train.csv").mkdir()
     with pytest.raises(TableError, match="cannot read .*train.csv: Is a directory"):
         read_table(tmp_path / "train.csv")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_a_full_disk_is_told_by_the_name_of_the_table():
+    table = Table(Path("/dev/full"), last=None)
+    with pytest.raises(UnwritableFileError, match="cannot write /dev/full: No space left on device"):
+        table.write({"epoch": 1, "step": 1})
+    table.close()
