@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -41,10 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # keep the interpreter's last flush quiet
+        _forget_output()
         return 0
     except Interrupted as error:
         return _fail(str(error), 128 + error.number)
+    except UnicodeEncodeError as error:
+        if options.traceback or error.encoding == "utf-8":
+            raise
+        return _fail(
+            f"{error.object!a:.200} cannot be a file's name in the encoding {error.encoding}; set PYTHONUTF8=1"
+        )
     except (ValueError, OSError, RuntimeError) as error:
         if _rank() is not None and _lost_another(error):
             return _fail("ended, because another process has")
@@ -52,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ours = isinstance(error, (ValueError, OSError)) or type(error).__module__.startswith("tardkd")
         if options.traceback or not ours:
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:  # a print failed
+            _forget_output()
+            return _fail(f"cannot write to the standard output: {error.strerror}")
         return _fail(str(error))
 
 
@@ -181,6 +191,12 @@ def _checkpoint(given: str) -> Path:
 
 def _fail(message: str, status: int = 2) -> int:
     rank = _rank()
+    try:
+        message.encode(sys.getfilesystemencoding())
+    except UnicodeEncodeError as error:
+        message += (
+            f" (names of files with such letters need a locale with UTF-8, or PYTHONUTF8=1; it is {error.encoding})"
+        )
     with contextlib.suppress(OSError):  # nobody may be reading any more
         print(f"tardkd: {message if rank is None else f'process {rank}: {message}'}", file=sys.stderr, flush=True)
     return status
@@ -199,14 +215,23 @@ def _prepare_output() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _forget_output() -> None:
+    """Let what is still to be written go nowhere, so that the interpreter's last flush stays quiet."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _rank() -> int | None:
     """This process's number among several that torchrun has started."""
     return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
 
 
 def _lost_another(error: Exception) -> bool:
-    """Whether it is a message of gloo or NCCL that tells of a process which is gone."""
-    return type(error).__module__.startswith("torch.distributed") or "onnection closed by peer" in str(error)
+    """Whether it is a message of gloo, NCCL or their store that tells of a process which is gone.
+
+    Gloo has one for each thing that a connection can die of, as a plain RuntimeError that names its own source file.
+    """
+    message = str(error)
+    return type(error).__module__.startswith("torch.distributed") or "gloo/" in message or "by peer" in message
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -10,6 +10,7 @@ import torch
 import yaml
 from train.recipe import tree
 
+import tardkd
 from tardkd import __version__, cli
 from tardkd.train import checkpoint
 
@@ -186,3 +187,32 @@ def test_results_are_written_whole_or_into_a_pipe(trained, tmp_path, capsys):
     os.close(reader)
     assert cli.main(["eval", str(run), "--json", str(tmp_path)]) == 2
     assert f"cannot write {tmp_path}: Is a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:1: Connection reset by peer.",
+        "[third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:1",
+        "[third_party/gloo/gloo/transport/tcp/pair.cc:460] writev [127.0.0.1]:1: Broken pipe",
+        "[third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1000ms for recv operation",
+    ],
+)
+def test_a_process_whose_neighbour_has_gone_says_so(monkeypatch, capsys, message):
+    def fail():
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(tardkd, "build_info", fail)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["info"]) == 2
+    assert capsys.readouterr().err == "tardkd: process 1: ended, because another process has\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is always full")
+def test_an_output_that_cannot_be_written_is_named():
+    command = [sys.executable, "-m", "tardkd", "info"]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr == "tardkd: cannot write to the standard output: No space left on device\n"

@@ -133,7 +133,7 @@ def to_float(images: Iterable[Tensor], device: torch.device | str = "cpu") -> li
 class _Loader(DataLoader):
     """Raises the error of an image as it is, whichever process met it: torch would put a traceback into its message."""
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Iterator:  # type: ignore[override]  # torch names its own class there
         for batch in super().__iter__():
             if isinstance(batch, Exception):
                 raise batch

@@ -8,6 +8,7 @@ training would do, as the doctor does, takes this one.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -58,7 +59,9 @@ class Update:
         if processes.count > 1:
             if settings.sync_bn:
                 nn.SyncBatchNorm.convert_sync_batchnorm(distiller.student)
-            self._module = DistributedDataParallel(distiller, broadcast_buffers=False, find_unused_parameters=False)
+            with warnings.catch_warnings():  # newer torch has another name for what older torch knows as this alone
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+                self._module = DistributedDataParallel(distiller, broadcast_buffers=False, find_unused_parameters=False)
 
     @property
     def evaluated(self) -> nn.Module:
