@@ -6,8 +6,11 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tardkd.files import FolderLock, remove_abandoned
-from tardkd.train.config import ConfigError
+import yaml
+
+from tardkd.files import FolderLock, remove_abandoned, write_text
+from tardkd.train.config import Config, ConfigError
+from tardkd.train.plain_yaml import PlainYamlError, read_yaml
 
 # What a training leaves in its folder.
 OUTPUTS = ("last.pt", "previous.pt", "best.pt", "failed*.pt", "train.csv", "eval.csv", "config.yaml", "tensorboard")
@@ -69,3 +72,13 @@ def reclaim(folder: Path, lock: FolderLock) -> None:
     if folder.is_dir():
         lock.take()
         remove_abandoned(folder)
+
+
+def write_config(path: Path, config: Config) -> None:
+    """Write all settings of the run, unless the file has just these: somebody may have put comments between them."""
+    try:
+        if read_yaml(path.read_text(encoding="utf-8")) == config.plain():
+            return
+    except (OSError, ValueError, PlainYamlError):
+        pass  # it is not there, or is none any more
+    write_text(path, yaml.safe_dump(config.plain(), sort_keys=False))

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 
 from tardkd.distill import Distiller
-from tardkd.files import FolderLock, write_text
+from tardkd.files import FolderLock
 from tardkd.train import checkpoint, late
 from tardkd.train.batches import Part, build_batches, by_step
 from tardkd.train.blame import Blame, NonFiniteLoss
@@ -35,7 +34,7 @@ from tardkd.train.build import (
 from tardkd.train.config import Config, ConfigError
 from tardkd.train.distributed import Processes, join_processes
 from tardkd.train.evaluate import evaluate
-from tardkd.train.folder import claim_for_run, reclaim
+from tardkd.train.folder import claim_for_run, reclaim, write_config
 from tardkd.train.interrupt import Interrupted, Termination
 from tardkd.train.late import Readings
 from tardkd.train.logs import NoLog, OnLog, RunLog
@@ -125,7 +124,7 @@ class Run:
         elif processes.is_first:
             claim_for_run(self.folder, overwrite=overwrite, lock=lock)
         if processes.is_first:
-            write_text(self.folder / "config.yaml", yaml.safe_dump(config.plain(), sort_keys=False))
+            write_config(self.folder / "config.yaml", config)
         processes.gather(None)  # nobody goes on before there is a folder
 
     # ---- the loop

@@ -106,9 +106,46 @@ def test_what_a_killed_run_was_writing_is_removed(runs, tmp_path):
     assert not list((tmp_path / "baseline").glob("*.tmp"))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_the_right_to_write_is_named(runs, tmp_path):
+# Root may write anywhere: there the command runs without that right, as an ordinary owner of the files has it.
+ORDINARY = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+
+
+@pytest.mark.skipif(bool(ORDINARY) and shutil.which("setpriv") is None, reason="root cannot give up its rights here")
+@pytest.mark.parametrize(
+    "name, mode, message",
+    [
+        (".", 0o500, "cannot write into {folder}: Permission denied"),
+        ("last.pt", 0o000, "cannot read {folder}/last.pt as a checkpoint: Permission denied"),
+        ("train.csv", 0o000, "cannot read {folder}/train.csv: Permission denied"),
+        ("tensorboard", 0o500, "cannot write into {folder}/tensorboard: Permission denied"),
+    ],
+)
+def test_what_may_not_be_read_or_written_is_named(runs, tmp_path, name, mode, message):
+    """One message; what the run had saved is as it was."""
+    folder = tmp_path / "baseline"
+    shutil.copytree(runs / "baseline", folder)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree(tmp_path)))
+    command = ["train", "--config", str(tmp_path / "recipe.yaml"), "--role", "baseline", "--resume", "train.epochs=3"]
+    before = (folder / "last.pt").read_bytes()
+    (folder / name).chmod(mode)
+    ended = subprocess.run([*ORDINARY, sys.executable, "-m", "tardkd", *command], capture_output=True, text=True)
+    (folder / name).chmod(0o700)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
+    assert message.format(folder=folder) in ended.stderr
+    assert (folder / "last.pt").read_bytes() == before
+
+
+def test_resuming_leaves_the_configuration_as_somebody_has_written_it(runs, tmp_path):
+    """Unless settings are given anew: then the file says what the run goes on with."""
     shutil.copytree(runs / "baseline", tmp_path / "baseline")
-    (tmp_path / "baseline").chmod(0o500)
-    with pytest.raises(OSError, match=f"{tmp_path}/baseline: Permission denied"):
-        train(recipe(tmp_path).for_role("baseline"), resume=True)
+    path = tmp_path / "baseline" / "config.yaml"
+    train(recipe(tmp_path).for_role("baseline"), resume=True)  # for this output
+    own = "# tried for the paper\n" + path.read_text()
+    path.write_text(own)
+    train(recipe(tmp_path).for_role("baseline"), resume=True)
+    assert path.read_text() == own
+    train(recipe(tmp_path, "train.epochs=3").for_role("baseline"), resume=True)
+    assert yaml.safe_load(path.read_text())["train"]["epochs"] == 3
+    path.write_text("[" * 5000)
+    train(recipe(tmp_path, "train.epochs=3").for_role("baseline"), resume=True)
+    assert yaml.safe_load(path.read_text())["train"]["epochs"] == 3
