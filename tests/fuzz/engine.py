@@ -27,9 +27,9 @@ class Place(NamedTuple):
 
 
 def all_targets() -> list[Target]:
-    from . import files, ops
+    from . import commands, files, ops
 
-    return [*ops.TARGETS, *files.TARGETS]
+    return [*ops.TARGETS, *files.TARGETS, *commands.TARGETS]
 
 
 def fuzz(names: Sequence[str], seconds: float, seed: int) -> tuple[Table, list[str]]:

@@ -25,6 +25,7 @@ from .cases import Finding, Target
 
 DAMAGES = 10  # of the same file in one case
 REFUSALS = (ValueError, ConfigError, TableError, weights.CheckpointError, OSError)
+EVALUATIONS = 'epoch,step,AP,AP50,"AP/a ""b"", c",AP/caf\u00e9\n1,2,0.5,,1.25,\n2,4,1.5,3.5,,100\n'
 TABLE = "epoch,step,loss/total,lr\n1,1,2.5,0.01\n1,2,2.25,0.01\n2,3,1.75,0.005\n"
 
 
@@ -112,5 +113,6 @@ TARGETS = (
     Target("VOC annotations", cases_of("Annotations/a.xml", XML.encode, read_voc_folder)),
     Target("recipes", cases_of("recipe.yaml", lambda: yaml.safe_dump(RECIPE).encode(), load_config)),
     Target("tables", cases_of("train.csv", TABLE.encode, read_table)),
+    Target("tables of evaluations", cases_of("eval.csv", EVALUATIONS.encode, read_table)),
     Target("checkpoints", cases_of("last.pt", torch_file, read_checkpoint)),
 )
