@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -96,9 +97,12 @@ class RunLog:
         self.say(f"{self._label} epoch {epoch}/{self._epochs} {describe(metrics)}{' (best)' if best else ''}".strip())
 
     def _scalar(self, tag: str, value: float, step: int) -> None:
+        if self._board is None:
+            if self._board_folder.exists() and not os.access(self._board_folder, os.W_OK | os.X_OK):
+                # Its own thread would meet that, and say so by a traceback.
+                raise UnwritableFileError(f"cannot write into {self._board_folder}: Permission denied")
+            self._board = SummaryWriter(str(self._board_folder), purge_step=self._purge_step)
         try:
-            if self._board is None:
-                self._board = SummaryWriter(str(self._board_folder), purge_step=self._purge_step)
             self._board.add_scalar(tag, value, step)
         except OSError as error:  # of its own thread, and of some step before
             raise UnwritableFileError(f"cannot write into {self._board_folder}: {error.strerror}") from None

@@ -112,7 +112,7 @@ class Job:
 def check_words(job: Job) -> None:
     """What a run that was killed has to say is no traceback, and no crash but the kill itself."""
     allowed = {0, 2, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL}  # 2: another process had ended
-    if "Traceback" in job.errors or not allowed.issuperset(job.statuses.values()):
+    if "Traceback" in job.errors or "FutureWarning" in job.errors or not allowed.issuperset(job.statuses.values()):
         raise SystemExit(f"a process ended with {job.statuses}: {job.errors}")
 
 
