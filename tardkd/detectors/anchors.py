@@ -7,12 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-
-from .parts import backbone
-
-PROBE = 256  # pixels: a side of the empty image by which the strides are found
 
 
 @dataclass(frozen=True)
@@ -43,8 +37,8 @@ class Anchors:
         """
         best = torch.zeros(len(boxes))
         box_sizes = boxes[:, None, 2:]  # (G, 1, 2)
-        for cells, stride in zip(AnchorGenerator(self.sizes, self.ratios).cell_anchors, self.strides, strict=True):
-            sizes = cells[:, 2:] - cells[:, :2]  # (A, 2)
+        for scales, ratios, stride in zip(self.sizes, self.ratios, self.strides, strict=True):
+            sizes = _shapes(scales, ratios)
             steps = (boxes[:, :2] / stride).round().clamp(min=0).minimum(((limits - 1) / stride).floor())
             distance = (boxes[:, :2] - steps * stride).abs()[:, None]  # (G, 1, 2)
             shared = torch.minimum(torch.minimum(box_sizes, sizes), (box_sizes + sizes) / 2 - distance)
@@ -54,25 +48,9 @@ class Anchors:
         return best
 
 
-def anchors_of(model: GeneralizedRCNN) -> Anchors:
-    """Those that the model proposes regions from."""
-    generator = model.rpn.anchor_generator
-    return Anchors(generator.sizes, generator.aspect_ratios, tuple(_strides(model)))
-
-
-def input_scale(model: GeneralizedRCNN, sizes: Tensor) -> Tensor:
-    """Input pixels per image pixel (G,), as the model resizes images of these widths and heights (G, 2) in use."""
-    transform = model.transform
-    short, long = sizes.amin(dim=1), sizes.amax(dim=1)
-    return (transform.min_size[-1] / short).minimum(transform.max_size / long)
-
-
-def _strides(model: GeneralizedRCNN) -> list[float]:
-    """Input pixels per cell of every level of the pyramid that has anchors."""
-    was_training = model.training
-    model.eval()
-    parameter = next(model.parameters())
-    with torch.inference_mode():
-        levels = backbone(model)(parameter.new_zeros(1, 3, PROBE, PROBE))
-    model.train(was_training)
-    return [PROBE / level.shape[-1] for level in levels.values()]
+def _shapes(sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
+    """Width and height (A, 2) of the anchors of a level, in whole pixels as torchvision rounds them."""
+    stretch = torch.tensor(ratios, dtype=torch.float32).sqrt()[:, None, None]
+    shape = torch.cat([1 / stretch, stretch], dim=2)  # (ratios, 1, 2)
+    halves = shape * torch.tensor(sizes, dtype=torch.float32)[:, None] / 2
+    return 2 * halves.flatten(0, 1).round()

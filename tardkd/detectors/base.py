@@ -10,6 +10,8 @@ levels of a pyramid.
 
 from __future__ import annotations
 
+import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tardkd.detectors.anchors import Anchors
 from tardkd.ops.spec import Activation, Background, BoxCoding, RoIAlignSpec, class_count, is_foreground
 
 # The name that detectors' pooling had before the ops and the detectors shared one description of it.
@@ -297,6 +300,51 @@ class Detector(ABC):
     def detect(self, images: Sequence[Tensor]) -> list[Detections]:
         """Detections on ``images``, N x (3, H, W) in [0, 1], with the model in eval mode."""
         return self.model(images)
+
+    def deployable(self) -> nn.Module:
+        """A copy in eval mode that needs no op of tardkd: it can be scripted, or traced with a list of one image."""
+        return copy.deepcopy(self.model).eval()
+
+    # --- its parts, for those who time, compile, examine or load them
+
+    @property
+    def backbone(self) -> nn.Module:
+        """What runs once an image, backbone and pyramid; the whole model where it has no module of that name."""
+        backbone = getattr(self.model, "backbone", None)
+        return backbone if isinstance(backbone, nn.Module) else self.model
+
+    @property
+    def heads(self) -> tuple[nn.Module, ...]:
+        """What runs behind the backbone and puts out the numbers that detections are made of; none: nobody knows."""
+        return ()
+
+    @property
+    def class_tensors(self) -> tuple[str, ...]:
+        """How the names of the tensors in the model's state dict begin whose sizes depend on the classes."""
+        return ()
+
+    def of_classes(self, state: Mapping[str, Tensor], columns: Sequence[int], count: int) -> dict[str, Tensor]:
+        """A state dict of the model for ``count`` classes, cut down to those at ``columns``, background included."""
+        raise ValueError(f"{self._kind} cannot be cut down to some of its classes")
+
+    @property
+    def longest_aspect(self) -> float:
+        """How many times as long as wide an image may be, for the model's resizing to leave a pixel of its width."""
+        return math.inf
+
+    def input_scale(self, sizes: Tensor) -> Tensor:
+        """Input pixels per image pixel (G, 2) as the model resizes images of these widths and heights (G, 2) in use."""
+        return (self.input_size / sizes.amin(dim=1, keepdim=True)).expand(-1, 2)
+
+    @property
+    def anchors(self) -> Anchors | None:
+        """The boxes that it starts from; None where it has none, or places them by other rules."""
+        return None
+
+    @property
+    def region_sampler(self) -> Any:
+        """What chooses ``batch_size_per_image`` regions of an image that train the head; None: all of them do."""
+        return None
 
     @property
     def _kind(self) -> str:

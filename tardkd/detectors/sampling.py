@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
+
+from .base import Detector
 
 Chosen = tuple[list[Tensor], list[Tensor]]  # masks of the positive and of the negative regions: N x (R_n,)
 
@@ -38,15 +39,16 @@ class SeededSampler:
         return [positive for (positive,), _ in chosen], [negative for _, (negative,) in chosen]
 
 
-def region_count(model: GeneralizedRCNN) -> int:
-    """How many regions of an image train the box head."""
-    return _sampler(model).batch_size_per_image
+def region_count(detector: Detector) -> int | None:
+    """How many regions of an image train the box head; None where there is nothing to choose."""
+    sampler = _sampler(detector)
+    return None if sampler is None else sampler.batch_size_per_image
 
 
 @contextmanager
-def fewer_regions(model: GeneralizedRCNN, count: int) -> Iterator[None]:
+def fewer_regions(detector: Detector, count: int) -> Iterator[None]:
     """Let ``count`` regions of an image train the box head meanwhile."""
-    sampler = _sampler(model)
+    sampler = _sampler(detector)
     before, sampler.batch_size_per_image = sampler.batch_size_per_image, count
     try:
         yield
@@ -54,9 +56,9 @@ def fewer_regions(model: GeneralizedRCNN, count: int) -> Iterator[None]:
         sampler.batch_size_per_image = before
 
 
-def _sampler(model: GeneralizedRCNN) -> Any:
-    """Torchvision's own sampler of the box head."""
-    sampler = model.roi_heads.fg_bg_sampler
+def _sampler(detector: Detector) -> Any:
+    """The model's own sampler."""
+    sampler = detector.region_sampler
     return sampler.sampler if isinstance(sampler, SeededSampler) else sampler
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tardkd.detectors.anchors import Anchors, anchors_of, input_scale
-from tardkd.distill.findings import Finding, ok, warning
+from tardkd.detectors import for_model
+from tardkd.detectors.anchors import Anchors
+from tardkd.distill.findings import Finding, ok, skipped, warning
 
 from .subject import Subject
 
@@ -20,10 +21,13 @@ MANY = 0.2  # share of objects without such an anchor
 def check_anchors(subject: Subject) -> Iterator[Finding]:
     """The training boxes, resized as the student resizes images, without the random views."""
     student = subject.distiller.student
+    anchors = for_model(student).anchors
+    if anchors is None:
+        yield skipped(f"a {type(student).__name__} has no anchors of fixed sizes on every level")
+        return
     boxes, limits = _boxes(subject.train_set, student)
     if not len(boxes):
         return
-    anchors = anchors_of(student)
     sides = boxes[:, 2:].prod(dim=1).sqrt()
     low, middle, high = _quantiles(sides, [0.1, 0.5, 0.9])
     unmatched = _unmatched(boxes, limits, anchors)
@@ -86,8 +90,8 @@ def _boxes(dataset: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
     corners = torch.tensor([annotation["bbox"] for annotation in objects], dtype=torch.float32).reshape(-1, 4)
     limits = torch.tensor([[image["width"], image["height"]] for image in images], dtype=torch.float32).reshape(-1, 2)
     centres = corners[:, :2] + corners[:, 2:] / 2
-    scale = input_scale(model, limits)[:, None]
-    return torch.cat([centres, corners[:, 2:]], dim=1) * scale, limits * scale
+    scale = for_model(model).input_scale(limits)
+    return torch.cat([centres * scale, corners[:, 2:] * scale], dim=1), limits * scale
 
 
 def _unmatched(boxes: Tensor, limits: Tensor, anchors: Anchors) -> float:

@@ -12,7 +12,6 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from tardkd.detectors.parts import backbone
 from tardkd.distill.balance import BalanceWarning, gradient_norm, split_losses
 from tardkd.distill.examination import balance, gates, reach
 from tardkd.distill.findings import Finding, ok, problem
@@ -70,7 +69,8 @@ def _take_step(
 ) -> list[str]:
     """Take the run's step of that number, from 0; returns which of its losses are not finite, if any."""
     update, config = subject.update, subject.config
-    weights = [parameter for parameter in backbone(subject.distiller.student).parameters() if parameter.requires_grad]
+    backbone = subject.distiller.detector.backbone
+    weights = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
 
     def measure_terms(losses: dict[str, Tensor]) -> None:
         detector, terms = split_losses(losses)

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tardkd.detectors.parts import backbone, box_head
 from tardkd.detectors.sampling import fewer_regions, region_count
 from tardkd.distill import Distiller
-from tardkd.distill.findings import Finding, ok, warning
+from tardkd.distill.findings import Finding, ok, skipped, warning
 from tardkd.train.batches import Part, by_step
 from tardkd.train.update import Update
 
@@ -74,8 +73,11 @@ def _try_fewer_regions(
     subject: Subject, steps: Sequence[tuple[Part, ...]], whole_step: Callable[[Any], Any], seconds: float
 ) -> Iterator[Finding]:
     """What a step takes where a quarter of the regions train the box heads, if that is much less than `seconds`."""
-    student = subject.distiller.student
+    student = subject.distiller.detector
     count = region_count(student)
+    if count is None:
+        yield skipped(f"a {type(student.model).__name__} trains on all its regions: there is no number to lower")
+        return
     if count < MANY:
         return
     fewer = count // 4
@@ -128,9 +130,9 @@ def _student_seconds(subject: Subject, steps: Sequence[tuple[Part, ...]]) -> flo
 
 
 def _teacher_seconds(subject: Subject, steps: Sequence[tuple[Part, ...]]) -> float:
-    """What the distillation asks of the teachers: their backbones, and their box heads on the shared regions."""
-    teachers = subject.distiller.teachers
-    modules = [module for teacher in teachers for module in (backbone(teacher), *box_head(teacher))]
+    """What the distillation asks of the teachers: their backbones, and their heads."""
+    detectors = [teacher.detector for teacher in subject.distiller.frozen_teachers]
+    modules = [module for detector in detectors for module in (detector.backbone, *detector.heads)]
     with _stopwatch(subject, *modules) as laps:
         sums = []
         for parts in steps:

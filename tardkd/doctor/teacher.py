@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from tardkd.detectors.parts import PREDICTOR
+from tardkd.detectors import find, for_model
 from tardkd.distill import Distiller
 from tardkd.distill.classes import ClassMap
 from tardkd.distill.findings import Finding, first, ok, problem, warning
@@ -83,12 +83,12 @@ def _fit(key: str, teacher: Teacher, class_names: list[str], files: dict[str, Te
         files[key] = file
         with torch.device("meta"):  # names and shapes are all that is compared
             model = build_model(file.spec.model_copy(update={"weights": None}), len(file.classes))
-        return _describe_fit(compare(model, file.weights))
+        return _describe_fit(compare(model, file.weights), for_model(model).class_tensors)
     except Exception as error:
         return problem(describe_error(error), f"train the teacher first (--role teacher), or mend {key}.weights")
 
 
-def _describe_fit(fit: Fit) -> Finding:
+def _describe_fit(fit: Fit, class_tensors: tuple[str, ...]) -> Finding:
     share = fit.matched / fit.total
     text = (
         f"{fit.source} fills {fit.matched} of the teacher's {fit.total} tensors ({share:.0%}), "
@@ -104,7 +104,7 @@ def _describe_fit(fit: Fit) -> Finding:
     if fit.is_complete:
         return ok(text, **numbers)
     names = {*fit.missing, *fit.unexpected, *fit.of_another_shape}
-    has_other_classes = all(name.startswith(PREDICTOR) for name in names)
+    has_other_classes = all(name.startswith(class_tensors) for name in names)
     advice = "the file has other classes" if has_other_classes else "is teacher.model the model that this file is of?"
     return problem(f"{text}; {fit.describe()}", advice, **numbers)
 
@@ -137,10 +137,12 @@ class InTheStudentsLabels(nn.Module):
 
     def __init__(self, teacher: nn.Module, classes: ClassMap) -> None:
         super().__init__()
+        detector = find(teacher)
         self.teacher, self.classes = teacher, classes
+        self.detect = teacher if detector is None else detector.detect
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        return [self.classes.detections(detections) for detections in self.teacher(images)]
+        return [self.classes.detections(detections) for detections in self.detect(images)]
 
 
 def _teacher_precision(

@@ -51,7 +51,8 @@ def inspect_run(
     fit_images(dataset, distiller.student, *distiller.teachers)
 
     out.mkdir(parents=True, exist_ok=True)
-    compared = "student" if config.distill.regression_gate == "vs_student" else "region"
+    gate = config.distill.loss_spec(distiller.detector.head, "mean").regression_gate
+    compared = "student" if gate == "vs_student" else "region"
     taught = []  # the regions of each image
     for index in indices:
         image, target = dataset[index]
@@ -61,7 +62,7 @@ def inspect_run(
         taught.append(look_at(distiller, pixels, target, seed=config.train.seed))
         columns = {
             "objects": target,
-            "student": detect(distiller.student, pixels),
+            "student": detect(distiller.detector, pixels),
             "teacher": teachers_detections(distiller, pixels),
         }
         name = f"image_{target['image_id']}.png"

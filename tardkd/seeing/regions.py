@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tardkd.detectors import Detector
 from tardkd.distill import Distiller
 
 # What a region's open gates come to; the head's terms first, then the features alone.
@@ -127,12 +128,14 @@ def look_at(distiller: Distiller, image: Tensor, target: dict[str, Any], *, seed
     return TaughtRegions(int(target["image_id"]), *map(torch.cat, zip(*parts)))
 
 
-def detect(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
+def detect(detector: Detector, image: Tensor) -> dict[str, Tensor]:
     """What the model finds on an image (3, H, W) in [0, 1]."""
+    model = detector.model
     device = next(model.parameters()).device
     training = model.training
     with torch.inference_mode():
-        detections = model.eval()([image.to(device)])[0]
+        model.eval()
+        detections = detector.detect([image.to(device)])[0]
     model.train(training)
     return detections
 
@@ -140,9 +143,10 @@ def detect(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
 def teachers_detections(distiller: Distiller, image: Tensor) -> dict[str, Tensor]:
     """What the teachers find of the classes that they teach, under the student's labels."""
     device = next(distiller.parameters()).device
-    found = [
-        teacher.classes.detections(detect(teacher.model.to(device), image)) for teacher in distiller.frozen_teachers
-    ]
+    found = []
+    for teacher in distiller.frozen_teachers:
+        teacher.model.to(device)
+        found.append(teacher.classes.detections(detect(teacher.detector, image)))
     return {key: torch.cat([boxes[key] for boxes in found]) for key in ("boxes", "labels", "scores")}
 
 

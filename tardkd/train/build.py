@@ -17,7 +17,7 @@ from torchvision.models import get_model_weights
 from tardkd import distill
 from tardkd.data import CocoDetection, Scenes, VocDetection
 from tardkd.data.transforms import build_transform
-from tardkd.detectors.parts import PREDICTOR, backbone, longest_aspect
+from tardkd.detectors import for_model
 from tardkd.distill import Distiller
 from tardkd.train import checkpoint
 from tardkd.train.config import Config, ConfigError, SceneData, Teacher, VocData, parse_config
@@ -54,7 +54,7 @@ def fit_images(dataset: Any, *models: nn.Module, crop: float = 1.0) -> None:
     Raises:
         ValueError: there is one, and the recipe does not say ``on_bad_image: skip``.
     """
-    dataset.limit_aspect(crop * min(map(longest_aspect, models)))
+    dataset.limit_aspect(crop * min(detector.longest_aspect for detector in map(for_model, models)))
 
 
 def check_classes(left: str, left_names: list[str], right: str, right_names: list[str]) -> None:
@@ -109,9 +109,9 @@ def place(config: Config, distiller: Distiller, device: torch.device, *, compile
         module.to(device)
         if config.train.channels_last:
             module.to(memory_format=torch.channels_last)
-    for section, teacher in zip(config.teachers.values(), distiller.teachers):
+    for section, teacher in zip(config.teachers.values(), distiller.frozen_teachers):
         if section.compile and compiled:
-            backbone(teacher).compile(dynamic=True)
+            teacher.detector.backbone.compile(dynamic=True)
 
 
 def _first_weights(spec: ModelSpec, class_names: list[str]) -> tuple[ModelSpec, Weights | None]:
@@ -189,14 +189,9 @@ def _torchvision_teacher(spec: ModelSpec, wanted: list[str]) -> tuple[nn.Module,
     class_names = [name for name in wanted if name in categories]
     if not class_names:
         raise ConfigError(f"torchvision's {spec.name} knows none of the classes {', '.join(wanted)}")
-    rows = [0, *map(categories.index, class_names)]  # 0: background
-    state = weights.get_state_dict(progress=True)
-    for layer in ("cls_score", "bbox_pred"):
-        for kind in ("weight", "bias"):
-            name = f"{PREDICTOR}{layer}.{kind}"
-            by_class = state[name].unflatten(0, (len(categories), -1))  # 1 logit or 4 deltas a class
-            state[name] = by_class[rows].flatten(0, 1)
+    columns = [0, *map(categories.index, class_names)]  # 0: background
     model = build_model(_with_weights(spec, None), len(class_names))
+    state = for_model(model).of_classes(weights.get_state_dict(progress=True), columns, len(categories))
     load(model, from_content(state, f"torchvision's {spec.name}"))
     return model, class_names
 

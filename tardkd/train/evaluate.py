@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import compress
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
 from tardkd.data import VocDetection, to_float
-from tardkd.detectors.parts import heads
+from tardkd.detectors import find
 from tardkd.train.distributed import Processes
 from tardkd.train.voc_metric import voc_ap50
 from tardkd.weights import NonFiniteWeightsError, check_finite
@@ -58,13 +58,15 @@ def evaluate(
     device = next(model.parameters()).device
     training = model.training
     model.eval()
+    detector = find(model)  # None: a module that is called with images, such as a wrapper of one's own
+    detect = model if detector is None else detector.detect
     results: list[dict[str, Any]] = []
     image_ids: list[int] = []
     try:
-        with torch.inference_mode(), _watched(heads(model)) as finite:
+        with torch.inference_mode(), _watched(() if detector is None else detector.heads) as finite:
             for images, targets in loader:
                 of_batch = [int(target["image_id"]) for target in targets]
-                outputs = model(to_float(images, device))
+                outputs = detect(to_float(images, device))
                 if finite and not torch.stack(finite).all():
                     raise EvaluationError(
                         f"the model's outputs on images {', '.join(map(str, of_batch))} are not finite"
@@ -98,6 +100,8 @@ def _watched(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     def note(module: nn.Module, inputs: Any, outputs: Any) -> None:
         if isinstance(outputs, Tensor):
             finite.append(outputs.isfinite().all())
+        elif isinstance(outputs, Mapping):
+            note(module, inputs, tuple(outputs.values()))
         else:
             for output in outputs:
                 note(module, inputs, output)

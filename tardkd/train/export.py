@@ -27,7 +27,6 @@ from torch.nn import functional
 from tardkd import __version__
 from tardkd.data import Scenes
 from tardkd.detectors import for_model
-from tardkd.detectors.deploy import deployable
 from tardkd.train import checkpoint
 from tardkd.train.build import load_student, stored_config
 from tardkd.train.formats import SUFFIXES
@@ -86,8 +85,9 @@ def export(
         else:
             student = load_student(state, source).eval().requires_grad_(False)
             write = _write_torchscript if kind == "torchscript" else _write_onnx
-            side = int(for_model(student).input_size)
-            detect = write(deployable(student), metadata(spec, classes), file, size or (side, side))
+            detector = for_model(student)
+            side = int(detector.input_size)
+            detect = write(detector.deployable(), metadata(spec, classes), file, size or (side, side))
             sizes = [size or (side, side)] if kind == "onnx" else [(side, side), (side * 4 // 5, side * 7 // 6)]
             count = sum(check_detections(student, detect, size) for size in sizes)
             notes = f"its {count} detections in test images are the student's"

@@ -18,7 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops import MultiScaleRoIAlign as TorchvisionRoIAlign
 
 from tardkd import build_info
-from tardkd.detectors.parts import PREDICTOR
+from tardkd.detectors import for_model
 from tardkd.ops import MultiScaleRoIAlign
 from tardkd.train.bounds import Channels, Factor, Layers, Pixels, Regions, Text
 from tardkd.train.own_models import REFERENCE, build_own
@@ -257,10 +257,11 @@ def _round8(channels: float) -> int:
 
 def load(model: nn.Module, weights: Weights, *, new_head: bool = False) -> None:
     """Fill every tensor of the model from `weights`, with none left over; `new_head`: all but the predictor's."""
+    class_tensors = for_model(model).class_tensors
     try:
-        fill(model, weights, leave_out=(PREDICTOR,) if new_head else ())
+        fill(model, weights, leave_out=class_tensors if new_head else ())
     except MisfitError as error:
-        if any(name.startswith(PREDICTOR) for name in error.fit.of_another_shape):
+        if any(name.startswith(class_tensors) for name in error.fit.of_another_shape):
             raise ValueError(f"{error}; for other classes set new_head: true") from None
         raise
 

@@ -7,7 +7,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_convert, box_iou
 
-from tardkd.detectors.anchors import Anchors, anchors_of
+from tardkd.detectors import for_model
+from tardkd.detectors.anchors import Anchors
 
 from .tiny import tiny_detector
 
@@ -29,7 +30,7 @@ def test_anchors_against_a_comparison_with_every_anchor():
 
 def test_the_strides_are_those_of_the_grid_that_the_model_proposes_from():
     model = tiny_detector().train()
-    anchors = anchors_of(model)
+    anchors = for_model(model).anchors
     assert model.training and anchors.sizes == model.rpn.anchor_generator.sizes
     image = torch.rand(1, 3, 64, 64)
     levels = list(model.backbone(image).values())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from tardkd.detectors.deploy import PlainTransform
+from tardkd.detectors.torchvision.deploy import PlainTransform
 
 
 @pytest.mark.parametrize("size", [(200, 270), (300, 410), (51, 74), (100, 130)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tardkd.detectors import for_model
 from tardkd.detectors.sampling import SeededSampler, fewer_regions, region_count, seed_samplers
 
 from .tiny import tiny_batch, tiny_detector
@@ -48,12 +49,13 @@ def test_every_sampler_of_a_detector_is_seeded_once():
 
 def test_fewer_regions_for_a_while():
     model = tiny_detector()
+    detector = for_model(model)
     seed_samplers(model)
     counted: list[int] = []
     model.roi_heads.box_head.register_forward_hook(lambda module, args, output: counted.append(len(output)))
-    with fewer_regions(model, 3):
-        assert region_count(model) == 3
+    with fewer_regions(detector, 3):
+        assert region_count(detector) == 3
         model(*tiny_batch())
-    assert region_count(model) == 16
+    assert region_count(detector) == 16
     model(*tiny_batch())
     assert counted[0] <= 6 < counted[1]

@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.ops import MultiScaleRoIAlign
 
 from tardkd import cli
-from tardkd.detectors.deploy import deployable
+from tardkd.detectors import for_model
 from tardkd.train import checkpoint, export
 from tardkd.train.build import load_student
 from tardkd.train.export import ExportError
@@ -146,7 +146,7 @@ def test_onnx(light, tmp_path, size):
 
 
 def test_a_copy_to_be_converted_pools_with_torchvision(light):
-    model = deployable(load_student(checkpoint.load(light / "last.pt"), light))
+    model = for_model(load_student(checkpoint.load(light / "last.pt"), light)).deployable()
     pool = model.roi_heads.box_roi_pool
     assert type(pool) is MultiScaleRoIAlign
     assert (pool.canonical_scale, pool.canonical_level, pool.sampling_ratio) == (56, 4, 2)

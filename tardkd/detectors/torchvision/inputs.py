@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -74,6 +75,21 @@ def recorded_inputs(transform: Any, on_inputs: Callable[[InputBatch], None]) -> 
 def input_size(transform: Any) -> float:
     """Nominal short side of the input in pixels."""
     return min(transform.fixed_size) if transform.fixed_size else transform.min_size[-1]
+
+
+def input_scale(transform: Any, sizes: Tensor) -> Tensor:
+    """Input pixels per image pixel (G, 2), as images of these widths and heights (G, 2) are resized in use."""
+    if transform.fixed_size:
+        return sizes.new_tensor(transform.fixed_size) / sizes
+    short, long = sizes.amin(dim=1, keepdim=True), sizes.amax(dim=1, keepdim=True)
+    return (transform.min_size[-1] / short).minimum(transform.max_size / long).expand(-1, 2)
+
+
+def longest_aspect(transform: Any) -> float:
+    """How many times as long as wide an image may be, for the resizing to leave a pixel of its width."""
+    if transform.fixed_size:
+        return math.inf
+    return 0.99 * transform.max_size  # not quite: the sides are rounded down
 
 
 def teacher_batch(

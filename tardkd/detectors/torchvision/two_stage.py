@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image
 
 from tardkd import ops
+from tardkd.detectors.anchors import Anchors
 from tardkd.detectors.base import (
     Batch,
     Detector,
@@ -27,11 +28,14 @@ from tardkd.ops.fallback import has_kernels
 from tardkd.ops.modules import infer_scales
 from tardkd.ops.spec import RoIAlignSpec
 
+from .deploy import deployable_copy
 from .inputs import (
     PROBE,
     dtype_of,
     exact,
+    input_scale,
     input_size,
+    longest_aspect,
     named,
     probe,
     recorded_calls,
@@ -138,6 +142,50 @@ class GeneralizedRCNNDetector(Detector):
         scales = [scale / ratio for scale in teacher_pass.scales]
         boxes = [of_image * ratio for of_image in regions.proposals]
         return self._run_head(teacher_pass.features, scales, boxes, batch.image_sizes)
+
+    def deployable(self) -> nn.Module:
+        model = deployable_copy(self.model)
+        pool = model.roi_heads.box_roi_pool
+        model.roi_heads.box_roi_pool = MultiScaleRoIAlign(
+            pool.featmap_names,
+            pool.output_size,
+            pool.sampling_ratio,
+            canonical_scale=pool.canonical_scale,
+            canonical_level=pool.canonical_level,
+        )
+        return model
+
+    @property
+    def heads(self) -> tuple[nn.Module, ...]:
+        roi_heads = self.model.roi_heads
+        return self.model.rpn.head, roi_heads.box_head, roi_heads.box_predictor
+
+    @property
+    def class_tensors(self) -> tuple[str, ...]:
+        return ("roi_heads.box_predictor.",)
+
+    def of_classes(self, state: Mapping[str, Tensor], columns: Sequence[int], count: int) -> dict[str, Tensor]:
+        def cut(values: Tensor) -> Tensor:
+            return values.unflatten(0, (count, -1))[list(columns)].flatten(0, 1)  # 1 logit or 4 deltas a class
+
+        return {name: cut(values) if name.startswith(self.class_tensors) else values for name, values in state.items()}
+
+    @property
+    def longest_aspect(self) -> float:
+        return longest_aspect(self.model.transform)
+
+    def input_scale(self, sizes: Tensor) -> Tensor:
+        return input_scale(self.model.transform, sizes)
+
+    @property
+    def anchors(self) -> Anchors:
+        generator = self.model.rpn.anchor_generator
+        strides = tuple(PROBE / level.shape[-1] for level in probe(self.model.backbone).values())
+        return Anchors(generator.sizes, generator.aspect_ratios, strides)
+
+    @property
+    def region_sampler(self) -> Any:
+        return self.model.roi_heads.fg_bg_sampler
 
     def _pyramid(self, maps: dict[str, Tensor], sizes: list[tuple[int, int]]) -> tuple[list[Tensor], list[float]]:
         """The levels that the box head pools from, and their scales.
