@@ -55,7 +55,7 @@ def for_model(model: nn.Module | Detector) -> Detector:
 
 # --- the families -------------------------------------------------------------------------------------------
 
-SUPPORTED = "torchvision's GeneralizedRCNN (Faster, Mask and Keypoint R-CNN)"
+SUPPORTED = "torchvision's GeneralizedRCNN (Faster, Mask and Keypoint R-CNN), RetinaNet, FCOS and SSD"
 
 
 def _torchvision(model: nn.Module) -> Detector | None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import retinanet_resnet50_fpn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
 
@@ -295,10 +294,9 @@ def test_autocast_keeps_boxes_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     "model",
     [
         nn.Linear(2, 2),
-        retinanet_resnet50_fpn(weights=None, weights_backbone=None),
         nn.DataParallel(tiny_detector()),
     ],
-    ids=["linear", "one-stage", "wrapped"],
+    ids=["linear", "wrapped"],
 )
 def test_unknown_family(model: nn.Module) -> None:
     with pytest.raises(TypeError, match=rf"{type(model).__name__}; supported: torchvision's GeneralizedRCNN"):

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.ssd import SSD
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 FAMILIES = {"faster": FasterRCNN, "mask": MaskRCNN, "keypoint": KeypointRCNN}
@@ -84,6 +85,71 @@ def tiny_detector(
     if family == "mask":
         model.roi_heads.mask_predictor = MaskRCNNPredictor(8, 8, num_classes)
     return model
+
+
+DENSE = ("retinanet", "fcos", "ssd")
+
+
+def tiny_dense(
+    family: str,
+    *,
+    seed: int = 0,
+    num_classes: int = 4,
+    channels: int = 8,
+    levels: int = 2,
+    size: int = 64,
+    kind: type[nn.Module] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """A one-stage detector with random weights; ``num_classes`` includes the background, ``kind`` may be a subclass."""
+    torch.manual_seed(seed)
+    if family == "ssd":
+        ratios = [[2]] * levels
+        scales = [0.25 * 2**level for level in range(levels)] + [1.0]
+        backbone = UnevenBackbone(channels, levels)
+        model = (kind or SSD)(
+            backbone, DefaultBoxGenerator(ratios, scales=scales), (size, size), num_classes, **options
+        )
+    else:
+        if family == "fcos":
+            channels = 32  # its head normalises groups of so many
+        sizes = [(2.0 ** (level + 2),) for level in range(levels)]
+        if family == "retinanet":
+            sizes = [(5 * small, 7 * small) for (small,) in sizes]
+        shapes = ((1.0,),) * levels if family == "fcos" else ((0.5, 1.0, 2.0),) * levels
+        model = (kind or {"retinanet": RetinaNet, "fcos": FCOS}[family])(
+            TinyBackbone(channels, levels, 2),
+            num_classes,
+            min_size=size,
+            max_size=2 * size,
+            anchor_generator=AnchorGenerator(tuple(sizes), shapes),
+            **options,
+        )
+    for name, weight in model.named_parameters():  # a fresh head says the same of everything
+        if name.startswith("head") and weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.2)
+    return model
+
+
+class UnevenBackbone(nn.Module):
+    """Levels with channels of their own, and the second not half as large as the first, as SSD has them."""
+
+    def __init__(self, channels: int, levels: int) -> None:
+        super().__init__()
+        self.out_channels = [channels + 4 * level for level in range(levels)]
+        widths = [3, *self.out_channels]
+        strides = [8, *([3] * (levels - 1))]
+        self.layers = nn.ModuleList(
+            nn.Conv2d(before, after, 3, stride=stride, padding=1)
+            for (before, after), stride in zip(itertools.pairwise(widths), strides)
+        )
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        maps: OrderedDict[str, Tensor] = OrderedDict()
+        for level, layer in enumerate(self.layers):
+            x = torch.relu(layer(x))
+            maps[str(level)] = x
+        return maps
 
 
 def tiny_batch(

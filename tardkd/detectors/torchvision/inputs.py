@@ -125,13 +125,13 @@ def named(maps: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
 PROBE = 256  # pixels: a side of the empty image by which the strides are found
 
 
-def probe(backbone: nn.Module) -> dict[str, Tensor]:
-    """What the backbone makes of an empty image of ``PROBE`` pixels a side: (1, C_l, H_l, W_l) by name."""
+def probe(backbone: nn.Module, size: tuple[int, int] = (PROBE, PROBE)) -> dict[str, Tensor]:
+    """What the backbone makes of an empty image of this height and width: (1, C_l, H_l, W_l) by name."""
     was_training = backbone.training
     parameter = next(backbone.parameters())
     try:
         with torch.inference_mode():
-            return named(backbone.eval()(parameter.new_zeros(1, 3, PROBE, PROBE)))
+            return named(backbone.eval()(parameter.new_zeros(1, 3, *size)))
     finally:
         backbone.train(was_training)
 
