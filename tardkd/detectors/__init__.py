@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 from torch import nn
@@ -55,7 +56,10 @@ def for_model(model: nn.Module | Detector) -> Detector:
 
 # --- the families -------------------------------------------------------------------------------------------
 
-SUPPORTED = "torchvision's GeneralizedRCNN (Faster, Mask and Keypoint R-CNN), RetinaNet, FCOS and SSD"
+SUPPORTED = (
+    "torchvision's GeneralizedRCNN (Faster, Mask and Keypoint R-CNN), RetinaNet, FCOS and SSD, transformers' RT-DETR, "
+    "RT-DETRv2 and D-FINE"
+)
 
 
 def _torchvision(model: nn.Module) -> Detector | None:
@@ -68,4 +72,12 @@ def _torchvision(model: nn.Module) -> Detector | None:
     return detector_of(model)
 
 
-FAMILIES: tuple[Callable[[nn.Module], Detector | None], ...] = (_torchvision,)
+def _transformers(model: nn.Module) -> Detector | None:
+    if "transformers" not in sys.modules:  # which takes long to import, and has been where a model is one of its
+        return None
+    from .transformers import detector_of
+
+    return detector_of(model)
+
+
+FAMILIES: tuple[Callable[[nn.Module], Detector | None], ...] = (_torchvision, _transformers)
