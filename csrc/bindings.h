@@ -162,6 +162,8 @@ inline RegionInputs region_inputs(const py::object& inputs, const Tensor& upstre
   in.teacher_deltas = table(teacher_deltas);
   in.gt_boxes = table(tensor(TARDKD_FIELD(inputs, "gt_boxes")));
   in.region_weights = table(tensor(TARDKD_FIELD(inputs, "region_weights")));
+  in.student_scores = table(tensor(TARDKD_FIELD(inputs, "student_scores")));
+  in.teacher_scores = table(tensor(TARDKD_FIELD(inputs, "teacher_scores")));
   in.upstream = table(upstream);
   in.labels = labels.as<const int64_t>();
   in.label_stride = labels.strides[0];

@@ -125,6 +125,7 @@ struct RegionInputs {
   Table teacher_deltas;                                  // (R, teacher_delta_columns)
   Table gt_boxes;                                        // (R, 4) x1, y1, x2, y2
   Table region_weights;                                  // (R,), or absent for ones
+  Table student_scores, teacher_scores;                  // (R,), or absent for the logits' p(y)
   Table upstream;                                        // (3, R) gradients of the unreduced terms, or absent for ones
   GivenLevels student_levels, teacher_levels;            // (R,), for regions that are pooled here
   int32_t level_channels[kMaxLevels];                    // of both sides, where the levels of both are given
@@ -137,7 +138,7 @@ template <class A>
 struct RegionOutputs {
   A* losses[3];    // feature, classification, regression: one element each, or (R,) with Reduction::none
   bool* gates;     // (R, 3) feature, classification, regression
-  A* scores;       // (R, 4) p_T(y), p_S(y), IoU of the teacher's box, IoU it was compared with
+  A* scores;       // (R, 4) p_T(y) and p_S(y), or as given; IoU of the teacher's box, IoU it was compared with
   A* factors;      // (3,) by which each term's gradient is to be multiplied yet: 1 / gate count with Reduction::mean
   A* grad_logits;  // (R, logit_columns)
   A* grad_deltas;  // (R, student_delta_columns)

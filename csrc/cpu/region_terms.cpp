@@ -115,6 +115,8 @@ void RegionTerms<A>::decide(int64_t begin, int64_t end) {
       scores[0] = sigmoid(z_t[own]);
       scores[1] = sigmoid(z_s[own]);
     }
+    if (state.valid && in_.teacher_scores.data) scores[0] = *dense_row<A>(in_.teacher_scores, r);
+    if (state.valid && in_.student_scores.data) scores[1] = *dense_row<A>(in_.student_scores, r);
     const int32_t width = in_.student_delta_columns;
     const auto column = [&](int32_t of) {
       return state.foreground ? delta_column(label, of, classes, spec_.background) : 0;

@@ -130,9 +130,11 @@ struct LogSoftmax {
 
 // ---- decision ------------------------------------------------------------------------------------------------------
 
-// Probability a model gives the region's own class, 0 where none is needed; by one warp.
+// A model's score of the region's own class, as `given` or else the probability, 0 where none is needed; by one warp.
 template <class A>
-__device__ A own_probability(const Logits<A>& z, const Decision& region, const LossSpec& spec) {
+__device__ A own_score(const Table& given, const Logits<A>& z, int64_t r, const Decision& region,
+                       const LossSpec& spec) {
+  if (given.data) return region.state.valid ? load_any<A>(given.data, given.dtype, r * given.stride_row) : A(0);
   if (spec.activation == Activation::softmax) {
     if (!region.state.valid) return A(0);
     const LogSoftmax<A> log_p(z, A(1));
@@ -247,7 +249,7 @@ __device__ Decision decide_region(const RegionTask<A>& task, int64_t r, bool wri
 
   if (warp < 2) {
     const Logits<A> z(warp == 0 ? in.teacher_logits : in.student_logits, r, in.logit_columns);
-    const A score = own_probability(z, region, spec);
+    const A score = own_score(warp == 0 ? in.teacher_scores : in.student_scores, z, r, region, spec);
     if (lane == 0) shared.scores[warp] = score;
   } else if (warp == 2) {
     A scores[4] = {};

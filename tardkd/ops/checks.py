@@ -266,6 +266,8 @@ def checked_region_inputs(
     labels: Tensor,
     gt_boxes: Tensor,
     region_weights: Tensor | None,
+    student_scores: Tensor | None,
+    teacher_scores: Tensor | None,
     *,
     loss: LossSpec,
     like: Tensor,
@@ -299,6 +301,8 @@ def checked_region_inputs(
         region_weights,
         checked_levels("student_levels", student_levels, regions),
         checked_levels("teacher_levels", teacher_levels, regions),
+        student_scores,
+        teacher_scores,
     )
     if teacher_levels is student_levels:  # also once converted: the kernels see by that that the sides pool alike
         inputs = inputs._replace(teacher_levels=inputs.student_levels)
@@ -316,6 +320,12 @@ def checked_region_inputs(
     if region_weights is not None:
         check_per_region("region_weights", region_weights, ("R",), FEATURE_DTYPES, regions, like_name)
         check_detached("region_weights", region_weights)
+    if student_scores is not None:
+        check_per_region("student_scores", student_scores, ("R",), FEATURE_DTYPES, regions, like_name)
+        inputs = inputs._replace(student_scores=student_scores.detach())
+    if teacher_scores is not None:
+        check_per_region("teacher_scores", teacher_scores, ("R",), FEATURE_DTYPES, regions, like_name)
+        check_detached("teacher_scores", teacher_scores)
     check_detached("teacher_logits", teacher_logits)
     check_detached("teacher_deltas", teacher_deltas)
     if gt_boxes.shape[1] != 4:

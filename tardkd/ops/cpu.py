@@ -185,4 +185,6 @@ def _converted(inputs: RegionInputs, dtype: torch.dtype) -> RegionInputs:
         region_weights=_dense_if_given(inputs.region_weights, dtype),
         student_levels=inputs.student_levels,
         teacher_levels=inputs.teacher_levels,
+        student_scores=_dense_if_given(inputs.student_scores, dtype),
+        teacher_scores=_dense_if_given(inputs.teacher_scores, dtype),
     )

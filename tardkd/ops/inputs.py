@@ -32,6 +32,8 @@ class RegionInputs(NamedTuple):
     teacher_levels: Tensor | None = (
         None  # (R,) int64, of the teacher's; both None where the features are pooled already
     )
+    student_scores: Tensor | None = None  # (R,) what the class gate compares; None: the logits' p_S(y)
+    teacher_scores: Tensor | None = None  # (R,); None: p_T(y)
 
 
 class RegionLosses(NamedTuple):

@@ -250,10 +250,13 @@ def gates_and_scores(
 
     scores = inputs.student_logits.new_zeros(len(regions), 4)
     rows = valid.nonzero()[:, 0]
-    for column, logits in enumerate((inputs.teacher_logits, inputs.student_logits)):
-        scores[rows, column] = class_scores(
-            logits[rows], labels[rows], foreground[rows], spec.activation, spec.background
-        )
+    sides = (inputs.teacher_logits, inputs.teacher_scores), (inputs.student_logits, inputs.student_scores)
+    for column, (logits, given) in enumerate(sides):
+        if given is None:
+            own = class_scores(logits[rows], labels[rows], foreground[rows], spec.activation, spec.background)
+        else:
+            own = given[rows].to(scores.dtype)
+        scores[rows, column] = own
 
     # IoUs are compared in float64, before the scores round them.
     rows = foreground.nonzero()[:, 0]

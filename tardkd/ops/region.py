@@ -57,6 +57,8 @@ def region_distill_loss(
     box_coding: BoxCoding = "deltas",
     student_levels: Tensor | None = None,
     teacher_levels: Tensor | None = None,
+    student_scores: Tensor | None = None,
+    teacher_scores: Tensor | None = None,
 ) -> RegionCall:
     """Gates and the three distillation losses of R shared regions, fused, from the two feature pyramids.
 
@@ -123,6 +125,9 @@ def region_distill_loss(
             sides' levels are equal, pass one tensor for both: equal pyramids are then read in one pass, as by the rule.
             Where C differs from level to level, the teacher's go with the student's, and a region whose two levels
             differ in C is left out.
+        student_scores, teacher_scores: (R,) what ``classification_gate="teacher_better"`` compares, and ``scores``
+            tell, in the place of p_S(y_i) and p_T(y_i), such as their products with a centerness. No gradient flows
+            into them. None: the probabilities.
 
     Returns:
         :class:`RegionLosses`: the three losses, ``gates`` (R, 3) and ``scores`` (R, 4). Gradients flow into the
@@ -165,6 +170,8 @@ def region_distill_loss(
         labels,
         gt_boxes,
         region_weights,
+        student_scores,
+        teacher_scores,
         loss=loss,
         like=student_features[0],
         num_images=student_features[0].shape[0],
@@ -200,6 +207,8 @@ def pooled_distill_loss(
     region_weights: Tensor | None = None,
     reduction: Reduction = "mean",
     box_coding: BoxCoding = "deltas",
+    student_scores: Tensor | None = None,
+    teacher_scores: Tensor | None = None,
 ) -> RegionCall:
     """:func:`region_distill_loss` on regions that the detectors' own box heads have pooled already.
 
@@ -233,6 +242,8 @@ def pooled_distill_loss(
         labels,
         gt_boxes,
         region_weights,
+        student_scores,
+        teacher_scores,
         loss=loss,
         like=student_pooled,
         num_images=None,
@@ -262,6 +273,8 @@ def head_distill_loss(
     region_weights: Tensor | None = None,
     reduction: Reduction = "mean",
     box_coding: BoxCoding = "deltas",
+    student_scores: Tensor | None = None,
+    teacher_scores: Tensor | None = None,
 ) -> RegionCall:
     """:func:`region_distill_loss` of what the heads say alone, for regions whose features are not compared.
 
@@ -295,6 +308,8 @@ def head_distill_loss(
         labels,
         gt_boxes,
         region_weights,
+        student_scores,
+        teacher_scores,
         loss=loss,
         like=student_logits,
         num_images=None,
