@@ -21,7 +21,7 @@ from tardkd.ops.spec import Reduction
 from . import checks
 from .adapters import make_adapter, make_adapters, pair_levels
 from .classes import ClassMap
-from .conventions import common_coding, in_students_terms
+from .conventions import common_coding, in_students_terms, scores
 from .settings import DistillSettings
 from .sharing import rescale_deltas
 
@@ -190,6 +190,11 @@ class FrozenTeacher:
         )
         options: dict[str, Any] = self.settings.loss_spec(convention, reduction)._asdict()
         options |= {"region_weights": regions.weights, "box_coding": self.box_coding}
+        if (
+            regions.head.quality is not None and head.quality is not None
+        ):  # else one would be judged by more than the other
+            for side, outputs in (("student", regions.head), ("teacher", head)):
+                options[f"{side}_scores"] = scores(outputs, regions.labels, convention)
         if not self.settings.feature:
             of_features = ("feature_loss", "bin_weight", "feature_gate")
             return ops.head_distill_loss(*per_region, **{k: v for k, v in options.items() if k not in of_features})
