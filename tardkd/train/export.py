@@ -30,7 +30,7 @@ from tardkd.detectors import for_model
 from tardkd.train import checkpoint
 from tardkd.train.build import load_student, stored_config
 from tardkd.train.formats import SUFFIXES
-from tardkd.train.models import COMMON, ModelSpec
+from tardkd.train.models import ModelSpec
 from tardkd.weights import check_finite, fingerprint, safetensors
 
 OPSET = 17
@@ -129,7 +129,7 @@ def constructor(spec: ModelSpec, num_classes: int) -> str:
         return f"{spec.model.replace(':', '.')}({num_classes + 1})"
     if spec.is_light:
         return f"tardkd.train.models.build_model(ModelSpec(**{_settings(spec)}), {num_classes})"
-    options = "".join(f", {key}={getattr(spec, key)!r}" for key in COMMON if getattr(spec, key) is not None)
+    options = "".join(f", {key}={value!r}" for key, value in spec.options.items())
     eps = "" if spec.norm_eps is None else f", with eps = {spec.norm_eps} in every BatchNorm2d"
     if spec.name == "fasterrcnn_resnet101_fpn":
         backbone = "resnet_fpn_backbone(backbone_name='resnet101', weights=None)"

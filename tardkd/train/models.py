@@ -14,31 +14,42 @@ from torchvision.models import detection, get_model_weights, resnet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.fcos import FCOS
+from torchvision.models.detection.retinanet import RetinaNet, RetinaNetHead
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops import MultiScaleRoIAlign as TorchvisionRoIAlign
 
 from tardkd import build_info
 from tardkd.detectors import for_model
 from tardkd.ops import MultiScaleRoIAlign
-from tardkd.train.bounds import Channels, Factor, Layers, Pixels, Regions, Text
+from tardkd.train.bounds import Channels, Factor, Layers, Pixels, Regions, Share, Text
 from tardkd.train.own_models import REFERENCE, build_own
 from tardkd.weights import MisfitError, Weights, fill, from_content, read
 
 LIGHT = "resnet_fpn"
 OWN = ("model", "weights", "new_head", "freeze_norm", "norm_eps")  # what goes with a detector of one's own
-LIGHT_ONLY = ("blocks", "width", "fpn_channels", "head_dim", "norm", "anchor_sizes", "canonical_scale")
-COMMON = (
-    "min_size",
-    "max_size",
-    "rpn_pre_nms_top_n_train",
-    "rpn_pre_nms_top_n_test",
-    "rpn_post_nms_top_n_train",
-    "rpn_post_nms_top_n_test",
-    "rpn_batch_size_per_image",
-    "box_batch_size_per_image",
-    "box_detections_per_img",
-    "box_score_thresh",
-)
+LIGHT_ONLY = ("head", "blocks", "width", "fpn_channels", "head_dim", "norm", "anchor_sizes", "canonical_scale")
+# The keys that go to the constructors of torchvision, by family.
+ONE_STAGE = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
+OPTIONS = {
+    "faster_rcnn": (
+        "min_size",
+        "max_size",
+        "rpn_pre_nms_top_n_train",
+        "rpn_pre_nms_top_n_test",
+        "rpn_post_nms_top_n_train",
+        "rpn_post_nms_top_n_test",
+        "rpn_batch_size_per_image",
+        "box_batch_size_per_image",
+        "box_detections_per_img",
+        "box_score_thresh",
+    ),
+    "retinanet": ("min_size", "max_size", *ONE_STAGE, "fg_iou_thresh", "bg_iou_thresh"),
+    "fcos": ("min_size", "max_size", *ONE_STAGE, "center_sampling_radius"),
+    "ssd": (*ONE_STAGE, "iou_thresh", "positive_fraction"),
+}
+ALL_OPTIONS = tuple(dict.fromkeys(key for keys in OPTIONS.values() for key in keys))
+TWO_STAGE_ONLY = ("head_dim", "canonical_scale")  # of the light family
 STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
 
 
@@ -46,7 +57,8 @@ class ModelSpec(BaseModel):
     """What detector to build. Settings left at None are torchvision's.
 
     With ``model`` only ``weights``, ``new_head``, ``freeze_norm`` and ``norm_eps`` go. The second group goes to
-    torchvision's ``FasterRCNN`` under its own names; the third is for ``resnet_fpn`` alone.
+    torchvision's ``FasterRCNN``, the third to its one-stage detectors, under the names that they have there; the last
+    is for ``resnet_fpn`` alone.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
@@ -61,6 +73,11 @@ class ModelSpec(BaseModel):
         "fasterrcnn_resnet101_fpn",
         "fasterrcnn_mobilenet_v3_large_fpn",
         "fasterrcnn_mobilenet_v3_large_320_fpn",
+        "retinanet_resnet50_fpn",
+        "retinanet_resnet50_fpn_v2",
+        "fcos_resnet50_fpn",
+        "ssd300_vgg16",
+        "ssdlite320_mobilenet_v3_large",
     ] = LIGHT
     weights: Text | None = None  # a file to start the whole detector from; DEFAULT: torchvision downloads its own
     new_head: bool = False  # take all but the class and box predictor from weights that are not of the same classes
@@ -80,12 +97,26 @@ class ModelSpec(BaseModel):
     box_detections_per_img: Regions | None = None  # most detections of an image
     box_score_thresh: Annotated[float, Field(ge=0, lt=1)] | None = None  # least score of a detection
 
+    score_thresh: Annotated[float, Field(ge=0, lt=1)] | None = None  # least score of a detection, before suppression
+    nms_thresh: Annotated[float, Field(ge=0, le=1)] | None = None  # most overlap of two detections of a class
+    detections_per_img: Regions | None = None  # most detections of an image
+    topk_candidates: Regions | None = None  # best detections of each level (SSD: class) before suppression
+    fg_iou_thresh: Share | None = None  # RetinaNet: an anchor with this overlap has the object
+    bg_iou_thresh: Share | None = None  # RetinaNet: an anchor with less overlap is background
+    center_sampling_radius: Factor | None = None  # FCOS: strides from an object's centre within which points have it
+    iou_thresh: Share | None = None  # SSD: an anchor with this overlap has the object
+    positive_fraction: Annotated[float, Field(gt=0, lt=1)] | None = (
+        None  # SSD: share of anchors with an object in the loss
+    )
+
+    head: Literal["faster_rcnn", "retinanet", "fcos"] = "faster_rcnn"  # what stands on the pyramid
     blocks: Annotated[tuple[Layers, ...], Field(min_length=2, max_length=4)] = (2, 2, 2, 2)  # blocks of each stage
     width: Factor = 1.0  # factor of the stages' 64, 128, 256, 512 channels
     fpn_channels: Channels = 256  # channels of every pyramid level
     head_dim: Channels = 1024  # width of the box head's two layers
     norm: Literal["batch", "group"] = "batch"  # statistics of a batch, or of groups of an image's channels
-    anchor_sizes: tuple[Pixels, ...] = (32, 64, 128, 256, 512)  # pixels, one for each level (stages + 1)
+    # pixels, one for each level: stages + 1; RetinaNet's pyramid begins at stride 8, so that it has as many as stages
+    anchor_sizes: tuple[Pixels, ...] = (32, 64, 128, 256, 512)
     canonical_scale: Pixels = 224  # pixels; regions of this size are pooled from stride 16, of half of it from 8
 
     @model_validator(mode="after")
@@ -101,11 +132,14 @@ class ModelSpec(BaseModel):
             foreign = [key for key in LIGHT_ONLY if self._is_given(key)]
             if foreign:
                 raise ValueError(f"{', '.join(foreign)}: only {LIGHT} takes these, not {self.name}")
-        elif len(self.anchor_sizes) != len(self.blocks) + 1:
-            raise ValueError(
-                f"anchor_sizes must have one size per pyramid level: {len(self.blocks)} stages give "
-                f"{len(self.blocks) + 1} levels, found {len(self.anchor_sizes)} sizes"
-            )
+        else:
+            self._check_light()
+        options = OPTIONS[self.family]
+        foreign = [key for key in ALL_OPTIONS if key not in options and getattr(self, key) is not None]
+        if foreign:
+            raise ValueError(f"{', '.join(foreign)}: {self._what} has none of these; it takes {', '.join(options)}")
+        if self.backbone_weights and self.family == "ssd":
+            raise ValueError(f"backbone_weights: {self.name} is not a classifier with layers on top; see weights")
         if self.frozen_stages and "resnet" not in self.name:
             raise ValueError(f"frozen_stages counts ResNet stages; {self.name} has none")
         if self.frozen_stages > len(self.blocks) + 1:
@@ -119,6 +153,42 @@ class ModelSpec(BaseModel):
         if "DEFAULT" in (self.weights, self.backbone_weights) and self.name == LIGHT:
             raise ValueError(f"torchvision has no DEFAULT weights for {LIGHT}")
         return self
+
+    def _check_light(self) -> None:
+        """Raises ValueError where the light family's keys do not go together."""
+        if self.family != "faster_rcnn":
+            foreign = [key for key in TWO_STAGE_ONLY if self._is_given(key)]
+            if foreign:
+                raise ValueError(f"{', '.join(foreign)}: {self._what} has no box head")
+        if self.family == "fcos":
+            if self._is_given("anchor_sizes"):
+                raise ValueError("anchor_sizes: FCOS has points in place of anchors")
+            if self.fpn_channels % 32:
+                raise ValueError(f"fpn_channels: FCOS's head needs a multiple of 32, found {self.fpn_channels}")
+            return
+        levels = len(self.blocks) + (self.family == "faster_rcnn")
+        if len(self.anchor_sizes) != levels:
+            raise ValueError(
+                f"anchor_sizes must have one size per pyramid level: {len(self.blocks)} stages give "
+                f"{levels} levels, found {len(self.anchor_sizes)} sizes"
+            )
+
+    @property
+    def family(self) -> str:
+        """Which of torchvision's constructors builds it."""
+        if self.name == LIGHT:
+            return self.head
+        kind = self.name.partition("_")[0]
+        return {"fasterrcnn": "faster_rcnn", "ssd300": "ssd", "ssdlite320": "ssd"}.get(kind, kind)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the constructor is given beside backbone and classes."""
+        return {key: getattr(self, key) for key in OPTIONS[self.family] if getattr(self, key) is not None}
+
+    @property
+    def _what(self) -> str:
+        return f"{self.name} with head {self.head}" if self.name == LIGHT else self.name
 
     def _is_given(self, key: str) -> bool:
         """Whether a recipe sets this key to something else than its default."""
@@ -152,7 +222,8 @@ def build_model(spec: ModelSpec, num_classes: int, weights: Weights | None = Non
         model = build_own(spec.model, num_classes)
     else:
         model = _build_bare(spec, num_classes)
-        _use_our_pool(model, spec)
+        if isinstance(model, FasterRCNN):
+            _use_our_pool(model, spec)
     if weights is not None or spec.weights:
         load(model, weights or _read(spec.name, spec.weights), new_head=spec.new_head)
     if spec.backbone_weights:
@@ -168,9 +239,9 @@ def build_model(spec: ModelSpec, num_classes: int, weights: Weights | None = Non
     return model
 
 
-def _build_bare(spec: ModelSpec, num_classes: int) -> FasterRCNN:
+def _build_bare(spec: ModelSpec, num_classes: int) -> nn.Module:
     """The detector as its family builds it, with random weights."""
-    options = {key: getattr(spec, key) for key in COMMON if getattr(spec, key) is not None}
+    options = spec.options
     if spec.name == LIGHT:
         return _light(spec, num_classes, options)
     if spec.name == "fasterrcnn_resnet101_fpn":
@@ -203,11 +274,21 @@ def has_kernels_everywhere() -> bool:
 # ---- the light family ----------------------------------------------------------------------------------------------
 
 
-def _light(spec: ModelSpec, num_classes: int, options: dict[str, Any]) -> FasterRCNN:
+def _light(spec: ModelSpec, num_classes: int, options: dict[str, Any]) -> nn.Module:
     channels = [_round8(64 * 2**i * spec.width) for i in range(len(spec.blocks))]
     body = _light_body(spec.blocks, channels, nn.BatchNorm2d if spec.norm == "batch" else group_norm)
-    levels = {f"layer{i}": str(i - 1) for i in range(1, len(channels) + 1)}
-    backbone = BackboneWithFPN(body, levels, channels, spec.fpn_channels)
+    first = 1 if spec.family == "faster_rcnn" else 2  # a dense head on stride 4 would have most of its work there
+    levels = {f"layer{i}": str(i - first) for i in range(first, len(channels) + 1)}
+    backbone = BackboneWithFPN(body, levels, channels[first - 1 :], spec.fpn_channels)
+    if spec.family == "retinanet":
+        sizes = tuple(tuple(size * 2 ** (third / 3) for third in range(3)) for size in spec.anchor_sizes)
+        anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+        head = RetinaNetHead(spec.fpn_channels, 9, num_classes + 1, norm_layer=group_norm)
+        return RetinaNet(backbone, num_classes + 1, anchor_generator=anchors, head=head, **options)
+    if spec.family == "fcos":
+        strides = tuple((8 * 2**level,) for level in range(len(channels)))
+        points = AnchorGenerator(strides, ((1.0,),) * len(strides))
+        return FCOS(backbone, num_classes + 1, anchor_generator=points, **options)
     return FasterRCNN(
         backbone,
         rpn_anchor_generator=AnchorGenerator(
