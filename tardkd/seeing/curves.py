@@ -35,12 +35,16 @@ class Panel:
     smooth: bool = True
 
 
-DETECTOR = "detector loss, all parts"  # a column of our own: the sum of the loss_*
+DETECTOR = "detector loss, all parts"  # a column of our own: the sum of the loss_*, else the loss without the terms
 PANELS = (
     Panel("detector loss, all parts", {DETECTOR: ""}),
     Panel("learning rate", {"lr": ""}, smooth=False),
     Panel("losses of the box head", {"loss_classifier": "class", "loss_box_reg": "box"}),
     Panel("losses of the proposals", {"loss_objectness": "object or not", "loss_rpn_box_reg": "box"}),
+    Panel(
+        "losses of a one-stage head",
+        {"classification": "class", "bbox_regression": "box", "bbox_ctrness": "centerness"},
+    ),
     Panel("norm of the gradient, before clipping", {"grad_norm": ""}),
     Panel("distillation: features, weighted", {"distill_feature": ""}),
     Panel("distillation: classes, weighted", {"distill_classification": ""}),
@@ -141,6 +145,8 @@ def _read_run(path: Path) -> tuple[Table, Table]:
     if not steps:
         raise ValueError(f"{folder / 'train.csv'} has no step to plot yet")
     losses = [values for key, values in steps.items() if key.startswith("loss_")]
+    if not losses and "loss" in steps:
+        losses = [steps["loss"], *(-values for key, values in steps.items() if key.startswith("distill_"))]
     return {**steps, **({DETECTOR: sum(losses)} if losses else {})}, evaluations
 
 

@@ -216,3 +216,9 @@ def test_plot_names_the_file_that_it_wrote(tmp_path, capsys, name, written):
     assert capsys.readouterr().out.startswith(f"{tmp_path / written}: a")
     assert (tmp_path / written).stat().st_size > 1000
     assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "p").exists()
+
+
+def test_the_detectors_loss_of_other_families_is_the_loss_without_the_terms(tmp_path):
+    (tmp_path / "train.csv").write_text("epoch,step,loss,classification,bbox_ctrness,distill_feature\n1,1,7,2,3,2\n")
+    steps, _ = curves._read_run(tmp_path)
+    assert steps[curves.DETECTOR].tolist() == [5.0]
