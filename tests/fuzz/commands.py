@@ -211,9 +211,7 @@ def changed_data(rng: random.Random) -> Iterator[str]:
         before, out = contents(folder / "data"), contents(folder / "out")
         what = change(rng, folder / "data")
         errors = Path(place) / "errors"
-        extra = rng.choice([(), (), ("train.workers=1",)])
-        end = ended(start((*RESUME, *extra), folder, errors), errors)
-        what = (what, *extra)
+        end = ended(start(RESUME, folder, errors), errors)
         outcome = judge(end, ("data", "image"), what)
         step = check_run(folder / "out/distilled", what)
         if outcome == "refused":
