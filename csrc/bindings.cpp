@@ -112,6 +112,34 @@ void gaussian_feature_loss_backward(const py::object& student_pyramid, const py:
   });
 }
 
+// `student`, `teacher` (R, 4, bins), `gates` (R,), `region_weights` (R,) or None, `loss` () or (R,), `factor` ().
+void distribution_distill_loss(const py::object& student, const py::object& teacher, const py::object& gates,
+                               const py::object& region_weights, double temperature, const py::object& reduction,
+                               const py::object& loss_object, const py::object& factor_object, int threads) {
+  const auto in = distribution_inputs(student, teacher, gates, region_weights, temperature, reduction);
+  const Tensor loss = tensor(loss_object), factor = tensor(factor_object);
+  accumulate_as(factor.dtype, [&](auto a) {
+    using A = decltype(a);
+    py::gil_scoped_release release;
+    cpu::distribution_distill_loss<A>(in, loss.as<A>(), factor.as<A>(), threads);
+  });
+}
+
+// The same, and `upstream` (R,), `grad` (R, 4, bins).
+void distribution_distill_loss_backward(const py::object& student, const py::object& teacher, const py::object& gates,
+                                        const py::object& region_weights, double temperature,
+                                        const py::object& reduction, const py::object& upstream,
+                                        const py::object& grad_object, int threads) {
+  const auto in = distribution_inputs(student, teacher, gates, region_weights, temperature, reduction);
+  const Table given = table(tensor(upstream));
+  const Tensor grad = tensor(grad_object);
+  accumulate_as(grad.dtype, [&](auto a) {
+    using A = decltype(a);
+    py::gil_scoped_release release;
+    cpu::distribution_distill_loss_backward<A>(in, given, grad.as<A>(), threads);
+  });
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = TARDKD_COMPILER;
@@ -143,6 +171,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("roi_align_backward", &roi_align_backward);
   m.def("gaussian_feature_loss", &gaussian_feature_loss);
   m.def("gaussian_feature_loss_backward", &gaussian_feature_loss_backward);
+  m.def("distribution_distill_loss", &distribution_distill_loss);
+  m.def("distribution_distill_loss_backward", &distribution_distill_loss_backward);
 #ifdef TARDKD_CUDA_ARCHITECTURES
   py::module_ cuda = m.def_submodule("cuda", "The CUDA kernels.");
   bind_cuda(cuda);

@@ -120,6 +120,8 @@ inline RoiAlignSpec align_spec(const py::object& align) {
   return spec;
 }
 
+inline Reduction reduction_of(const py::object& given) { return choice<Reduction, 3>(given, {"mean", "sum", "none"}); }
+
 inline LossSpec loss_spec(const py::object& loss) {
   LossSpec spec{};
   spec.feature_loss = choice<FeatureLoss, 3>(TARDKD_FIELD(loss, "feature_loss"), {"squared", "absolute", "smooth_l1"});
@@ -132,7 +134,7 @@ inline LossSpec loss_spec(const py::object& loss) {
       choice<RegressionGate, 3>(TARDKD_FIELD(loss, "regression_gate"), {"foreground", "vs_proposal", "vs_student"});
   spec.background = choice<Background, 2>(TARDKD_FIELD(loss, "background"), {"first", "last"});
   spec.activation = choice<Activation, 2>(TARDKD_FIELD(loss, "activation"), {"softmax", "sigmoid"});
-  spec.reduction = choice<Reduction, 3>(TARDKD_FIELD(loss, "reduction"), {"mean", "sum", "none"});
+  spec.reduction = reduction_of(TARDKD_FIELD(loss, "reduction"));
   spec.box_coding = choice<BoxCoding, 2>(TARDKD_FIELD(loss, "box_coding"), {"deltas", "boxes"});
   spec.temperature = TARDKD_FIELD(loss, "temperature").cast<double>();
   spec.beta = TARDKD_FIELD(loss, "beta").cast<double>();
@@ -178,6 +180,26 @@ inline RegionInputs region_inputs(const py::object& inputs, const Tensor& upstre
   in.teacher_levels = given_levels(TARDKD_FIELD(inputs, "teacher_levels"), teacher.levels);
   for (int32_t level = 0; level < kMaxLevels; ++level)  // the teacher may have more levels, of the same channels
     in.level_channels[level] = student.level[level < student.levels ? level : 0].channels;
+  return in;
+}
+
+// The tensors and settings of DistributionCall.
+inline DistributionInputs distribution_inputs(const py::object& student, const py::object& teacher,
+                                              const py::object& gates, const py::object& region_weights,
+                                              double temperature, const py::object& reduction) {
+  const auto distributions = [](const Tensor& t) {
+    return Distributions{t.data, t.dtype, t.size(2), t.strides[0], t.strides[1], t.strides[2]};
+  };
+  const Tensor open = tensor(gates);
+  DistributionInputs in{};
+  in.regions = open.shape[0];
+  in.student = distributions(tensor(student));
+  in.teacher = distributions(tensor(teacher));
+  in.gates = open.as<const bool>();
+  in.gate_stride = open.strides[0];
+  in.region_weights = table(tensor(region_weights));
+  in.temperature = temperature;
+  in.reduction = reduction_of(reduction);
   return in;
 }
 

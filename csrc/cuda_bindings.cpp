@@ -164,6 +164,36 @@ void gaussian_feature_loss_backward(const py::object& student_pyramid, const py:
   });
 }
 
+// `student`, `teacher` (R, 4, bins), `gates` (R,), `region_weights` (R,) or None, `loss` () or (R,), `factor` ().
+void distribution_distill_loss(const py::object& student, const py::object& teacher, const py::object& gates,
+                               const py::object& region_weights, double temperature, const py::object& reduction,
+                               const py::object& scratch, const py::object& loss_object,
+                               const py::object& factor_object, const py::object& target) {
+  const auto in = distribution_inputs(student, teacher, gates, region_weights, temperature, reduction);
+  const Tensor loss = tensor(loss_object), factor = tensor(factor_object);
+  const cuda::Target at = target_of(target);
+  accumulate_as(factor.dtype, [&](auto a) {
+    using A = decltype(a);
+    const auto space = scratch_of<A>(scratch);
+    run([&] { return cuda::distribution_distill_loss<A>(in, space, loss.as<A>(), factor.as<A>(), at); });
+  });
+}
+
+// The same, and `upstream` (R,), `grad` (R, 4, bins).
+void distribution_distill_loss_backward(const py::object& student, const py::object& teacher, const py::object& gates,
+                                        const py::object& region_weights, double temperature,
+                                        const py::object& reduction, const py::object& upstream,
+                                        const py::object& grad_object, const py::object& target) {
+  const auto in = distribution_inputs(student, teacher, gates, region_weights, temperature, reduction);
+  const Table given = table(tensor(upstream));
+  const Tensor grad = tensor(grad_object);
+  const cuda::Target at = target_of(target);
+  accumulate_as(grad.dtype, [&](auto a) {
+    using A = decltype(a);
+    run([&] { return cuda::distribution_distill_loss_backward<A>(in, given, grad.as<A>(), at); });
+  });
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -177,6 +207,8 @@ void bind_cuda(py::module_& m) {
   m.def("gaussian_partials", &gaussian_partials);
   m.def("gaussian_feature_loss", &gaussian_feature_loss);
   m.def("gaussian_feature_loss_backward", &gaussian_feature_loss_backward);
+  m.def("distribution_distill_loss", &distribution_distill_loss);
+  m.def("distribution_distill_loss_backward", &distribution_distill_loss_backward);
 }
 
 }  // namespace tardkd

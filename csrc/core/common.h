@@ -133,6 +133,27 @@ struct RegionInputs {
   int64_t label_stride;
 };
 
+// Logits of the distributions that a head has for the four sides of each region's box: (R, 4, bins); strides in
+// elements.
+struct Distributions {
+  void* data;
+  DType dtype;
+  int32_t bins;
+  int64_t stride_region, stride_side, stride_bin;
+};
+
+// Everything about a call of the distribution loss, as it lies in the caller's tensors. The CUDA kernels read any
+// strides and floating types; the CPU kernels read distributions that are dense, and those and weights of type A.
+struct DistributionInputs {
+  int64_t regions;
+  Distributions student, teacher;  // of as many bins
+  const bool* gates;               // (R,)
+  int64_t gate_stride;
+  Table region_weights;  // (R,), or absent for ones
+  double temperature;
+  Reduction reduction;
+};
+
 // Results, dense. A null gradient pointer means that the gradient is not wanted.
 template <class A>
 struct RegionOutputs {

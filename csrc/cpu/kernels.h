@@ -47,4 +47,13 @@ void gaussian_feature_loss_backward(const Pyramid& student, const Pyramid& teach
                                     const Table& boxes, int64_t count, double sigma_squared, const double* mask_sums,
                                     double upstream, int threads);
 
+// Writes `loss`, one element, or (R,) with Reduction::none, and `factor`, one element, by which the gradient of a
+// reduced loss is to be multiplied.
+template <class A>
+void distribution_distill_loss(const DistributionInputs& in, A* loss, A* factor, int threads);
+
+// Its gradient: `upstream`, (R,), of every region's term; `grad`, (R, 4, bins), is written completely.
+template <class A>
+void distribution_distill_loss_backward(const DistributionInputs& in, const Table& upstream, A* grad, int threads);
+
 }  // namespace tardkd::cpu

@@ -86,6 +86,18 @@ Status gaussian_feature_loss_backward(const Pyramid& student, const Pyramid& tea
                                       const Table& boxes, int64_t count, double sigma_squared, const double* mask_sums,
                                       const A* upstream, const Target& target);
 
+// Divergence of the distributions of boxes' sides, one pass, with 4 R elements of Scratch::partial. Writes `loss`, one
+// element, or (R,) with Reduction::none, and `factor`, one element, by which the gradient of a reduced loss is to be
+// multiplied.
+template <class A>
+Status distribution_distill_loss(const DistributionInputs& in, const Scratch<A>& scratch, A* loss, A* factor,
+                                 const Target& target);
+
+// Its gradient: `upstream`, (R,), of every region's term; `grad`, (R, 4, bins), contiguous, is written completely.
+template <class A>
+Status distribution_distill_loss_backward(const DistributionInputs& in, const Table& upstream, A* grad,
+                                          const Target& target);
+
 // Elements of Scratch::partial for the Gaussian-mask loss.
 int64_t gaussian_partials(const Pyramid& student);
 

@@ -96,6 +96,14 @@ struct Logits {
         stride(table.stride_column),
         columns(columns) {}
 
+  // Those of one side of region r's box.
+  __device__ __forceinline__ Logits(const Distributions& of, int64_t r, int side)
+      : data(of.data),
+        dtype(of.dtype),
+        first(r * of.stride_region + side * of.stride_side),
+        stride(of.stride_bin),
+        columns(of.bins) {}
+
   __device__ __forceinline__ A operator[](int64_t column) const {
     return load_any<A>(data, dtype, first + column * stride);
   }

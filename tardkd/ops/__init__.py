@@ -1,6 +1,7 @@
 """Functional API and modules. Each function has its plain-PyTorch twin in :mod:`tardkd.ops.reference`."""
 
 from .functional import (
+    distribution_distill_loss,
     gaussian_feature_loss,
     head_distill_loss,
     multiscale_roi_align,
@@ -10,15 +11,24 @@ from .functional import (
 )
 from .inputs import RegionLosses
 from .memory import empty_cache
-from .modules import GaussianFeatureLoss, HeadDistillLoss, MultiScaleRoIAlign, PooledDistillLoss, RegionDistillLoss
+from .modules import (
+    DistributionDistillLoss,
+    GaussianFeatureLoss,
+    HeadDistillLoss,
+    MultiScaleRoIAlign,
+    PooledDistillLoss,
+    RegionDistillLoss,
+)
 
 __all__ = [
+    "DistributionDistillLoss",
     "GaussianFeatureLoss",
     "HeadDistillLoss",
     "MultiScaleRoIAlign",
     "PooledDistillLoss",
     "RegionDistillLoss",
     "RegionLosses",
+    "distribution_distill_loss",
     "empty_cache",
     "gaussian_feature_loss",
     "head_distill_loss",

@@ -13,6 +13,8 @@ from .inputs import (
     NO_GRADIENTS,
     AlignBackward,
     AlignCall,
+    DistributionBackward,
+    DistributionCall,
     GaussianBackward,
     GaussianCall,
     RegionCall,
@@ -196,3 +198,33 @@ class _GaussianLoss(torch.autograd.Function):
         backward = GaussianBackward(ctx.settings.with_tensors(tensors), mask_sums, upstream)
         gradients = torch.ops.tardkd.gaussian_feature_loss_backward(*backward.pack())
         return None, *ctx.settings._replace(student_features=gradients).tensors()
+
+
+# --- distributions of boxes' sides ------------------------------------------------------------------------------------
+
+
+def distribution_loss(call: DistributionCall) -> Tensor:
+    """The loss of a call, () or (R,)."""
+    refuse_transforms(call)
+    return _DistributionLoss.apply(call.without_tensors(), *call.tensors())
+
+
+class _DistributionLoss(torch.autograd.Function):
+    """The gradient is made in the backward pass, from the inputs: one reading of few logits, and nothing to keep."""
+
+    @staticmethod
+    def forward(ctx: Any, settings: DistributionCall, *tensors: Tensor | None) -> Tensor:
+        loss, factor = torch.ops.tardkd.distribution_distill_loss(*settings.with_tensors(tensors))
+        ctx.save_for_backward(factor, *tensors)
+        ctx.settings = settings
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        factor, *tensors = ctx.saved_tensors
+        call = ctx.settings.with_tensors(tensors)
+        if call.reduction != "none":
+            upstream = (upstream * factor).expand(call.gates.shape[0])
+        gradient = torch.ops.tardkd.distribution_distill_loss_backward(*DistributionBackward(call, upstream).pack())
+        return None, gradient, None, None, None

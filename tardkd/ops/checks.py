@@ -192,6 +192,35 @@ def check_sides(student: Tensor, teacher: Tensor, student_name: str, teacher_nam
     check_same_precision(student_name, student, teacher_name, teacher)
 
 
+# --- distributions ----------------------------------------------------------------------------------------------------
+
+
+def check_distributions(student: Tensor, teacher: Tensor, gates: Tensor, region_weights: Tensor | None) -> None:
+    """Both sides (R, 4, bins), the gates (R,) bool and the weights (R,)."""
+    student_name, teacher_name = "student_distributions", "teacher_distributions"
+    for name, tensor in ((student_name, student), (teacher_name, teacher)):
+        check_tensor(name, tensor, ("R", "4", "bins"), FEATURE_DTYPES)
+        if tensor.shape[1] != 4 or tensor.shape[2] < 1:
+            raise ValueError(f"{name} must have shape (R, 4, bins), got {tuple(tensor.shape)}")
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"{student_name} has shape {tuple(student.shape)} but {teacher_name} has shape {tuple(teacher.shape)}"
+        )
+    check_same_device(student_name, student, teacher_name, teacher)
+    check_same_precision(student_name, student, teacher_name, teacher)
+    check_detached(teacher_name, teacher)
+    check_tensor("gates", gates, ("R",), (torch.bool,))
+    rows = {"gates": gates}
+    if region_weights is not None:
+        check_tensor("region_weights", region_weights, ("R",), FEATURE_DTYPES)
+        check_detached("region_weights", region_weights)
+        rows["region_weights"] = region_weights
+    for name, tensor in rows.items():
+        if tensor.shape[0] != student.shape[0]:
+            raise ValueError(f"{name} has {tensor.shape[0]} rows but {student_name} has {student.shape[0]}")
+        check_same_device(student_name, student, name, tensor)
+
+
 # --- regions ----------------------------------------------------------------------------------------------------------
 
 

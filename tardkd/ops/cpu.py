@@ -13,11 +13,21 @@ import torch
 from torch import Tensor
 
 from .checks import accumulation_dtype
-from .inputs import AlignBackward, AlignCall, GaussianBackward, GaussianCall, RegionCall, RegionInputs, RegionResults
+from .inputs import (
+    AlignBackward,
+    AlignCall,
+    DistributionBackward,
+    DistributionCall,
+    GaussianBackward,
+    GaussianCall,
+    RegionCall,
+    RegionInputs,
+    RegionResults,
+)
 from .maps import flat_size, layout_of, maps_of
 from .memory import empty, empty_like
 from .native import describe, describe_fields, describe_pyramid
-from .results import region_results
+from .results import distribution_results, region_results
 
 
 class CpuKernels:
@@ -160,6 +170,35 @@ class CpuKernels:
         )
         return [gradient.to(feature.dtype) for gradient, feature in zip(gradients, call.student_features)]
 
+    def distribution_distill_loss(self, *packed: Any) -> tuple[Tensor, Tensor]:
+        call = DistributionCall(*packed)
+        loss, factor = distribution_results(call)
+        call = _dense_distributions(call, factor.dtype)
+        self._module.distribution_distill_loss(
+            *(describe(tensor) for tensor in call.tensors()),
+            call.temperature,
+            call.reduction,
+            describe(loss),
+            describe(factor),
+            torch.get_num_threads(),
+        )
+        return loss, factor
+
+    def distribution_distill_loss_backward(self, *packed: Any) -> Tensor:
+        call, upstream = DistributionBackward.unpack(packed)
+        student = call.student_distributions
+        gradient = student.new_empty(student.shape, dtype=accumulation_dtype(student.dtype))
+        call, upstream = _dense_distributions(call, gradient.dtype), _dense(upstream, gradient.dtype)
+        self._module.distribution_distill_loss_backward(
+            *(describe(tensor) for tensor in call.tensors()),
+            call.temperature,
+            call.reduction,
+            describe(upstream),
+            describe(gradient),
+            torch.get_num_threads(),
+        )
+        return gradient.to(student.dtype)
+
 
 def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.dtype == dtype and tensor.is_contiguous():
@@ -187,4 +226,12 @@ def _converted(inputs: RegionInputs, dtype: torch.dtype) -> RegionInputs:
         teacher_levels=inputs.teacher_levels,
         student_scores=_dense_if_given(inputs.student_scores, dtype),
         teacher_scores=_dense_if_given(inputs.teacher_scores, dtype),
+    )
+
+
+def _dense_distributions(call: DistributionCall, dtype: torch.dtype) -> DistributionCall:
+    return call._replace(
+        student_distributions=_dense(call.student_distributions, dtype),
+        teacher_distributions=_dense(call.teacher_distributions, dtype),
+        region_weights=_dense_if_given(call.region_weights, dtype),
     )

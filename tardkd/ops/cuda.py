@@ -17,10 +17,19 @@ import torch
 from torch import Tensor
 
 from .checks import accumulation_dtype
-from .inputs import AlignBackward, AlignCall, GaussianBackward, GaussianCall, RegionCall, RegionResults
+from .inputs import (
+    AlignBackward,
+    AlignCall,
+    DistributionBackward,
+    DistributionCall,
+    GaussianBackward,
+    GaussianCall,
+    RegionCall,
+    RegionResults,
+)
 from .maps import flat_size, layout_of, maps_of
 from .native import Description, describe, describe_fields, describe_pyramid
-from .results import gradient_like, region_results
+from .results import distribution_results, gradient_like, region_results
 
 
 class Target(NamedTuple):
@@ -209,6 +218,35 @@ class CudaKernels:
             self._target(mask_sums.device),
         )
         return gradients
+
+    def distribution_distill_loss(self, *packed: Any) -> tuple[Tensor, Tensor]:
+        call = DistributionCall(*packed)
+        loss, factor = distribution_results(call)
+        partial, done = zeros(loss.device, loss.dtype, [4 * call.gates.shape[0], 1])
+        self._module.distribution_distill_loss(
+            *(describe(tensor) for tensor in call.tensors()),
+            call.temperature,
+            call.reduction,
+            scratch(done, partial),
+            describe(loss),
+            describe(factor),
+            self._target(loss.device),
+        )
+        return loss, factor
+
+    def distribution_distill_loss_backward(self, *packed: Any) -> Tensor:
+        call, upstream = DistributionBackward.unpack(packed)
+        student = call.student_distributions
+        gradient = student.new_empty(student.shape, dtype=accumulation_dtype(student.dtype))
+        self._module.distribution_distill_loss_backward(
+            *(describe(tensor) for tensor in call.tensors()),
+            call.temperature,
+            call.reduction,
+            describe(upstream),
+            describe(gradient),
+            self._target(student.device),
+        )
+        return gradient.to(student.dtype)
 
 
 def zeros(device: torch.device, dtype: torch.dtype, counts: list[int]) -> Sequence[Tensor]:

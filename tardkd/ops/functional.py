@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import autograd, gaussian, reference, region, roi_align
+from . import autograd, distribution, gaussian, reference, region, roi_align
 from .fallback import has_kernels
-from .inputs import AlignCall, GaussianCall, RegionCall, RegionLosses
+from .inputs import AlignCall, DistributionCall, GaussianCall, RegionCall, RegionLosses
 from .signature import function_of
 
 
@@ -27,9 +27,14 @@ def run_gaussian_loss(call: GaussianCall) -> Tensor:
     return (autograd if has_kernels(call.gt_boxes.device) else reference).gaussian_loss(call)
 
 
+def run_distribution_loss(call: DistributionCall) -> Tensor:
+    return (autograd if has_kernels(call.gates.device) else reference).distribution_loss(call)
+
+
 region_distill_loss = function_of(region.region_distill_loss, run_region_losses, "tardkd.ops")
 pooled_distill_loss = function_of(region.pooled_distill_loss, run_region_losses, "tardkd.ops")
 head_distill_loss = function_of(region.head_distill_loss, run_region_losses, "tardkd.ops")
 multiscale_roi_align = function_of(roi_align.multiscale_roi_align, run_roi_align, "tardkd.ops")
 shared_roi_align = function_of(roi_align.shared_roi_align, run_shared_roi_align, "tardkd.ops")
 gaussian_feature_loss = function_of(gaussian.gaussian_feature_loss, run_gaussian_loss, "tardkd.ops")
+distribution_distill_loss = function_of(distribution.distribution_distill_loss, run_distribution_loss, "tardkd.ops")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .inputs import AlignCall, GaussianCall, RegionCall
+from .inputs import AlignCall, DistributionCall, GaussianCall, RegionCall
 
 # True while a backward pass runs that keeps the graph. Absent from a future torch: taken as always true.
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -73,7 +73,7 @@ class _RefuseDerivative(torch.autograd.Function):
         raise RuntimeError("cannot differentiate twice through tardkd.ops: their gradients are not a graph")
 
 
-def refuse_transforms(call: RegionCall | AlignCall | GaussianCall) -> None:
+def refuse_transforms(call: RegionCall | AlignCall | GaussianCall | DistributionCall) -> None:
     """Refuse derivatives that come along with the forward pass, and what rewrites it: the kernels know neither.
 
     torch would take such a derivative for zero without a word, since the registered ops have no rule for it.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .maps import Layout
-from .spec import LossSpec, RoIAlignSpec
+from .spec import LossSpec, Reduction, RoIAlignSpec
 
 
 class RegionInputs(NamedTuple):
@@ -271,3 +271,41 @@ class GaussianBackward(NamedTuple):
     def unpack(cls, packed: Sequence[Any]) -> GaussianBackward:
         *call, mask_sums, upstream = packed
         return cls(GaussianCall.unpack(call), mask_sums, upstream)
+
+
+class DistributionCall(NamedTuple):
+    """A call of ``distribution_distill_loss``."""
+
+    student_distributions: Tensor  # (R, 4, bins)
+    teacher_distributions: Tensor  # (R, 4, bins)
+    gates: Tensor  # (R,) bool
+    region_weights: Tensor | None  # (R,); None: ones
+    temperature: float
+    reduction: Reduction
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:4]
+
+    def with_tensors(self, tensors: Sequence[Any]) -> DistributionCall:
+        """The same settings with ``tensors``, in the order of :meth:`tensors`."""
+        student, teacher, gates, weights = tensors
+        return DistributionCall(student, teacher, gates, weights, self.temperature, self.reduction)
+
+    def without_tensors(self) -> DistributionCall:
+        """The settings alone, for autograd, which must see all tensors itself."""
+        return self.with_tensors([None] * 4)
+
+
+class DistributionBackward(NamedTuple):
+    """What the gradient of ``distribution_distill_loss`` is made of."""
+
+    call: DistributionCall
+    upstream: Tensor  # (R,) gradients of every region's term
+
+    def pack(self) -> tuple[Any, ...]:
+        return (*self.call, self.upstream)
+
+    @classmethod
+    def unpack(cls, packed: Sequence[Any]) -> DistributionBackward:
+        *call, upstream = packed
+        return cls(DistributionCall(*call), upstream)

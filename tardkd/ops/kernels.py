@@ -38,3 +38,9 @@ class Kernels(Protocol):
 
     def gaussian_feature_loss_backward(self, *packed: Any) -> list[Tensor]:
         """:class:`GaussianBackward`; returns the gradients of the student's features, L x (N, C, H_l, W_l)."""
+
+    def distribution_distill_loss(self, *packed: Any) -> tuple[Tensor, Tensor]:
+        """:class:`DistributionCall`; returns the loss, () or (R,), and the factor () of a reduced one's gradient."""
+
+    def distribution_distill_loss_backward(self, *packed: Any) -> Tensor:
+        """:class:`DistributionBackward`; returns the gradient of the student's distributions, (R, 4, bins)."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import (
+    distribution_distill_loss,
     gaussian_feature_loss,
     head_distill_loss,
     multiscale_roi_align,
@@ -162,3 +163,12 @@ class GaussianFeatureLoss(_Loss):
 
     def forward(self, *tensors: Any, **keywords: Any) -> Tensor:
         return gaussian_feature_loss(*tensors, **{**self.options, **keywords})
+
+
+class DistributionDistillLoss(_Loss):
+    """:func:`tardkd.ops.distribution_distill_loss` with keyword arguments bound; the others go with the call."""
+
+    function = staticmethod(distribution_distill_loss)
+
+    def forward(self, *tensors: Any, **keywords: Any) -> Tensor:
+        return distribution_distill_loss(*tensors, **{**self.options, **keywords})

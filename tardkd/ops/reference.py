@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import gaussian, region
+from . import distribution, gaussian, region
 from . import roi_align as roi_align_calls
 from .checks import accumulation_dtype, are_finite
-from .inputs import AlignCall, GaussianCall, RegionCall, RegionInputs, RegionLosses
+from .inputs import AlignCall, DistributionCall, GaussianCall, RegionCall, RegionInputs, RegionLosses
 from .maps import channels_differ
 from .signature import function_of
 from .spec import (
@@ -493,6 +493,19 @@ def gaussian_loss(call: GaussianCall) -> Tensor:
     return torch.stack(level_losses).mean()
 
 
+# --- distributions of boxes' sides ------------------------------------------------------------------------------------
+
+
+def distribution_loss(call: DistributionCall) -> Tensor:
+    """Mean divergence of the four sides' distributions, over the regions with an open gate; () or (R,)."""
+    dtype, rows = accumulation_dtype(call.student_distributions.dtype), call.gates.nonzero()[:, 0]
+    weights = call.region_weights
+    weights = call.gates.new_ones(len(call.gates), dtype=dtype) if weights is None else weights.to(dtype)
+    student, teacher = (side[rows].to(dtype).flatten(0, 1) for side in call[:2])
+    sides = divergence(teacher, student, call.temperature, "softmax").reshape(len(rows), 4)
+    return reduce_regions(sides.mean(1), rows, weights, len(call.gates), call.reduction)
+
+
 # --- the twins of the public functions --------------------------------------------------------------------------------
 
 
@@ -507,3 +520,4 @@ head_distill_loss = function_of(region.head_distill_loss, region_losses, __name_
 multiscale_roi_align = function_of(roi_align_calls.multiscale_roi_align, roi_align, __name__)
 shared_roi_align = function_of(roi_align_calls.shared_roi_align, shared_roi_align_pair, __name__)
 gaussian_feature_loss = function_of(gaussian.gaussian_feature_loss, gaussian_loss, __name__)
+distribution_distill_loss = function_of(distribution.distribution_distill_loss, distribution_loss, __name__)

@@ -20,6 +20,8 @@ from .extension import native_module
 from .inputs import (
     AlignBackward,
     AlignCall,
+    DistributionBackward,
+    DistributionCall,
     GaussianBackward,
     GaussianCall,
     RegionCall,
@@ -28,7 +30,7 @@ from .inputs import (
 )
 from .kernels import Kernels
 from .maps import flat_size, layout_of
-from .results import gradient_like, region_results
+from .results import distribution_results, gradient_like, region_results
 from .spec import LossSpec, RoIAlignSpec
 
 # What runs the ops, by dispatch key. Looked up at every call: tests put other kernels in the place of these.
@@ -67,7 +69,7 @@ def schema_type(hint: Any) -> str:
 
 _INPUTS, _LOSS, _ALIGN = schema_of(RegionInputs), schema_of(LossSpec), schema_of(RoIAlignSpec)
 _REGION = f"{_INPUTS}, Tensor? upstream, bool[] wants, {_LOSS}"
-_GAUSSIAN = schema_of(GaussianCall)
+_GAUSSIAN, _DISTRIBUTION = schema_of(GaussianCall), schema_of(DistributionCall)
 _RESULTS = f"({', '.join('Tensor' for _ in RegionResults._fields)})"
 
 SCHEMAS = {
@@ -80,6 +82,8 @@ SCHEMAS = {
     f"bool[] channels_last, float[] scales, {_ALIGN}) -> Tensor",
     "gaussian_feature_loss": f"({_GAUSSIAN}) -> (Tensor, Tensor)",
     "gaussian_feature_loss_backward": f"({_GAUSSIAN}, Tensor mask_sums, Tensor upstream) -> Tensor[]",
+    "distribution_distill_loss": f"({_DISTRIBUTION}) -> (Tensor, Tensor)",
+    "distribution_distill_loss_backward": f"({_DISTRIBUTION}, Tensor upstream) -> Tensor",
 }
 
 _library = torch.library.Library("tardkd", "DEF")
@@ -146,3 +150,14 @@ def _(*packed):
 def _(*packed):
     call = GaussianBackward.unpack(packed).call
     return [gradient_like(feature, feature.dtype) for feature in call.student_features]
+
+
+@torch.library.register_fake("tardkd::distribution_distill_loss", lib=_library)
+def _(*packed):
+    return distribution_results(DistributionCall(*packed))
+
+
+@torch.library.register_fake("tardkd::distribution_distill_loss_backward", lib=_library)
+def _(*packed):
+    student = DistributionBackward.unpack(packed).call.student_distributions
+    return student.new_empty(student.shape)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import accumulation_dtype
-from .inputs import RegionCall, RegionResults, Wants
+from .inputs import DistributionCall, RegionCall, RegionResults, Wants
 from .maps import is_channels_last
 
 
@@ -37,3 +37,10 @@ def region_results(call: RegionCall, wants: Wants, grad_features: Tensor) -> Reg
         grad_deltas=empty(inputs.student_deltas.shape if wants.deltas else (0,)),
         grad_features=grad_features,
     )
+
+
+def distribution_results(call: DistributionCall) -> tuple[Tensor, Tensor]:
+    """The loss, () or (R,), and the factor () that the gradient of a reduced one is to be multiplied by."""
+    student, dtype = call.student_distributions, accumulation_dtype(call.student_distributions.dtype)
+    loss_shape = student.shape[:1] if call.reduction == "none" else ()
+    return student.new_empty(loss_shape, dtype=dtype), student.new_empty((), dtype=dtype)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from ops.parity import UPSTREAM
 from ops.scenes import LEVEL_RULE, Scene, make_scene
+from ops.test_distribution import make_inputs
 from ops.test_pooled_loss import make_pooled
 from tolerances import assert_tensors_close, assert_values_close
 from torch import Tensor
@@ -24,6 +25,7 @@ class Case:
 
     scene: Scene
     pooled: list[Tensor]  # student's and teacher's
+    distributions: list[Tensor]  # of boxes' sides, student's and teacher's
     others: list[Tensor]  # a teacher's maps of the student's shapes
     gt_boxes: list[Tensor]  # one an image
     loss_upstream: list[Tensor]  # of the three losses
@@ -35,7 +37,7 @@ class Case:
         scene = self.scene
         inputs = [*scene.student_features, *scene.teacher_features, *scene.per_region, scene.region_weights]
         upstream = [*self.loss_upstream, *self.region_upstream, self.pooled_upstream]
-        return [*inputs, *self.pooled, *self.others, *self.gt_boxes, *upstream]
+        return [*inputs, *self.pooled, *self.distributions, *self.others, *self.gt_boxes, *upstream]
 
     @torch.no_grad()
     def copy_(self, values: list[Tensor]) -> None:
@@ -51,6 +53,7 @@ class Case:
         return Case(
             self.scene.to(torch.float64, device="cpu"),
             widen(self.pooled),
+            widen(self.distributions),
             widen(self.others),
             [boxes.cpu() for boxes in self.gt_boxes],
             widen(self.loss_upstream),
@@ -81,6 +84,7 @@ def make_case(
     return Case(
         scene=scene,
         pooled=list(pooled),
+        distributions=list(make_inputs(seed, regions, 16, student, teacher, device=device)[:2]),
         others=[random(feature, teacher or student) for feature in scene.student_features],
         gt_boxes=[scene.gt_boxes[image::images].contiguous() for image in range(images)],
         loss_upstream=[weights.new_tensor(upstream) for upstream in UPSTREAM],
@@ -134,6 +138,14 @@ def heads(case: Case, **options: object) -> Forward:
     return _of_losses(case, losses, [scene.student_logits, scene.student_deltas])
 
 
+def distribution(case: Case, **options: object) -> Forward:
+    student, teacher = case.distributions
+    options = {"region_weights": case.scene.region_weights, **options}
+    loss = tardkd.ops.distribution_distill_loss(student, teacher, case.scene.labels > 0, **options)
+    upstream = case.region_upstream if loss.dim() else case.loss_upstream
+    return Forward([loss], [loss], upstream[2:], [student])
+
+
 def align(case: Case) -> Forward:
     scene = case.scene
     features = tardkd.ops.multiscale_roi_align(
@@ -157,6 +169,8 @@ STEPS: dict[str, Callable[[Case], Forward]] = {
     "pooled-none": partial(pooled, reduction="none"),
     "heads": heads,
     "heads-none": partial(heads, reduction="none"),
+    "distribution": distribution,
+    "distribution-none": partial(distribution, reduction="none"),
     "align": align,
     "gaussian": gaussian,
 }

@@ -44,6 +44,7 @@ def test_no_regions(name):
         head.detach().requires_grad_() for head in (case.scene.student_logits, case.scene.student_deltas)
     )
     case.pooled = [case.pooled[0].detach()[:0].requires_grad_(), case.pooled[1][:0]]
+    case.distributions = [case.distributions[0].detach()[:0].requires_grad_(), case.distributions[1][:0]]
     case.region_upstream = [upstream[:0] for upstream in case.region_upstream]
     case.pooled_upstream = case.pooled_upstream[:0]
     outcome = run(name, case)

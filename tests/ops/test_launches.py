@@ -13,6 +13,7 @@ import tardkd.ops
 from tardkd.ops.registry import IMPLEMENTATIONS
 
 from .scenes import LEVEL_RULE, make_boxes, make_scene
+from .test_distribution import make_inputs
 from .test_pooled_loss import make_pooled
 
 # Each makes its inputs and returns what calls the op, and the leaves.
@@ -47,6 +48,12 @@ def gaussian(scene):
     return lambda: [tardkd.ops.gaussian_feature_loss(features, others, gt_boxes, **options)], features
 
 
+def distribution(scene, **options):
+    dtype = scene.student_logits.dtype
+    student, teacher, gates = make_inputs(0, len(scene.labels), 16, dtype, layout="bins first")
+    return lambda: [tardkd.ops.distribution_distill_loss(student, teacher, gates, **options)], [student]
+
+
 STEPS = {
     "region": region,
     "region-none": lambda scene: region(scene, reduction="none"),
@@ -56,6 +63,8 @@ STEPS = {
     "heads-none": lambda scene: heads(scene, reduction="none"),
     "align": align,
     "gaussian": gaussian,
+    "distribution": distribution,
+    "distribution-none": lambda scene: distribution(scene, reduction="none"),
 }
 
 
@@ -69,6 +78,8 @@ LAUNCHES = {
     "heads-none": (1, 1),
     "align": (1, 1),
     "gaussian": (1, 1),
+    "distribution": (1, 1),
+    "distribution-none": (1, 1),
 }
 DETERMINISTIC_LAUNCHES = {
     "region": (3, 0),
@@ -79,6 +90,8 @@ DETERMINISTIC_LAUNCHES = {
     "heads-none": (1, 1),
     "align": (1, 2),
     "gaussian": (1, 1),
+    "distribution": (1, 1),
+    "distribution-none": (1, 1),
 }
 
 
@@ -121,6 +134,8 @@ BESIDE = {
     "heads-none": (["zeros"], ["stack", "zeros"]),
     "align": ([], ["new_zeros"]),
     "gaussian": (["full_like"] * 2 + ["cat"] * 3 + ["zeros"], []),
+    "distribution": (["zeros"], ["mul"]),
+    "distribution-none": (["zeros"], []),
 }
 
 

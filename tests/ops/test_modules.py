@@ -11,6 +11,7 @@ import torchvision
 import tardkd.ops
 
 from .scenes import LEVEL_RULE, make_boxes, make_scene
+from .test_distribution import make_inputs
 from .test_pooled_loss import make_pooled
 
 NAMES = ["0", "1", "2", "3"]
@@ -139,6 +140,10 @@ def test_losses_as_modules():
     for got, want in zip(module(*scene.per_region, region_weights=scene.region_weights), expected):
         assert torch.equal(got, want)
 
+    sides = make_inputs()
+    module = tardkd.ops.DistributionDistillLoss(temperature=2.0)
+    assert torch.equal(module(*sides), tardkd.ops.distribution_distill_loss(*sides, temperature=2.0))
+
     gt_boxes = [make_boxes(torch.Generator().manual_seed(1), 4)] * 2
     arguments = scene.student_features, scene.teacher_features, gt_boxes
     module = tardkd.ops.GaussianFeatureLoss(sigma_squared=0.5)
@@ -146,7 +151,10 @@ def test_losses_as_modules():
     assert torch.equal(module(*arguments, scales=scene.student_scales), expected)
 
 
-@pytest.mark.parametrize("name", ["RegionDistillLoss", "PooledDistillLoss", "HeadDistillLoss", "GaussianFeatureLoss"])
+@pytest.mark.parametrize(
+    "name",
+    ["RegionDistillLoss", "PooledDistillLoss", "HeadDistillLoss", "DistributionDistillLoss", "GaussianFeatureLoss"],
+)
 def test_modules_refuse_unknown_options(name):
     with pytest.raises(TypeError, match="temprature"):
         getattr(tardkd.ops, name)(temprature=2.0)
@@ -159,6 +167,7 @@ def test_modules_refuse_unknown_options(name):
         (tardkd.ops.RegionDistillLoss, "output_size", 0),
         (tardkd.ops.PooledDistillLoss, "temperature", -1.0),
         (tardkd.ops.HeadDistillLoss, "box_coding", "corners"),
+        (tardkd.ops.DistributionDistillLoss, "temperature", 0.0),
         (tardkd.ops.GaussianFeatureLoss, "sigma_squared", 0.0),
     ],
 )

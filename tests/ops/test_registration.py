@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import tardkd.ops
 
 from .scenes import LAYOUTS, LEVEL_RULE, make_boxes, make_scene
+from .test_distribution import make_inputs
 from .test_pooled_loss import make_pooled
 
 
@@ -49,6 +50,8 @@ def calls_of_everything(dtype: torch.dtype, layout: str) -> list[tuple]:
             losses += tardkd.ops.region_distill_loss(*scene.inputs, **scene.scales, **LEVEL_RULE, **options)[:3]
             losses += tardkd.ops.pooled_distill_loss(*pooled, *scene.per_region, **options)[:3]
             losses += tardkd.ops.head_distill_loss(*scene.per_region, **options)[:3]
+            sides = make_inputs(0, len(scene.labels), 5, dtype, layout="bins first")
+            losses.append(tardkd.ops.distribution_distill_loss(*sides, **options))
         scales = dict(scales=scene.student_scales)
         losses.append(tardkd.ops.gaussian_feature_loss(scene.student_features, others, gt_boxes, **scales))
         losses.append(tardkd.ops.multiscale_roi_align(scene.student_features, scene.proposals, **scales))
@@ -113,6 +116,15 @@ def head_step(scene):
     return step, lambda s: s.per_region
 
 
+def distribution_step(scene):
+    def step(student, teacher, gates):
+        loss = tardkd.ops.distribution_distill_loss(student, teacher, gates, temperature=2.0)
+        unreduced = tardkd.ops.distribution_distill_loss(student, teacher, gates, reduction="none")
+        return loss + unreduced.square().mean(), gates
+
+    return step, lambda s: make_inputs(0, len(s.labels), 5)
+
+
 def align_step(scene):
     scales = dict(scene.scales)
 
@@ -155,6 +167,7 @@ STEPS = dict(
     region=region_step,
     pooled=pooled_step,
     head=head_step,
+    distribution=distribution_step,
     align=align_step,
     unreduced=unreduced_step,
     listed=listed_step,
