@@ -333,7 +333,8 @@ def checked_region_inputs(
         student_scores,
         teacher_scores,
     )
-    if teacher_levels is student_levels:  # also once converted: the kernels see by that that the sides pool alike
+    # One tensor for both stays one once converted: the kernels see by that that the sides pool alike.
+    if teacher_levels is student_levels is not None:
         inputs = inputs._replace(teacher_levels=inputs.student_levels)
     heads = {
         "student_logits": (student_logits, ("R", "K")),
