@@ -40,7 +40,6 @@ class QueryDetector(Detector):
 
     model: Any
     normalisation: tuple[tuple[float, ...], tuple[float, ...]]  # mean and std where none are given
-    sizes: tuple[int, int]  # min_size and max_size where none are given
 
     def __init__(
         self,
@@ -53,7 +52,7 @@ class QueryDetector(Detector):
     ) -> None:
         super().__init__(model)
         own_mean, own_std = self.normalisation
-        shorter, longer = self.sizes
+        shorter, longer = self.nominal_sizes
         if min_size is not None and max_size is None:
             longer = round(min_size * longer / shorter)
         self.preparation = Preparation(
@@ -67,6 +66,11 @@ class QueryDetector(Detector):
     def config(self) -> Any:
         """The model's configuration."""
         return self.model.config
+
+    @property
+    @abstractmethod
+    def nominal_sizes(self) -> tuple[int, int]:
+        """min_size and max_size where none are given."""
 
     @property
     def input_size(self) -> float:
@@ -225,6 +229,16 @@ class QueryDetector(Detector):
                 output, loss=output.loss + sum(terms.values()), loss_dict={**(output.loss_dict or {}), **terms}
             )
         return output.to_tuple() if batch.wants_tuple else output
+
+    # --- its parts
+
+    @property
+    def longest_aspect(self) -> float:
+        return 0.99 * self.preparation.max_size
+
+    def input_scale(self, sizes: Tensor) -> Tensor:
+        prepared = [self.preparation.size(height, width) for width, height in sizes.tolist()]
+        return sizes.new_tensor([(width, height) for height, width in prepared]).reshape(-1, 2) / sizes
 
     # --- in use
 

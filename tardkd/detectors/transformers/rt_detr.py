@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tardkd.detectors.answers import best_for, rows_of
 from tardkd.detectors.base import HeadOutputs, InputBatch, Regions, TeacherPass
@@ -45,7 +45,13 @@ class RTDetrDetector(QueryDetector):
     """
 
     normalisation = UNCHANGED
-    sizes = (640, 640)
+
+    @property
+    def nominal_sizes(self) -> tuple[int, int]:
+        named = self.config.anchor_image_size
+        if named is None:
+            return 640, 640
+        return (named, named) if isinstance(named, int) else (min(named), max(named))
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -130,6 +136,22 @@ class RTDetrDetector(QueryDetector):
         sizes = [(round(height * ratio), round(width * ratio)) for height, width in inputs.sizes]
         padded = self.preparation.padded(*(side * ratio for side in inputs.tensor.shape[-2:]))
         return self.preparation.batch(images, dtype, sizes, padded)
+
+    # --- its parts
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.model.model.backbone
+
+    @property
+    def heads(self) -> tuple[nn.Module, ...]:
+        decoder = self.model.model.decoder
+        return decoder.class_embed[-1], decoder.bbox_embed[-1]
+
+    @property
+    def class_tensors(self) -> tuple[str, ...]:
+        trunk = ("model.denoising_class_embed.", "model.enc_score_head.", "model.decoder.class_embed.")
+        return (*trunk, "class_embed.")  # of D-FINE under two names
 
     # --- in use
 
