@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(page for folder in (".", "docs", "docs/api", "recipes") for page in (ROOT / folder).glob("*.md"))
 PAGES += sorted(ROOT.glob("benchmarks/**/*.md"))
 SHELL = ("", "sh")
-LANGUAGES = (*SHELL, "python", "yaml", "text", "{eval-rst}", "{toctree}", "{include}", "{literalinclude}")
+LANGUAGES = (*SHELL, "python", "diff", "yaml", "text", "{eval-rst}", "{toctree}", "{include}", "{literalinclude}")
 DEVELOPMENT = ("cmake", "ctest", "git", "ruff", "clang-format", "mypy", "pre-commit")  # what only CONTRIBUTING calls
 
 
@@ -152,15 +152,53 @@ def wandb() -> Any:
 def run_python(page: Path, folder: Path) -> None:
     """The Python blocks of a page, one after another, as a reader would paste them."""
     names = preamble(folder)
-    for block in blocks(page, "python"):
+    if page.name == "transformers.md":
+        names |= transformers_preamble(folder)
+    for block in blocks(page, "python", "diff"):
         # With as many empty lines before it, an error names the page's own line.
-        exec(compile("\n" * block.line + block.text, page, "exec"), names)
+        exec(compile("\n" * block.line + sides(block)[1], page, "exec"), names)
 
 
-@pytest.mark.parametrize("page", sorted({block.page for block in all_blocks("python")}), ids=lambda page: page.name)
+def sides(block: Block) -> tuple[str, str]:
+    """What a block is without and with its changes; the same, where it is no diff."""
+    if block.language != "diff":
+        return block.text, block.text
+    lines = block.text.splitlines(keepends=True)
+    before, after = ([line[1:] or "\n" for line in lines if line[0] != sign] for sign in "+-")
+    return "".join(before), "".join(after)
+
+
+def transformers_preamble(folder: Path) -> dict[str, Any]:
+    """What a script for transformers' Trainer has before its model: arguments, data, and two models in folders."""
+    pytest.importorskip("transformers")
+    from detectors.transformers.tiny import tiny_call, tiny_query_detector
+    from transformers import TrainingArguments
+
+    for name, seed in (("student", 0), ("teacher", 1)):
+        tiny_query_detector("rt_detr_v2", seed=seed).save_pretrained(folder / name)
+    options = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "remove_unused_columns": False}
+    return {
+        "args": TrainingArguments("runs", max_steps=2, per_device_train_batch_size=1, **options),
+        "train_set": [tiny_call(seed=seed) for seed in range(2)],
+        "collate": lambda calls: calls[0],
+        "images": [torch.rand(3, 64, 96)],
+    }
+
+
+@pytest.mark.parametrize("block", all_blocks("diff"), ids=str)
+def test_a_diff_is_code_before_and_after_and_short(block):
+    for side in sides(block):
+        compile(side, str(block), "exec")
+    assert sum(line.startswith("+") for line in block.text.splitlines()) <= 10
+
+
+@pytest.mark.parametrize(
+    "page", sorted({block.page for block in all_blocks("python", "diff")}), ids=lambda page: page.name
+)
 def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "wandb", wandb())
+    if "wandb" in page.read_text(encoding="utf-8"):  # other libraries look whether there is one
+        monkeypatch.setitem(sys.modules, "wandb", wandb())
     run_python(page, tmp_path)
 
 
