@@ -89,9 +89,13 @@ class RTDetrDetector(QueryDetector):
     def parts(self, output: Any) -> dict[str, Tensor]:
         """By kind, each over all layers: how many layers there are is not the same in a batch without objects."""
         parts: dict[str, Tensor] = {}
+        classes = getattr(self.model.model, "denoising_class_embed", None)
         for name, value in output.loss_dict.items():
             kind = name.split("_aux_")[0].split("_dn_")[0]
             parts[kind] = parts[kind] + value if kind in parts else value
+        if classes is not None and not output.denoising_meta_values and "loss_vfl" in parts:
+            # Without an object there is no noise to undo; DDP waits for the gradient of every parameter.
+            parts["loss_vfl"] = parts["loss_vfl"] + 0 * classes.weight.sum()
         return parts
 
     # --- as a teacher

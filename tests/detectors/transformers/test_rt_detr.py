@@ -211,7 +211,11 @@ def test_images_and_targets_give_losses_that_add_up_to_the_models(kind):
     kinds = {"loss_vfl", "loss_bbox", "loss_giou"} | ({"loss_fgl", "loss_ddf"} if kind == "d_fine" else set())
     assert losses.keys() == kinds
     nothing = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}] * 2
-    assert Distiller(detector, None, enabled=False)(images, nothing).keys() == kinds
+    losses = Distiller(detector, None, enabled=False)(images, nothing)
+    assert losses.keys() == kinds
+    sum(losses.values()).backward()
+    waiting = [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None]
+    assert not waiting  # DDP would, for a gradient
 
 
 @pytest.mark.parametrize("label", [0, 4])
