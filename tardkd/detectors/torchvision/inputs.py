@@ -1,4 +1,4 @@
-"""What all of torchvision's detectors share: the transform before the backbone, and calls that can be listened to."""
+"""What all of torchvision's detectors share: the transform before the backbone."""
 
 from __future__ import annotations
 
@@ -15,42 +15,6 @@ from torchvision.models.detection.image_list import ImageList
 from tardkd.detectors.base import InputBatch
 
 Transformed = tuple[InputBatch, list[dict[str, Tensor]]]  # the batch and the targets in its pixels
-
-
-@contextmanager
-def recorded_calls(*modules: nn.Module) -> Iterator[dict[nn.Module, tuple[tuple[Any, ...], Any]]]:
-    """Record ``(args, output)`` of the first call of each module; no trace is left on the modules afterwards."""
-    calls: dict[nn.Module, tuple[tuple[Any, ...], Any]] = {}
-
-    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        calls.setdefault(module, (args, output))
-
-    handles = [module.register_forward_hook(record) for module in modules]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def recorded_method(owner: Any, name: str) -> Iterator[list[tuple[tuple[Any, ...], Any]]]:
-    """Record ``(args, output)`` of every call of the method ``name`` of an object, which is none of its own modules."""
-    calls: list[tuple[tuple[Any, ...], Any]] = []
-    method, is_own = getattr(owner, name), name in vars(owner)
-
-    def record(*args: Any) -> Any:
-        calls.append((args, method(*args)))
-        return calls[-1][1]
-
-    setattr(owner, name, record)
-    try:
-        yield calls
-    finally:
-        if is_own:  # somebody else had put a function of their own onto this object
-            setattr(owner, name, method)
-        else:
-            delattr(owner, name)
 
 
 @contextmanager

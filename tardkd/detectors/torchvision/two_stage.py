@@ -24,6 +24,7 @@ from tardkd.detectors.base import (
     StudentPass,
     TeacherPass,
 )
+from tardkd.detectors.listening import recorded_calls, recorded_method
 from tardkd.ops.fallback import has_kernels
 from tardkd.ops.modules import infer_scales
 from tardkd.ops.spec import RoIAlignSpec
@@ -38,9 +39,7 @@ from .inputs import (
     longest_aspect,
     named,
     probe,
-    recorded_calls,
     recorded_inputs,
-    recorded_method,
     teacher_batch,
 )
 

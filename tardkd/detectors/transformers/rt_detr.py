@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tardkd.detectors.answers import best_for, rows_of
 from tardkd.detectors.base import HeadOutputs, InputBatch, Regions, TeacherPass
-from tardkd.detectors.torchvision.inputs import recorded_calls
+from tardkd.detectors.listening import recorded_calls
 
 from .inputs import UNCHANGED, mask_of, to_pixels
 from .queries import QueryDetector
