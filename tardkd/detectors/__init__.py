@@ -58,7 +58,7 @@ def for_model(model: nn.Module | Detector) -> Detector:
 
 SUPPORTED = (
     "torchvision's GeneralizedRCNN (Faster, Mask and Keypoint R-CNN), RetinaNet, FCOS and SSD, transformers' RT-DETR, "
-    "RT-DETRv2 and D-FINE"
+    "RT-DETRv2 and D-FINE, Detectron2's R-CNNs with FPN and RetinaNet"
 )
 
 
@@ -80,4 +80,12 @@ def _transformers(model: nn.Module) -> Detector | None:
     return detector_of(model)
 
 
-FAMILIES: tuple[Callable[[nn.Module], Detector | None], ...] = (_torchvision, _transformers)
+def _detectron2(model: nn.Module) -> Detector | None:
+    if not any(kind.__module__.startswith("detectron2.") for kind in type(model).__mro__):
+        return None
+    from .detectron2 import detector_of
+
+    return detector_of(model)
+
+
+FAMILIES: tuple[Callable[[nn.Module], Detector | None], ...] = (_torchvision, _transformers, _detectron2)
