@@ -154,3 +154,8 @@ def test_teachers_of_another_family_teach_it_and_it_them(module):
     student = tiny_detector(num_classes=CLASSES + 1)
     losses = Distiller(student, module.YOLO9Detector(yolo()), settings, **names)(list(images), boxes)
     assert losses["distill_classification"] > 0 and losses["distill_regression"] > 0
+
+
+def test_it_is_short(module):
+    with open(module.__file__, encoding="utf-8") as file:
+        assert len(file.readlines()) <= 60
