@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from tardkd.detectors import Detector
 from tardkd.detectors.base import Regions, StudentPass, TeacherPass
@@ -35,6 +36,19 @@ def share_regions(
     if settings.foreground_only:
         regions = regions.select(regions.foreground(student.head))
     return regions
+
+
+def nearest_proposals(regions: Regions, proposals: Sequence[Tensor]) -> list[Tensor]:
+    """For each region the proposal that overlaps its object most, N x (R_n, 4) xyxy.
+
+    Args:
+        regions: the student's; each is of an object.
+        proposals: N x (P_n, 4) xyxy; of an image without any, the objects are taken themselves.
+    """
+    return [
+        of_image[box_iou(objects, of_image).argmax(1)] if len(of_image) else objects
+        for objects, of_image in zip(regions.gt_boxes.split(regions.counts), proposals)
+    ]
 
 
 def rescale_deltas(deltas: Tensor, weights: Sequence[float], wanted: Sequence[float]) -> Tensor:

@@ -23,7 +23,7 @@ from .adapters import make_adapter, make_adapters, pair_levels
 from .classes import ClassMap
 from .conventions import common_coding, in_students_terms, scores
 from .settings import DistillSettings
-from .sharing import rescale_deltas
+from .sharing import nearest_proposals, rescale_deltas
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,15 @@ class FrozenTeacher:
         convention, own = self.student.head, self.detector.head
         regions = self.classes.student_regions(shared, convention)
         with torch.no_grad(), self._timed():
-            head = self.detector.answers(teacher_pass, regions, self.classes.teacher_places(regions, convention))
+            asked = regions
+            if convention.regions == "objects" and self.detector.two_stage:
+                # A box head that is given the object itself has little to do but to leave it where it is: that would
+                # not tell whether it can find it. So it gets the nearest of its own proposals.
+                nearest = nearest_proposals(regions, self.detector.teacher_proposals(teacher_pass))
+                asked = replace(regions, proposals=nearest)
+            head = self.detector.answers(teacher_pass, asked, self.classes.teacher_places(regions, convention))
             head = self.classes.teacher_outputs(head, own, convention.background)
-            head = in_students_terms(head, own, convention, regions, self.box_coding)
+            head = in_students_terms(head, own, convention, asked, self.box_coding)
         outputs = in_students_terms(regions.head, convention, convention, regions, self.box_coding)
         checks.check_head_widths(outputs.widths, head.widths)
         return Lesson(replace(regions, head=outputs), head)

@@ -1,0 +1,54 @@
+"""Every family as student, every family as teacher: the table of pairs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from distill.families import FAMILIES, NAMES, build, planted, trained
+from tardkd.detectors import for_model
+from tardkd.distill import Distiller, DistillSettings
+
+OPEN = {"feature_gate": "foreground", "classification_gate": "foreground", "regression_gate": "foreground"}
+STUDENTS = pytest.mark.parametrize("student", FAMILIES)
+TEACHERS = pytest.mark.parametrize("teacher", FAMILIES)
+
+
+@STUDENTS
+@TEACHERS
+def test_any_teacher_teaches_any_student(student: str, teacher: str) -> None:
+    """Finite terms above zero beside the student's own losses; gradients in the student alone."""
+    pupil, master = build(student), build(teacher, seed=1)
+    detector = for_model(copy.deepcopy(pupil).train())
+    torch.manual_seed(5)
+    _, plain = detector.call(detector.read_call(*planted()))
+    distiller = Distiller(pupil, master, DistillSettings(**OPEN), student_classes=NAMES, teacher_classes=NAMES).train()
+    torch.manual_seed(5)
+    losses = distiller(*planted())
+    terms = {name: value.item() for name, value in losses.items() if name.startswith("distill_")}
+    assert list(terms) == ["distill_feature", "distill_classification", "distill_regression"]
+    assert all(0 < value < float("inf") for value in terms.values()), terms
+    assert {name: losses[name].item() for name in plain} == {name: value.item() for name, value in plain.items()}
+    torch.stack([losses[name] for name in terms]).sum().backward()
+    reached = [weight.grad for weight in pupil.parameters() if weight.grad is not None]
+    assert reached and all(gradient.isfinite().all() for gradient in reached)
+    assert any(gradient.any() for gradient in reached)
+    assert all(weight.grad is None for weight in master.parameters())
+
+
+@STUDENTS
+@TEACHERS
+def test_the_gates_tell_a_good_teacher_from_a_bad_one(student: str, teacher: str) -> None:
+    """One that has learnt the planted objects opens them to a student that has begun to; one that learnt nothing does
+    not."""
+    shares = {}
+    for name, master in (("good", trained(teacher, seed=1)), ("bad", build(teacher, seed=1))):
+        pupil = trained(student, share=0.2)
+        distiller = Distiller(pupil, master, student_classes=NAMES, teacher_classes=NAMES).train()
+        torch.manual_seed(5)
+        distiller(*planted())
+        shares[name] = {key: distiller.stats[f"gate_{key}"].item() for key in ("classification", "regression")}
+    assert shares["good"]["classification"] > 0.7 > 0.3 > shares["bad"]["classification"], shares
+    assert shares["good"]["regression"] > shares["bad"]["regression"], shares
