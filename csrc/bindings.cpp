@@ -15,7 +15,9 @@ namespace {
 void region_distill(const py::object& student_pyramid, const py::object& teacher_pyramid,
                     const py::object& grad_pyramid, const py::object& inputs, const py::object& upstream,
                     const py::object& results, const py::object& align, const py::object& loss, int threads) {
-  const Pyramid student = pyramid(student_pyramid), teacher = pyramid(teacher_pyramid), grad = pyramid(grad_pyramid);
+  const Pyramid student = pyramid(student_pyramid, tensor(TARDKD_FIELD(inputs, "student_norms"))),
+                teacher = pyramid(teacher_pyramid, tensor(TARDKD_FIELD(inputs, "teacher_norms"))),
+                grad = pyramid(grad_pyramid);
   const RegionInputs in = region_inputs(inputs, tensor(upstream), student, teacher);
   const RoiAlignSpec roi = align_spec(align);
   const LossSpec spec = loss_spec(loss);
@@ -30,7 +32,8 @@ void region_distill(const py::object& student_pyramid, const py::object& teacher
 void pooled_distill(const py::object& student_pooled, const py::object& teacher_pooled, const py::object& grad_pooled,
                     const py::object& inputs, const py::object& upstream, const py::object& results,
                     const py::object& loss, int threads) {
-  const PooledTensor student = pooled_tensor(tensor(student_pooled)), teacher = pooled_tensor(tensor(teacher_pooled)),
+  const PooledTensor student = pooled_tensor(tensor(student_pooled), tensor(TARDKD_FIELD(inputs, "student_norms"))),
+                     teacher = pooled_tensor(tensor(teacher_pooled), tensor(TARDKD_FIELD(inputs, "teacher_norms"))),
                      grad = pooled_tensor(tensor(grad_pooled));
   const RegionInputs in = region_inputs(inputs, tensor(upstream), -1);
   const LossSpec spec = loss_spec(loss);
@@ -81,6 +84,17 @@ void roi_align_backward(const py::object& grad_pyramid, const py::object& propos
     using A = decltype(a);
     py::gil_scoped_release release;
     cpu::roi_align_backward<A>(grad, regions, given, pooled.shape[0], pooled.as<A>(), spec, threads);
+  });
+}
+
+// `norms` (2 C_1 + ... + 2 C_L,), those of the levels one after the other.
+void channel_norms(const py::object& features_pyramid, double epsilon, const py::object& norms_object, int threads) {
+  const Pyramid features = pyramid(features_pyramid);
+  const Tensor norms = tensor(norms_object);
+  accumulate_as(features.dtype, [&](auto a) {
+    using A = decltype(a);
+    py::gil_scoped_release release;
+    cpu::channel_norms<A>(features, epsilon, norms.as<A>(), threads);
   });
 }
 
@@ -167,6 +181,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("region_distill", &region_distill);
   m.def("pooled_distill", &pooled_distill);
   m.def("head_distill", &head_distill);
+  m.def("channel_norms", &channel_norms);
   m.def("roi_align", &roi_align);
   m.def("roi_align_backward", &roi_align_backward);
   m.def("gaussian_feature_loss", &gaussian_feature_loss);

@@ -59,8 +59,8 @@ inline Tensor tensor(const py::handle& description) {
   return t;
 }
 
-// DescribedPyramid. Without levels: a gradient that is not wanted.
-inline Pyramid pyramid(const py::object& described) {
+// DescribedPyramid. Without levels: a gradient that is not wanted. `norms`: those of the levels, one after the other.
+inline Pyramid pyramid(const py::object& described, const Tensor& norms = Tensor{}) {
   const py::list levels = TARDKD_FIELD(described, "levels");
   const auto scales = TARDKD_FIELD(described, "scales").cast<std::vector<double>>();
   if (levels.size() > kMaxLevels)
@@ -68,22 +68,24 @@ inline Pyramid pyramid(const py::object& described) {
                                 std::to_string(levels.size()));
   Pyramid p{};
   p.levels = static_cast<int32_t>(levels.size());
+  const char* norm = norms.as<const char>();
   for (int32_t level = 0; level < p.levels; ++level) {
     const Tensor t = tensor(levels[level]);
     p.images = t.size(0);
     p.max_channels = std::max(p.max_channels, t.size(1));
     p.dtype = t.dtype;
     p.level[level] = FeatureMap{t.data,    t.strides[0], t.strides[1],  t.strides[2], t.strides[3],
-                                t.size(2), t.size(3),    scales[level], t.size(1)};
+                                t.size(2), t.size(3),    scales[level], t.size(1),    norm};
+    if (norm) norm += 2 * t.size(1) * (norms.dtype == DType::float64 ? sizeof(double) : sizeof(float));
   }
   return p;
 }
 
 // (R, C, h, w); Python sees to it that h and w can be walked as one axis. A null tensor becomes an absent one.
-inline PooledTensor pooled_tensor(const Tensor& t) {
+inline PooledTensor pooled_tensor(const Tensor& t, const Tensor& norm = Tensor{}) {
   if (!t) return PooledTensor{};
   const int64_t bins = t.strides[t.shape[3] > 1 ? 3 : 2];
-  return PooledTensor{t.data, t.dtype, t.size(1), t.size(2), t.size(3), {t.strides[0], t.strides[1], bins}};
+  return PooledTensor{t.data, t.dtype, t.size(1), t.size(2), t.size(3), {t.strides[0], t.strides[1], bins}, norm.data};
 }
 
 // Tensors of one or two axes. A null tensor becomes an absent table.

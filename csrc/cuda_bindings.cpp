@@ -34,7 +34,9 @@ void region_distill(const py::object& student_pyramid, const py::object& teacher
                     const py::object& grad_pyramid, const py::object& grad_pooled, const py::object& inputs,
                     const py::object& upstream, const py::object& results, const py::object& scratch,
                     const py::object& align, const py::object& loss, const py::object& target) {
-  const Pyramid student = pyramid(student_pyramid), teacher = pyramid(teacher_pyramid), grad = pyramid(grad_pyramid);
+  const Pyramid student = pyramid(student_pyramid, tensor(TARDKD_FIELD(inputs, "student_norms"))),
+                teacher = pyramid(teacher_pyramid, tensor(TARDKD_FIELD(inputs, "teacher_norms"))),
+                grad = pyramid(grad_pyramid);
   const Tensor pooled = tensor(grad_pooled);
   const RegionInputs in = region_inputs(inputs, tensor(upstream), student, teacher);
   const RoiAlignSpec roi = align_spec(align);
@@ -54,7 +56,8 @@ void region_distill(const py::object& student_pyramid, const py::object& teacher
 void pooled_distill(const py::object& student_pooled, const py::object& teacher_pooled, const py::object& grad_pooled,
                     const py::object& inputs, const py::object& upstream, const py::object& results,
                     const py::object& scratch, const py::object& loss, const py::object& target) {
-  const PooledTensor student = pooled_tensor(tensor(student_pooled)), teacher = pooled_tensor(tensor(teacher_pooled)),
+  const PooledTensor student = pooled_tensor(tensor(student_pooled), tensor(TARDKD_FIELD(inputs, "student_norms"))),
+                     teacher = pooled_tensor(tensor(teacher_pooled), tensor(TARDKD_FIELD(inputs, "teacher_norms"))),
                      grad = pooled_tensor(tensor(grad_pooled));
   const RegionInputs in = region_inputs(inputs, tensor(upstream), -1);
   const LossSpec spec = loss_spec(loss);

@@ -34,6 +34,18 @@ struct FeatureMap {
   int32_t height, width;
   double scale;  // map pixels per student-input pixel
   int32_t channels;
+  const void* norm;  // see ChannelNorm; null where the map is taken as it is
+};
+
+// What standardises the channels of a level: x becomes scale (x - mean), of variance 1 over all images and
+// pixels. A level has an array (2, channels) of A, the scales and then the means.
+template <class A>
+struct ChannelNorm {
+  const A *scale, *mean;
+
+  // Of the channels from `first` on.
+  TARDKD_HD ChannelNorm(const void* norm, int32_t channels, int32_t first = 0)
+      : scale(static_cast<const A*>(norm) + first), mean(scale + channels) {}
 };
 
 // Element of a map, counted from its first one.
@@ -61,6 +73,7 @@ struct PooledTensor {
   DType dtype;
   int32_t channels, pooled_h, pooled_w;
   int64_t strides[3];
+  const void* norm;  // see ChannelNorm, over all regions and bins; null where the features are taken as they are
 };
 
 // (rows, columns), or (rows,) where the column's stride has no meaning; strides in elements. Null data stands for a

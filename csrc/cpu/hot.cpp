@@ -7,6 +7,7 @@
 // channels of one image and level, gradient map included, so nothing needs atomics and every sum has a fixed order.
 #include "hot.h"
 
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 
@@ -188,6 +189,29 @@ PoolRegion<A, L> pool_region_for(DType dtype) {
       dtype, [](auto* t) -> PoolRegion<A, L> { return pool_region<std::decay_t<decltype(*t)>, A, L, kSubtract>; });
 }
 
+// Standardises what was pooled from channels [c0, c0 + channels) of a map, as if the map had been: a sample outside of
+// it stays zero, so that a bin's mean counts as much as its samples do.
+template <class A, int L>
+void standardise(const FeatureMap& map, int c0, int channels, const Window<A>& window, int pooled_h, int pooled_w,
+                 A* out) {
+  const ChannelNorm<A> norm(map.norm, map.channels);
+  A scale[L] = {}, mean[L] = {};
+  std::memcpy(scale, norm.scale + c0, sizeof(A) * channels);
+  std::memcpy(mean, norm.mean + c0, sizeof(A) * channels);
+  const auto total = [](const Axis<A>& axis, int bin) {
+    A sum = 0;
+    for (int k = axis.begin[bin]; k < axis.begin[bin + 1]; ++k) sum += axis.weight[k];
+    return sum;
+  };
+  for (int i = 0; i < pooled_h; ++i) {
+    const A along_y = total(window.y, i);
+    for (int j = 0; j < pooled_w; ++j, out += L) {
+      const A weight = along_y * total(window.x, j);
+      for (int l = 0; l < L; ++l) out[l] = scale[l] * (out[l] - weight * mean[l]);
+    }
+  }
+}
+
 // Sum of b rho(d) over bins x lanes; d becomes slope * b * rho'(d).
 template <class A, int L, FeatureLoss kKind>
 A penalise(A* d, int bins, const A* bin_weights, A beta, A slope) {
@@ -268,10 +292,12 @@ void pool_task(const PoolJob<A>& job, int32_t image, int32_t level, int32_t bloc
       const FeatureMap* twin = job.same_geometry ? &job.teacher->level[level] : nullptr;
       pool_student(job, map, map.data, twin ? twin->data : nullptr, offset_s,
                    twin ? offset_in(*twin, image, c0, 0, 0) : 0, region.student, channels, row, out);
+      if (map.norm) standardise<A, L>(map, c0, channels, region.student, job.pooled_h, job.pooled_w, out);
       if (pool_teacher) {
         const FeatureMap& there = job.teacher->level[region.teacher.level];
         pool_teacher(job, there, there.data, nullptr, offset_in(there, image, c0, 0, 0), 0, region.teacher, channels,
                      row, other);
+        if (there.norm) standardise<A, L>(there, c0, channels, region.teacher, job.pooled_h, job.pooled_w, other);
         for (int k = 0; k < bins * L; ++k) out[k] -= other[k];
       }
       if (job.pooled) {
@@ -329,6 +355,25 @@ A pooled_run(const S* s, const T* t, A* grad, int count, const A* bin_weights, A
   return total;
 }
 
+// The same of standardised features. The norms run along with the elements, or stand for all of them with kSame.
+template <class S, class T, class A, FeatureLoss kKind, bool kSame>
+A standardised_run(const S* s, const T* t, A* grad, int count, const ChannelNorm<A>& of_s, const ChannelNorm<A>& of_t,
+                   int first, const A* bin_weights, A beta, A slope) {
+  A sums[16] = {};
+  for (int begin = 0; begin < count; begin += 16)
+    for (int l = 0; l < 16 && begin + l < count; ++l) {
+      const int k = begin + l, c = first + (kSame ? 0 : k);
+      const A d =
+          of_s.scale[c] * (load_as<A>(s + k) - of_s.mean[c]) - of_t.scale[c] * (load_as<A>(t + k) - of_t.mean[c]);
+      const A b = bin_weights ? bin_weights[k] : A(1);
+      sums[l] += b * penalty(kKind, d, beta);
+      if (grad) grad[k] = slope * b * penalty_slope(kKind, d, beta);
+    }
+  A total = 0;
+  for (int l = 0; l < 16; ++l) total += sums[l];
+  return total;
+}
+
 template <class S, class T, class A, FeatureLoss kKind>
 void pooled_region(const PooledLossJob<A>& job, int64_t r) {
   const int channels = job.student.channels, bins = job.student.pooled_h * job.student.pooled_w;
@@ -346,7 +391,18 @@ void pooled_region(const PooledLossJob<A>& job, int64_t r) {
   const bool bins_inside = job.student.strides[2] == 1;
   const int inner = bins_inside ? bins : channels, outer = bins_inside ? channels : bins;
   A total = 0;
-  if (!bin_weights)
+  if (job.student.norm) {
+    const ChannelNorm<A> of_s(job.student.norm, channels), of_t(job.teacher.norm, channels);
+    for (int k = 0; k < outer; ++k, s += inner, t += inner, grad += grad ? inner : 0)
+      if (bins_inside) {
+        total += standardised_run<S, T, A, kKind, true>(s, t, grad, inner, of_s, of_t, k, bin_weights, job.beta,
+                                                        job.slope[r]);
+      } else {
+        const A weight = bin_weights ? bin_weights[k] : A(1);
+        total += weight * standardised_run<S, T, A, kKind, false>(s, t, grad, inner, of_s, of_t, 0, nullptr, job.beta,
+                                                                  job.slope[r] * weight);
+      }
+  } else if (!bin_weights)
     total = pooled_run<S, T, A, kKind>(s, t, grad, inner * outer, nullptr, job.beta, job.slope[r]);
   else
     for (int k = 0; k < outer; ++k, s += inner, t += inner, grad += grad ? inner : 0) {
@@ -375,6 +431,168 @@ void pooled_loss_region(const PooledLossJob<A>& job, int64_t region) {
     with_type<A>(job.teacher.dtype, [&](auto* t) {
       pooled_region_kind<std::decay_t<decltype(*s)>, std::decay_t<decltype(*t)>, A>(job, region);
     });
+  });
+}
+
+// ---- standardised channels ------------------------------------------------------------------------------------------
+
+// Adds up x - pivot and its square along `count` elements of one channel.
+template <class T, class A>
+void add_moments(const T* x, int64_t step, int count, A pivot, double& sum, double& square) {
+  Vec<A> s{}, q{};
+  A rest = 0, rest_square = 0;
+  int k = 0;
+  if (step == 1)
+    for (; k + kLanes <= count; k += kLanes) {
+      const Vec<A> d = Loader<A, T>::load8(x + k) - broadcast(pivot);
+      s += d;
+      q += d * d;
+    }
+  for (; k < count; ++k) {
+    const A d = load_as<A>(x + k * step) - pivot;
+    rest += d;
+    rest_square += d * d;
+  }
+  for (int l = 0; l < kLanes; ++l) rest += s[l], rest_square += q[l];
+  sum += rest;
+  square += rest_square;
+}
+
+// Rows are added up in A, and the sums of rows in double. A value of the channel is taken off first: where the mean is
+// large beside the deviation, little is left of the squares' difference.
+template <class T, class A>
+void channel_norms(const FeatureMap& map, int images, int c0, int channels, double epsilon, A* scale, A* mean) {
+  const T* data = static_cast<const T*>(map.data) + c0 * map.stride_c;
+  A pivot[kLanes] = {};
+  double sum[kLanes] = {}, square[kLanes] = {};
+  const double count = double(images) * map.height * map.width;
+  for (int l = 0; l < channels && count > 0; ++l) pivot[l] = load_as<A>(data + l * map.stride_c);
+  if (map.stride_c == 1 && channels == kLanes) {
+    const Vec<A> at = load(pivot);
+    for (int n = 0; n < images; ++n)
+      for (int y = 0; y < map.height; ++y) {
+        const T* row = data + n * map.stride_n + y * map.stride_h;
+        Vec<A> s{}, q{};
+        for (int x = 0; x < map.width; ++x) {
+          const Vec<A> d = Loader<A, T>::load8(row + x * map.stride_w) - at;
+          s += d;
+          q += d * d;
+        }
+        for (int l = 0; l < kLanes; ++l) sum[l] += s[l], square[l] += q[l];
+      }
+  } else {
+    for (int l = 0; l < channels; ++l)
+      for (int n = 0; n < images; ++n)
+        for (int y = 0; y < map.height; ++y)
+          add_moments(data + l * map.stride_c + n * map.stride_n + y * map.stride_h, map.stride_w, map.width, pivot[l],
+                      sum[l], square[l]);
+  }
+  for (int l = 0; l < channels; ++l) {
+    const double offset = count > 0 ? sum[l] / count : 0.0, spread = count > 0 ? square[l] / count : 0.0;
+    const double variance = spread - offset * offset;
+    scale[l] = static_cast<A>(1.0 / std::sqrt((variance < 0.0 ? 0.0 : variance) + epsilon));
+    mean[l] = static_cast<A>(pivot[l] + offset);
+  }
+}
+
+// Adds up g and g x' along `count` elements of one channel, with x' = scale (x - mean).
+template <class T, class A>
+void add_products(const A* g, int64_t step_g, const T* x, int64_t step_x, int count, A scale, A mean, double& sum,
+                  double& product) {
+  Vec<A> s{}, p{};
+  A rest = 0, rest_product = 0;
+  int k = 0;
+  if (step_g == 1 && step_x == 1)
+    for (; k + kLanes <= count; k += kLanes) {
+      const Vec<A> value = load(g + k);
+      s += value;
+      p += value * (broadcast(scale) * (Loader<A, T>::load8(x + k) - broadcast(mean)));
+    }
+  for (; k < count; ++k) {
+    rest += g[k * step_g];
+    rest_product += g[k * step_g] * (scale * (load_as<A>(x + k * step_x) - mean));
+  }
+  for (int l = 0; l < kLanes; ++l) rest += s[l], rest_product += p[l];
+  sum += rest;
+  product += rest_product;
+}
+
+// g becomes factor g + constant + slope (x - mean).
+template <class T, class A>
+void combine(A* g, int64_t step_g, const T* x, int64_t step_x, int count, A factor, A constant, A slope, A mean) {
+  int k = 0;
+  if (step_g == 1 && step_x == 1)
+    for (; k + kLanes <= count; k += kLanes)
+      store(g + k, broadcast(factor) * load(g + k) + broadcast(constant) +
+                       broadcast(slope) * (Loader<A, T>::load8(x + k) - broadcast(mean)));
+  for (; k < count; ++k)
+    g[k * step_g] = factor * g[k * step_g] + constant + slope * (load_as<A>(x + k * step_x) - mean);
+}
+
+// With x' = scale (x - mean) the gradient for x is scale (g - mean g - x' mean(g x')), the means over the channel.
+template <class T, class A>
+void backward_through_norms(const FeatureMap& map, const FeatureMap& grad, int images, int c0, int channels) {
+  const auto each_row = [&](int channel, const auto& f) {
+    A* g = static_cast<A*>(grad.data) + channel * grad.stride_c;
+    const T* x = static_cast<const T*>(map.data) + channel * map.stride_c;
+    for (int n = 0; n < images; ++n)
+      for (int y = 0; y < map.height; ++y)
+        f(g + n * grad.stride_n + y * grad.stride_h, x + n * map.stride_n + y * map.stride_h);
+  };
+  const bool together = channels == kLanes && map.stride_c == 1 && grad.stride_c == 1;
+  const ChannelNorm<A> norm(map.norm, map.channels);
+  const A *scale = norm.scale + c0, *mean = norm.mean + c0;
+  double sum[kLanes] = {}, product[kLanes] = {};
+  if (together)
+    each_row(c0, [&](const A* g, const T* x) {
+      Vec<A> s{}, p{};
+      for (int k = 0; k < map.width; ++k) {
+        const Vec<A> value = load(g + k * grad.stride_w);
+        s += value;
+        p += value * (load(scale) * (Loader<A, T>::load8(x + k * map.stride_w) - load(mean)));
+      }
+      for (int l = 0; l < kLanes; ++l) sum[l] += s[l], product[l] += p[l];
+    });
+  else
+    for (int l = 0; l < channels; ++l)
+      each_row(c0 + l, [&](const A* g, const T* x) {
+        add_products(g, grad.stride_w, x, map.stride_w, map.width, scale[l], mean[l], sum[l], product[l]);
+      });
+
+  const double count = double(images) * map.height * map.width;
+  A constant[kLanes] = {}, slope[kLanes] = {};
+  for (int l = 0; l < channels; ++l) {
+    constant[l] = static_cast<A>(-scale[l] * sum[l] / count);
+    slope[l] = static_cast<A>(-scale[l] * product[l] * scale[l] / count);
+  }
+  if (together)
+    each_row(c0, [&](A* g, const T* x) {
+      for (int k = 0; k < map.width; ++k) {
+        A* at = g + k * grad.stride_w;
+        store(at, load(scale) * load(at) + load(constant) +
+                      load(slope) * (Loader<A, T>::load8(x + k * map.stride_w) - load(mean)));
+      }
+    });
+  else
+    for (int l = 0; l < channels; ++l)
+      each_row(c0 + l, [&](A* g, const T* x) {
+        combine(g, grad.stride_w, x, map.stride_w, map.width, scale[l], constant[l], slope[l], mean[l]);
+      });
+}
+
+template <class A>
+void channel_norms_any(const FeatureMap& map, DType dtype, int32_t images, int32_t channel, int32_t channels,
+                       double epsilon, A* scale, A* mean) {
+  with_type<A>(dtype, [&](auto* t) {
+    channel_norms<std::decay_t<decltype(*t)>, A>(map, images, channel, channels, epsilon, scale, mean);
+  });
+}
+
+template <class A>
+void backward_through_norms_any(const FeatureMap& map, DType dtype, const FeatureMap& grad, int32_t images,
+                                int32_t channel, int32_t channels) {
+  with_type<A>(dtype, [&](auto* t) {
+    backward_through_norms<std::decay_t<decltype(*t)>, A>(map, grad, images, channel, channels);
   });
 }
 
@@ -520,10 +738,20 @@ void gaussian_gradient_any(const GaussianJob<A>& job, int32_t image, int32_t row
 
 namespace TARDKD_ISA {
 
-extern const Kernels<float> float_kernels{pool_scratch<float>, pool_task_any<float>, pooled_loss_region<float>,
-                                          gaussian_loss_any<float>, gaussian_gradient_any<float>};
-extern const Kernels<double> double_kernels{pool_scratch<double>, pool_task_any<double>, pooled_loss_region<double>,
-                                            gaussian_loss_any<double>, gaussian_gradient_any<double>};
+extern const Kernels<float> float_kernels{pool_scratch<float>,
+                                          pool_task_any<float>,
+                                          pooled_loss_region<float>,
+                                          channel_norms_any<float>,
+                                          backward_through_norms_any<float>,
+                                          gaussian_loss_any<float>,
+                                          gaussian_gradient_any<float>};
+extern const Kernels<double> double_kernels{pool_scratch<double>,
+                                            pool_task_any<double>,
+                                            pooled_loss_region<double>,
+                                            channel_norms_any<double>,
+                                            backward_through_norms_any<double>,
+                                            gaussian_loss_any<double>,
+                                            gaussian_gradient_any<double>};
 
 }  // namespace TARDKD_ISA
 }  // namespace tardkd::cpu

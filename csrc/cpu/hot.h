@@ -82,6 +82,12 @@ struct Kernels {
   int64_t (*pool_scratch)(const PoolJob<A>&);  // elements of A per worker
   void (*pool_task)(const PoolJob<A>&, int32_t image, int32_t level, int32_t block, A* scratch);
   void (*pooled_loss_region)(const PooledLossJob<A>&, int64_t region);
+  // What standardises `channels` channels of a level from `channel` on, at most 8: see ChannelNorm.
+  void (*channel_norms)(const FeatureMap&, DType, int32_t images, int32_t channel, int32_t channels, double epsilon,
+                        A* scale, A* mean);
+  // Of the same channels: turns the gradient for the standardised map into that for the map itself.
+  void (*backward_through_norms)(const FeatureMap&, DType, const FeatureMap& grad, int32_t images, int32_t channel,
+                                 int32_t channels);
   // Rows [row, row + rows) of one image; mask is (rows, width) and zero outside columns [extent[2y], extent[2y + 1])
   // of row y; extent is (rows, 2). The sum of M d^2, and the gradient there, which is written completely.
   double (*gaussian_loss)(const GaussianJob<A>&, int32_t image, int32_t row, int32_t rows, const A* mask,

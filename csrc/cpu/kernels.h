@@ -9,7 +9,7 @@ namespace tardkd::cpu {
 
 // From both pyramids to gates, three losses and their gradients, each to be multiplied by its term's factor. `grad`,
 // maps of A with the student's shapes, dense in NCHW or channels_last order, is written completely; null when not
-// wanted.
+// wanted. Where the levels have norms, features are standardised first, and the gradient goes through that.
 template <class A>
 void region_distill(const Pyramid& student, const Pyramid& teacher, const Pyramid* grad, const RegionInputs& in,
                     const RegionOutputs<A>& out, const RoiAlignSpec& align, const LossSpec& spec, int threads);
@@ -23,6 +23,16 @@ void pooled_distill(const PooledTensor& student, const PooledTensor& teacher, co
 // The same without features: the feature term is 0.
 template <class A>
 void head_distill(const RegionInputs& in, const RegionOutputs<A>& out, const LossSpec& spec, int threads);
+
+// Writes the norms of all levels, (2, C_l) each, one after the other: what standardises each channel over all images
+// and pixels. `epsilon` is added to the variances.
+template <class A>
+void channel_norms(const Pyramid& features, double epsilon, A* norms, int threads);
+
+// Turns `grad`, the gradient for the standardised features, into the gradient for `features`, which have their norms:
+// what standardises them hangs on them too. `grad` is as in region_distill.
+template <class A>
+void backward_through_norms(const Pyramid& features, const Pyramid& grad, int threads);
 
 // Pools `regions` regions, `proposals` (R, 5), `levels` (R,), into `pooled`: (R, C, pooled_h, pooled_w), contiguous.
 // Rows of invalid regions are zero.

@@ -8,6 +8,24 @@
 
 namespace tardkd::cpu {
 
+namespace {
+
+// Regions as images, and their bins as a row of pixels.
+Pyramid as_pyramid(const PooledTensor& pooled, int64_t regions) {
+  Pyramid pyramid{};
+  pyramid.levels = 1;
+  pyramid.images = static_cast<int32_t>(regions);
+  pyramid.max_channels = pooled.channels;
+  pyramid.dtype = pooled.dtype;
+  const auto& [of_region, of_channel, of_bin] = pooled.strides;
+  const int32_t bins = pooled.pooled_h * pooled.pooled_w;
+  pyramid.level[0] =
+      FeatureMap{pooled.data, of_region, of_channel, 0, of_bin, 1, bins, 1.0, pooled.channels, pooled.norm};
+  return pyramid;
+}
+
+}  // namespace
+
 template <class A>
 void pooled_distill(const PooledTensor& student, const PooledTensor& teacher, const PooledTensor& grad,
                     const RegionInputs& in, const RegionOutputs<A>& out, const LossSpec& spec, int threads) {
@@ -37,6 +55,8 @@ void pooled_distill(const PooledTensor& student, const PooledTensor& teacher, co
   for_each_range(in.regions, 8, threads, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) hot.pooled_loss_region(job, r);
   });
+  if (student.norm && grad.data)
+    backward_through_norms<A>(as_pyramid(student, in.regions), as_pyramid(grad, in.regions), threads);
   for (A& value : feature) value *= per_region;
   terms.write_losses(feature);
 }

@@ -29,7 +29,8 @@ void region_distill(const Pyramid& student, const Pyramid& teacher, const Pyrami
   const RegionTerms<A> terms(in, out, spec, threads);
   const LevelChoice student_levels = level_choice(student, in.student_levels);
   const LevelChoice teacher_levels = teacher_choice(student_levels, teacher, in.teacher_levels);
-  const bool shared = same_geometry(student, teacher) && student_levels == teacher_levels;
+  const bool normed = student.level[0].norm != nullptr;  // of each side by itself
+  const bool shared = !normed && same_geometry(student, teacher) && student_levels == teacher_levels;
   const PoolPlan<A> plan(student, shared ? nullptr : &teacher, in.proposals, student_levels, teacher_levels, in.regions,
                          out.gates, align, threads);
   const int64_t open = plan.regions.size();
@@ -58,6 +59,7 @@ void region_distill(const Pyramid& student, const Pyramid& teacher, const Pyrami
   std::vector<A> partial(blocks * open);
   job.partial = partial.data();
   run_pool(job, threads);
+  if (normed && grad) backward_through_norms<A>(student, *grad, threads);
 
   std::vector<A> feature(in.regions);
   for (int64_t r = 0; r < open; ++r) {

@@ -33,11 +33,11 @@ struct Scratch {
 // Elements of Scratch::partial for the region losses of `regions` regions and at most `channels` channels of a level.
 int64_t region_partials(int64_t regions, int32_t channels);
 
-// From both pyramids to gates, three losses and their gradients in one launch. At most one of the two:
-// `grad`: maps of A with the student's shapes, filled with zeros, to which the gradients are added by atomics;
-// `grad_pooled`: (R, C, pooled_h, pooled_w) of A, C the most channels that a level has; the gradient with respect to
-// the student's pooled features of regions with an open feature gate, for roi_align_gather; the other regions are left
-// untouched.
+// From both pyramids to gates, three losses and their gradients in one launch. Where the levels have norms, the
+// features are standardised and the gradient is that for the standardised ones. At most one of the two: `grad`: maps of
+// A with the student's shapes, filled with zeros, to which the gradients are added by atomics; `grad_pooled`: (R, C,
+// pooled_h, pooled_w) of A, C the most channels that a level has; the gradient with respect to the student's pooled
+// features of regions with an open feature gate, for roi_align_gather; the other regions are left untouched.
 template <class A>
 Status region_distill(const Pyramid& student, const Pyramid& teacher, const Pyramid* grad, A* grad_pooled,
                       const RegionInputs& in, const RegionOutputs<A>& out, const Scratch<A>& scratch,

@@ -11,6 +11,8 @@
 // output of many bins, in groups of bins.
 #pragma once
 
+#include <type_traits>
+
 #include "index.cuh"
 #include "maps.cuh"
 
@@ -340,10 +342,37 @@ __device__ __forceinline__ Four<A> minus(Four<A> left, const Four<A>& right) {
   return left;
 }
 
-// A map, less another one of the same geometry and layout if asked for.
+// The same of a standardised map. Pixels beyond it are never staged, so that they stay zero.
 template <class A, class T>
+struct StandardSource : Source<A, T> {
+  ChannelNorm<A> norm;  // of the chunk
+
+  __device__ StandardSource(const MapView& view, int32_t image, int32_t all_channels, int32_t channel)
+      : Source<A, T>(view, image, all_channels, channel), norm(view.map.norm, all_channels, channel) {}
+
+  __device__ __forceinline__ Four<A> pixels(const AxisTable<A>& columns, int32_t channel, int32_t y,
+                                            int32_t staged) const {
+    Four<A> values = Source<A, T>::pixels(columns, channel, y, staged);
+    if (channel >= this->channels) return values;
+    const A scale = norm.scale[channel], mean = norm.mean[channel];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) values.at[k] = scale * (values.at[k] - mean);
+    return values;
+  }
+  __device__ __forceinline__ Four<A> quad(int32_t quad, int32_t y, int32_t x) const {
+    Four<A> values = Source<A, T>::quad(quad, y, x);
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (4 * quad + k < this->channels)
+        values.at[k] = norm.scale[4 * quad + k] * (values.at[k] - norm.mean[4 * quad + k]);
+    return values;
+  }
+};
+
+// A map, less another one of the same geometry and layout if asked for.
+template <class A, class From>
 struct Difference {
-  Source<A, T> map, other;
+  From map, other;
   bool subtract;
 
   __device__ __forceinline__ Four<A> pixels(const AxisTable<A>& columns, int32_t channel, int32_t y,
@@ -399,15 +428,16 @@ struct PoolSource {
   int32_t image, channels, channel;
 };
 
-template <class A>
+template <bool kNorm, class A>
 __device__ __forceinline__ void stage(const PoolSource& source, PoolShared<A>& shared, const Tables<A>& tables,
                                       int32_t row, int32_t rows) {
   with_stored<A>(source.dtype, [&](auto stored) {
     using T = decltype(stored);
+    using From = std::conditional_t<kNorm, StandardSource<A, T>, Source<A, T>>;
     const MapView& other = source.subtract ? *source.subtract : *source.map;
-    const Difference<A, T> from{Source<A, T>(*source.map, source.image, source.channels, source.channel),
-                                Source<A, T>(other, source.image, source.channels, source.channel),
-                                source.subtract != nullptr};
+    const Difference<A, From> from{From(*source.map, source.image, source.channels, source.channel),
+                                   From(other, source.image, source.channels, source.channel),
+                                   source.subtract != nullptr};
     stage(from, source.map->planar, shared, tables, row, rows);
   });
 }
@@ -464,8 +494,9 @@ __device__ void accumulate(PoolShared<A>& shared, const Tables<A>& tables, const
   });
 }
 
-// bins += sign * RoIAlign(source), over all batches and strips. All threads; ends with a barrier.
-template <class A>
+// bins += sign * RoIAlign(source), over all batches and strips; of standardised maps with kNorm. All threads; ends with
+// a barrier.
+template <bool kNorm = false, class A>
 __device__ __forceinline__ void pool(const PoolSource& source, const RegionPlace& place, const BinGroup& group,
                                      PoolShared<A>& shared, Tables<A>& tables, A sign) {
   for_each_batch(place, *source.map, group, tables, [&] {
@@ -473,7 +504,7 @@ __device__ __forceinline__ void pool(const PoolSource& source, const RegionPlace
     const int32_t all = tables.y.count, strip = strip_rows(tables);
     for (int32_t row = 0; row < all; row += strip) {
       const int32_t rows = all - row < strip ? all - row : strip;
-      stage(source, shared, tables, row, rows);
+      stage<kNorm>(source, shared, tables, row, rows);
       __syncthreads();
       accumulate(shared, tables, group, row, rows, sign);
       __syncthreads();

@@ -75,7 +75,20 @@ __device__ __forceinline__ A penalty_sum(const LossSpec& spec, A slope, const F&
   }
 }
 
-template <class T, class A, class P>
+// The difference of the two sides' elements at a position.
+template <bool kNorm, class A>
+__device__ __forceinline__ A difference(const PooledJob<A>& job, A student, A teacher, const Position& at) {
+  if constexpr (kNorm) {
+    const int32_t channels = job.student.channels, channel = job.bins_inside ? at.outer : at.inner;
+    const ChannelNorm<A> of_student(job.student.norm, channels, channel);
+    const ChannelNorm<A> of_teacher(job.teacher.norm, channels, channel);
+    student = *of_student.scale * (student - *of_student.mean);
+    teacher = *of_teacher.scale * (teacher - *of_teacher.mean);
+  }
+  return student - teacher;
+}
+
+template <bool kNorm, class T, class A, class P>
 __device__ __forceinline__ void penalise_dense(const PooledJob<A>& job, const T* student, const T* teacher, A* grad,
                                                const Shared<A>& weights, P& element) {
   constexpr int32_t kStep = 4 * kThreads;
@@ -95,7 +108,8 @@ __device__ __forceinline__ void penalise_dense(const PooledJob<A>& job, const T*
         Position at(job.inner, begin + b * kStep);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          gradient.at[k] = element(s[b].at[k] - t[b].at[k], weights[job.bins_inside ? at.inner : at.outer]);
+          gradient.at[k] = element(difference<kNorm>(job, s[b].at[k], t[b].at[k], at),
+                                   weights[job.bins_inside ? at.inner : at.outer]);
           at.next(job.inner);
         }
         if (grad) store_four(grad + begin + b * kStep, gradient);
@@ -116,21 +130,21 @@ __device__ __forceinline__ int64_t offset(const PooledJob<A>& job, const PooledT
   return at.outer * tensor.strides[job.bins_inside ? 1 : 2] + at.inner * tensor.strides[job.bins_inside ? 2 : 1];
 }
 
-template <class A, class P>
+template <bool kNorm, class A, class P>
 __device__ __forceinline__ void penalise_strided(const PooledJob<A>& job, int64_t r, A* grad, const Shared<A>& weights,
                                                  P& element) {
   const auto load = [&](const PooledTensor& from, const Position& at) {
     return load_any<A>(from.data, from.dtype, r * from.strides[0] + offset(job, from, at));
   };
   for_each_element(job, [&](const Position& at) {
-    const A gradient =
-        element(load(job.student, at) - load(job.teacher, at), weights[job.bins_inside ? at.inner : at.outer]);
+    const A gradient = element(difference<kNorm>(job, load(job.student, at), load(job.teacher, at), at),
+                               weights[job.bins_inside ? at.inner : at.outer]);
     if (grad) grad[offset(job, job.grad, at)] = gradient;
   });
 }
 
 // Feature term of region r, which is open: the weighted mean penalty; writes the gradient.
-template <class A>
+template <bool kNorm, class A>
 __device__ A open_region(const PooledJob<A>& job, int64_t r, const Decision& region, A* grad, const Shared<A>& weights,
                          const RegionShared<A>& heads) {
   const int32_t pooled_h = job.student.pooled_h, pooled_w = job.student.pooled_w;
@@ -140,14 +154,14 @@ __device__ A open_region(const PooledJob<A>& job, int64_t r, const Decision& reg
   const A slope = grad ? feature_factor<A>(job.in, r) * job.per_region : A(0);
   const A sum = penalty_sum(job.spec, slope, [&](auto& element) {
     if (!job.dense) {
-      penalise_strided(job, r, grad, weights, element);
+      penalise_strided<kNorm>(job, r, grad, weights, element);
       return;
     }
     with_stored<A>(job.student.dtype, [&](auto stored) {
       using T = decltype(stored);
       const T* student = static_cast<const T*>(job.student.data) + r * job.student.strides[0];
       const T* teacher = static_cast<const T*>(job.teacher.data) + r * job.teacher.strides[0];
-      penalise_dense(job, student, teacher, grad, weights, element);
+      penalise_dense<kNorm>(job, student, teacher, grad, weights, element);
     });
   });
   return block_sum(sum, heads.sums) * job.per_region * region_weight<A>(job.in, r);
@@ -161,10 +175,8 @@ __device__ void clear(const PooledJob<A>& job, A* grad) {
     for_each_element(job, [&](const Position& at) { grad[offset(job, job.grad, at)] = A(0); });
 }
 
-// At most 64 registers a thread for float, so that four blocks share a multiprocessor; double is there for checks.
-template <class A>
-__global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 4 : 2)
-    pooled_distill_kernel(const __grid_constant__ PooledJob<A> job) {
+template <bool kNorm, class A>
+__device__ __forceinline__ void run_block(const PooledJob<A>& job) {
   SharedArena arena;
   RegionShared<A> heads;
   heads.take(arena);
@@ -173,10 +185,24 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 4 : 2)
   run_region<A>(job, r, 0, heads, [&] {
     const Decision region = decide_region<A>(job, r, true, heads);
     A* grad = job.grad.data ? static_cast<A*>(job.grad.data) + r * job.grad.strides[0] : nullptr;
-    if (region.gates.feature) return open_region(job, r, region, grad, weights, heads);
+    if (region.gates.feature) return open_region<kNorm>(job, r, region, grad, weights, heads);
     if (grad) clear(job, grad);
     return A(0);
   });
+}
+
+// At most 64 registers a thread for float, so that four blocks share a multiprocessor; double is there for checks.
+template <class A>
+__global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 4 : 2)
+    pooled_distill_kernel(const __grid_constant__ PooledJob<A> job) {
+  run_block<false>(job);
+}
+
+// The same of standardised features; the gradient is that for them.
+template <class A>
+__global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 4 : 2)
+    pooled_distill_norm_kernel(const __grid_constant__ PooledJob<A> job) {
+  run_block<true>(job);
 }
 
 // Are the elements of every region one after the other in the order of the walk, aligned for accesses of four?
@@ -212,7 +238,8 @@ Status pooled_distill(const PooledTensor& student, const PooledTensor& teacher, 
   job.spec = spec;
   job.groups = 1;
   // Without regions one block still writes the losses.
-  return launch_on(target, "pooled_distill", pooled_distill_kernel<A>, in.regions > 0 ? in.regions : 1,
+  const auto kernel = student.norm ? pooled_distill_norm_kernel<A> : pooled_distill_kernel<A>;
+  return launch_on(target, "pooled_distill", kernel, in.regions > 0 ? in.regions : 1,
                    RegionShared<A>::bytes() + shared_bytes<A>(bins), job);
 }
 

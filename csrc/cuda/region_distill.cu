@@ -26,7 +26,7 @@ struct RegionJob : RegionFeatures<A>, RegionTask<A> {
 
 // bins = RoIAlign(student) - RoIAlign(teacher) of one chunk: one pass where the difference can be taken on load, else
 // one for each side.
-template <class A>
+template <bool kNorm, class A>
 __device__ __forceinline__ void pool_difference(const RegionJob<A>& job, int32_t image, int32_t channel,
                                                 const BinGroup& group, PoolShared<A>& shared) {
   const MapView* student = &job.student.level[shared.place[0].level];
@@ -42,7 +42,7 @@ __device__ __forceinline__ void pool_difference(const RegionJob<A>& job, int32_t
                             image,
                             student->map.channels,
                             channel};
-    pool(source, shared.place[table], group, shared, shared.tables[table], pass == 0 ? A(1) : A(-1));
+    pool<kNorm>(source, shared.place[table], group, shared, shared.tables[table], pass == 0 ? A(1) : A(-1));
   }
 }
 
@@ -59,7 +59,7 @@ __host__ __device__ size_t feature_shared_bytes(int32_t tables) {
 }
 
 // This block's share of the weighted feature term, with the gradient on the way.
-template <class A>
+template <bool kNorm, class A>
 __device__ __forceinline__ A feature_term(const RegionJob<A>& job, int64_t region, int32_t channel_group,
                                           FeatureShared<A>& shared, const RegionShared<A>& heads) {
   PoolShared<A>& bins = shared.pool;
@@ -82,7 +82,7 @@ __device__ __forceinline__ A feature_term(const RegionJob<A>& job, int64_t regio
         shared.bin_weight[threadIdx.x] =
             bin_weight<A>(shared.decision, job.spec, i, j, job.align.pooled_h, job.align.pooled_w);
       }
-      pool_difference(job, image, channel, group, bins);
+      pool_difference<kNorm>(job, image, channel, group, bins);
       for_own_bins(bins, group, [&](int32_t bin, int32_t, Four<A>& values) {
         const A weight = shared.bin_weight[bin];
 #pragma unroll
@@ -113,9 +113,8 @@ __device__ __noinline__ bool decide(const RegionJob<A>& job, int64_t region, boo
   return own.gates.feature;
 }
 
-template <class A>
-__global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
-    region_distill_kernel(const __grid_constant__ RegionJob<A> job) {
+template <bool kNorm, class A>
+__device__ __forceinline__ void run_block(const RegionJob<A>& job) {
   SharedArena arena;
   RegionShared<A> heads;
   heads.take(arena);
@@ -124,8 +123,22 @@ __global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
   run_region<A>(job, block.region, block.group, heads, [&] {
     if (!decide(job, block.region, block.group == 0, heads, shared.decision)) return A(0);
     __syncthreads();
-    return feature_term(job, block.region, block.group, shared, heads);
+    return feature_term<kNorm>(job, block.region, block.group, shared, heads);
   });
+}
+
+template <class A>
+__global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
+    region_distill_kernel(const __grid_constant__ RegionJob<A> job) {
+  run_block<false>(job);
+}
+
+// The same of standardised features; the gradient is that for them. With a third block there would be too few
+// registers.
+template <class A>
+__global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(2))
+    region_distill_norm_kernel(const __grid_constant__ RegionJob<A> job) {
+  run_block<true>(job);
 }
 
 // Even without channels there are losses of the heads.
@@ -172,7 +185,8 @@ Status region_distill(const Pyramid& student, const Pyramid& teacher, const Pyra
   const size_t shared = RegionShared<A>::bytes() + feature_shared_bytes<A>(job.tables);
   // Without regions one block still writes the losses.
   const int64_t blocks = (in.regions > 0 ? in.regions : 1) * job.groups;
-  return launch_on(target, "region_distill", region_distill_kernel<A>, blocks, shared, job);
+  const auto kernel = student.level[0].norm ? region_distill_norm_kernel<A> : region_distill_kernel<A>;
+  return launch_on(target, "region_distill", kernel, blocks, shared, job);
 }
 
 #define TARDKD_INSTANTIATE(A)                                                                                         \

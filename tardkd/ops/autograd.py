@@ -32,6 +32,10 @@ from .spec import RoIAlignSpec
 def region_losses(call: RegionCall) -> RegionLosses:
     """The losses of a call, part of the graph where a gradient is wanted."""
     refuse_transforms(call)
+    if call.loss.feature_norm == "channel":
+        with torch.no_grad():  # the gradient through what standardises the features is made with that of the features
+            norms_of = torch.ops.tardkd.channel_norms
+            call = call.with_norms(norms_of(call.student_features), norms_of(call.teacher_features))
     inputs = call.inputs
     wants = Wants(wanted(*call.student_features), wanted(inputs.student_logits), wanted(inputs.student_deltas))
     if not any(wants):

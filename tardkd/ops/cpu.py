@@ -27,7 +27,8 @@ from .inputs import (
 from .maps import flat_size, layout_of, maps_of
 from .memory import empty, empty_like
 from .native import describe, describe_fields, describe_pyramid
-from .results import distribution_results, region_results
+from .results import distribution_results, new_norms, region_results
+from .spec import NORM_EPSILON
 
 
 class CpuKernels:
@@ -106,6 +107,12 @@ class CpuKernels:
             torch.get_num_threads(),
         )
         return results
+
+    def channel_norms(self, features: list[Tensor]) -> Tensor:
+        norms = new_norms(features)
+        described = describe_pyramid(features, [1.0] * len(features))
+        self._module.channel_norms(described, NORM_EPSILON, describe(norms), torch.get_num_threads())
+        return norms
 
     def roi_align(self, *packed: Any) -> Tensor:
         call = AlignCall.unpack(packed)
@@ -226,6 +233,8 @@ def _converted(inputs: RegionInputs, dtype: torch.dtype) -> RegionInputs:
         teacher_levels=inputs.teacher_levels,
         student_scores=_dense_if_given(inputs.student_scores, dtype),
         teacher_scores=_dense_if_given(inputs.teacher_scores, dtype),
+        student_norms=inputs.student_norms,
+        teacher_norms=inputs.teacher_norms,
     )
 
 

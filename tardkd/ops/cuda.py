@@ -27,9 +27,10 @@ from .inputs import (
     RegionCall,
     RegionResults,
 )
-from .maps import flat_size, layout_of, maps_of
+from .maps import Layout, flat_size, layout_of, maps_of
 from .native import Description, describe, describe_fields, describe_pyramid
-from .results import distribution_results, gradient_like, region_results
+from .results import distribution_results, gradient_like, new_norms, region_results
+from .spec import NORM_EPSILON
 
 
 class Target(NamedTuple):
@@ -91,10 +92,11 @@ class CudaKernels:
             self._target(first.device),
         )
         if grad_pooled is None:
-            return results
+            return through_norms(results, call, layout)
         levels, scales = call.inputs.student_levels, pooling.student_scales
         backward = AlignBackward(grad_pooled, proposals, levels, layout, scales, pooling.align)
-        return results._replace(grad_features=self._gather(backward, dtype, results.gates))
+        results = results._replace(grad_features=self._gather(backward, dtype, results.gates))
+        return through_norms(results, call, layout)
 
     def pooled_distill(self, *packed: Any) -> RegionResults:
         call, wants, upstream = RegionCall.unpack(packed)
@@ -116,7 +118,20 @@ class CudaKernels:
             call.loss,
             self._target(student.device),
         )
-        return results
+        return through_norms(results, call, None)
+
+    def channel_norms(self, features: list[Tensor]) -> Tensor:
+        norms = new_norms(features)
+        of_levels = norms.split_with_sizes([2 * feature.shape[1] for feature in features])
+        for feature, norm in zip(features, of_levels):
+            if feature.numel() == 0:  # of nothing there are no statistics, and nothing will ask for them
+                continue
+            wide = feature.to(norms.dtype)
+            scale, mean = norm.chunk(2)
+            variance, average = torch.var_mean(wide, CHANNEL_AXES, correction=0)
+            torch.rsqrt(variance + NORM_EPSILON, out=scale)
+            mean.copy_(average)
+        return norms
 
     def head_distill(self, *packed: Any) -> RegionResults:
         call, wants, upstream = RegionCall.unpack(packed)
@@ -247,6 +262,30 @@ class CudaKernels:
             self._target(student.device),
         )
         return gradient.to(student.dtype)
+
+
+CHANNEL_AXES = (0, 2, 3)  # of (N, C, H, W): what the statistics of a channel are over
+
+
+def through_norms(results: RegionResults, call: RegionCall, layout: Layout | None) -> RegionResults:
+    """The kernels' gradient for standardised features becomes that for the features, in place.
+
+    With x' = scale (x - mean) it is scale (g - mean(g) - x' mean(g x')).
+
+    Args:
+        layout: of the pyramid's gradient; None: that of pooled features, which is one tensor.
+    """
+    norms, flat = call.inputs.student_norms, results.grad_features
+    if norms is None or flat.numel() == 0:
+        return results
+    gradients = [flat] if layout is None else maps_of(flat, *layout)
+    of_levels = norms.split_with_sizes([2 * feature.shape[1] for feature in call.student_features])
+    for feature, gradient, norm in zip(call.student_features, gradients, of_levels):
+        scale, mean = norm.view(2, 1, -1, 1, 1)
+        standard = (feature - mean) * scale
+        slope = (gradient * standard).mean(CHANNEL_AXES, keepdim=True)
+        gradient.sub_(gradient.mean(CHANNEL_AXES, keepdim=True)).addcmul_(standard, slope, value=-1).mul_(scale)
+    return results
 
 
 def zeros(device: torch.device, dtype: torch.dtype, counts: list[int]) -> Sequence[Tensor]:

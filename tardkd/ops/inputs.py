@@ -29,11 +29,13 @@ class RegionInputs(NamedTuple):
     gt_boxes: Tensor  # (R, 4) float32 or float64
     region_weights: Tensor | None = None  # (R,); None: ones
     student_levels: Tensor | None = None  # (R,) int64 level of the pyramid; None: by the level rule
-    teacher_levels: Tensor | None = (
-        None  # (R,) int64, of the teacher's; both None where the features are pooled already
-    )
+    teacher_levels: Tensor | None = None  # the same on the teacher's side; None where the features are pooled already
     student_scores: Tensor | None = None  # (R,) what the class gate compares; None: the logits' p_S(y)
     teacher_scores: Tensor | None = None  # (R,); None: p_T(y)
+    # What standardises the channels: for each level the factors (C_l,) and then the means (C_l,), in the accumulation
+    # dtype, in one tensor (2 C_1 + ... + 2 C_L,). None: the features are taken as they are.
+    student_norms: Tensor | None = None
+    teacher_norms: Tensor | None = None
 
 
 class RegionLosses(NamedTuple):
@@ -138,6 +140,10 @@ class RegionCall(NamedTuple):
         """The settings alone, for autograd, which must see all tensors itself."""
         student, teacher = ([None] * len(features) for features in (self.student_features, self.teacher_features))
         return RegionCall(student, teacher, _NO_INPUTS, self.loss, self.pooling)  # type: ignore[arg-type]
+
+    def with_norms(self, student_norms: Tensor, teacher_norms: Tensor) -> RegionCall:
+        """The same with standardised features; see :class:`RegionInputs`."""
+        return self._replace(inputs=self.inputs._replace(student_norms=student_norms, teacher_norms=teacher_norms))
 
     def unreduced(self) -> RegionCall:
         """The same with a loss for every region."""

@@ -27,6 +27,9 @@ class Kernels(Protocol):
     def head_distill(self, *packed: Any) -> RegionResults:
         """:class:`RegionCall`, without features."""
 
+    def channel_norms(self, features: list[Tensor]) -> Tensor:
+        """What standardises the channels of ``features``, as :class:`RegionInputs` has it for either side."""
+
     def roi_align(self, *packed: Any) -> Tensor:
         """:class:`AlignCall`; returns (R, C, p_h, p_w) in the features' dtype."""
 

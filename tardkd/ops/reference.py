@@ -21,6 +21,7 @@ from .inputs import AlignCall, DistributionCall, GaussianCall, RegionCall, Regio
 from .maps import channels_differ
 from .signature import function_of
 from .spec import (
+    NORM_EPSILON,
     Activation,
     Background,
     FeatureLoss,
@@ -406,6 +407,18 @@ def labels_of_pooled(call: RegionCall) -> Tensor:
     return torch.where(exists, inputs.labels, -1)
 
 
+def standardised(features: Sequence[Tensor]) -> list[Tensor]:
+    """``features``, L x (N, C_l, H_l, W_l), of which every channel has mean 0 and variance 1; accumulation dtype."""
+
+    def standardise(feature: Tensor) -> Tensor:
+        if feature.numel() == 0:
+            return feature
+        variance, mean = torch.var_mean(feature, (0, 2, 3), correction=0, keepdim=True)
+        return (feature - mean) * (variance + NORM_EPSILON).rsqrt()
+
+    return [standardise(feature.to(accumulation_dtype(feature.dtype))) for feature in features]
+
+
 def feature_distances(call: RegionCall, rows: Tensor, foreground: Tensor) -> Tensor:
     """(r,) mean penalties of the regions ``rows`` (r,), of which ``foreground`` (r,) bool have an object."""
     inputs, spec = call.inputs, call.loss
@@ -420,6 +433,11 @@ def feature_distances(call: RegionCall, rows: Tensor, foreground: Tensor) -> Ten
 
 def region_losses(call: RegionCall) -> RegionLosses:
     """Gates and the three losses of shared regions."""
+    if call.loss.feature_norm == "channel":
+        call = call._replace(
+            student_features=standardised(call.student_features),
+            teacher_features=standardised(call.teacher_features),
+        )
     spec, dtype = call.loss, accumulation_dtype(call.inputs.student_logits.dtype)
     num_images = None if call.pooling is None else call.student_features[0].shape[0]
     inputs = call.inputs._replace(

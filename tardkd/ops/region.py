@@ -17,6 +17,7 @@ from .spec import (
     ClassificationGate,
     FeatureGate,
     FeatureLoss,
+    FeatureNorm,
     LossSpec,
     Reduction,
     RegressionGate,
@@ -59,6 +60,7 @@ def region_distill_loss(
     teacher_levels: Tensor | None = None,
     student_scores: Tensor | None = None,
     teacher_scores: Tensor | None = None,
+    feature_norm: FeatureNorm = "none",
 ) -> RegionCall:
     """Gates and the three distillation losses of R shared regions, fused, from the two feature pyramids.
 
@@ -128,6 +130,12 @@ def region_distill_loss(
         student_scores, teacher_scores: (R,) what ``classification_gate="teacher_better"`` compares, and ``scores``
             tell, in the place of p_S(y_i) and p_T(y_i), such as their products with a centerness. No gradient flows
             into them. None: the probabilities.
+        feature_norm: "none", or "channel": both sides' features are standardised before they are compared, every
+            channel of a level to mean 0 and variance 1 (+ 1e-6) over all images and pixels of the call. The term then
+            compares patterns, whatever either model's scale and offset: with "squared" it is about ``2 (1 - r)``, r the
+            correlation of the two sides, twice what PKD (arXiv 2207.02039) minimises for whole maps. The gradient goes
+            through the statistics too, so that it reaches all pixels of a map. The statistics are those of this
+            process, and a NaN anywhere in a map spoils them.
 
     Returns:
         :class:`RegionLosses`: the three losses, ``gates`` (R, 3) and ``scores`` (R, 4). Gradients flow into the
@@ -160,6 +168,7 @@ def region_distill_loss(
         activation,
         reduction,
         box_coding,
+        feature_norm,
     ).checked()
     inputs = checks.checked_region_inputs(
         proposals,
@@ -209,12 +218,14 @@ def pooled_distill_loss(
     box_coding: BoxCoding = "deltas",
     student_scores: Tensor | None = None,
     teacher_scores: Tensor | None = None,
+    feature_norm: FeatureNorm = "none",
 ) -> RegionCall:
     """:func:`region_distill_loss` on regions that the detectors' own box heads have pooled already.
 
     Args:
         student_pooled, teacher_pooled: (R, C, p_h, p_w), of one shape.
         proposals: the regions' boxes; their image index is not looked at.
+        feature_norm: as there; a channel's statistics are over all regions of the call, open or not, and their bins.
 
     The other arguments, the results and the errors are those of :func:`region_distill_loss`.
     """
@@ -232,6 +243,7 @@ def pooled_distill_loss(
         activation,
         reduction,
         box_coding,
+        feature_norm,
     ).checked()
     inputs = checks.checked_region_inputs(
         proposals,

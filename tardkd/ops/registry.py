@@ -30,7 +30,7 @@ from .inputs import (
 )
 from .kernels import Kernels
 from .maps import flat_size, layout_of
-from .results import distribution_results, gradient_like, region_results
+from .results import distribution_results, gradient_like, new_norms, region_results
 from .spec import LossSpec, RoIAlignSpec
 
 # What runs the ops, by dispatch key. Looked up at every call: tests put other kernels in the place of these.
@@ -77,6 +77,7 @@ SCHEMAS = {
     f"float[] teacher_scales, {_ALIGN}) -> {_RESULTS}",
     "pooled_distill": f"(Tensor student_pooled, Tensor teacher_pooled, {_REGION}) -> {_RESULTS}",
     "head_distill": f"({_REGION}) -> {_RESULTS}",
+    "channel_norms": "(Tensor[] features) -> Tensor",
     "roi_align": f"(Tensor[] features, Tensor proposals, Tensor? levels, float[] scales, {_ALIGN}) -> Tensor",
     "roi_align_backward": "(Tensor grad_pooled, Tensor proposals, Tensor? levels, SymInt[] sizes, "
     f"bool[] channels_last, float[] scales, {_ALIGN}) -> Tensor",
@@ -124,6 +125,11 @@ def _(*packed):
     call, wants, _ = RegionCall.unpack(packed)
     logits = call.inputs.student_logits
     return region_results(call, wants, logits.new_empty((0,), dtype=accumulation_dtype(logits.dtype)))
+
+
+@torch.library.register_fake("tardkd::channel_norms", lib=_library)
+def _(features):
+    return new_norms(features)
 
 
 @torch.library.register_fake("tardkd::roi_align", lib=_library)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,12 @@ def gradient_like(feature: Tensor, dtype: torch.dtype) -> Tensor:
     """(N, C, H, W), dense, in the feature's memory format."""
     memory_format = torch.channels_last if is_channels_last(feature) else torch.contiguous_format
     return torch.empty_like(feature, dtype=dtype, memory_format=memory_format)
+
+
+def new_norms(features: Sequence[Tensor]) -> Tensor:
+    """What standardises the channels of ``features``, L x (N, C_l, H_l, W_l), in one tensor; see RegionInputs."""
+    size = 2 * sum(feature.shape[1] for feature in features)
+    return features[0].new_empty((size,), dtype=accumulation_dtype(features[0].dtype))
 
 
 def region_results(call: RegionCall, wants: Wants, grad_features: Tensor) -> RegionResults:

@@ -22,6 +22,7 @@ Background = Literal["first", "last"]
 Activation = Literal["softmax", "sigmoid"]
 Reduction = Literal["mean", "sum", "none"]
 BoxCoding = Literal["deltas", "boxes"]
+FeatureNorm = Literal["none", "channel"]
 
 
 # --- the background ---------------------------------------------------------------------------------------------------
@@ -54,6 +55,7 @@ def class_count(logits_width: int, activation: Activation) -> int:
 MAX_LEVELS = 8  # of a pyramid, as kMaxLevels in csrc/core/common.h
 MAX_BINS = 4096  # a side of a pooled region
 MAX_SAMPLES = 1024  # a bin and axis
+NORM_EPSILON = 1e-6  # added to the variance of a channel that is standardised
 _INT32 = 2**31
 
 
@@ -166,6 +168,7 @@ class LossSpec(NamedTuple):
     activation: Activation = "softmax"
     reduction: Reduction = "mean"
     box_coding: BoxCoding = "deltas"  # what the heads say of a region's box
+    feature_norm: FeatureNorm = "none"
 
     def checked(self) -> LossSpec:
         """The same with its numbers as floats.

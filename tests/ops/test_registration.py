@@ -58,6 +58,7 @@ def calls_of_everything(dtype: torch.dtype, layout: str) -> list[tuple]:
         torch.autograd.backward([loss.sum() for loss in losses])
         with torch.no_grad():
             tardkd.ops.region_distill_loss(*scene.inputs, **scene.scales)
+            tardkd.ops.region_distill_loss(*scene.inputs, **scene.scales, feature_norm="channel")
             tardkd.ops.pooled_distill_loss(*pooled, *scene.per_region)
             tardkd.ops.head_distill_loss(*scene.per_region)
     return calls.seen
