@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from distill.families import FAMILIES, NAMES, build, planted, trained
+from distill.families import FAMILIES, NAMES, begun, build, planted, trained
 from tardkd.detectors import for_model
 from tardkd.distill import Distiller, DistillSettings
 
@@ -41,14 +41,13 @@ def test_any_teacher_teaches_any_student(student: str, teacher: str) -> None:
 @STUDENTS
 @TEACHERS
 def test_the_gates_tell_a_good_teacher_from_a_bad_one(student: str, teacher: str) -> None:
-    """One that has learnt the planted objects opens them to a student that has begun to; one that learnt nothing does
+    """One that has learnt the planted objects opens them to a student that has begun to; one with random weights does
     not."""
     shares = {}
-    for name, master in (("good", trained(teacher, seed=1)), ("bad", build(teacher, seed=1))):
-        pupil = trained(student, share=0.2)
-        distiller = Distiller(pupil, master, student_classes=NAMES, teacher_classes=NAMES).train()
+    for name, master in (("good", trained(teacher)), ("bad", build(teacher, seed=1))):
+        distiller = Distiller(begun(student), master, student_classes=NAMES, teacher_classes=NAMES).train()
         torch.manual_seed(5)
         distiller(*planted())
         shares[name] = {key: distiller.stats[f"gate_{key}"].item() for key in ("classification", "regression")}
-    assert shares["good"]["classification"] > 0.7 > 0.3 > shares["bad"]["classification"], shares
+    assert shares["good"]["classification"] > 0.5 > 0.4 > shares["bad"]["classification"], shares
     assert shares["good"]["regression"] > shares["bad"]["regression"], shares

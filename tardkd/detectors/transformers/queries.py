@@ -107,10 +107,6 @@ class QueryDetector(Detector):
         """How many queries of an output come before those that are matched."""
         return 0
 
-    def grid(self, output: Any, inputs: InputBatch) -> Any:
-        """What a teacher needs that can answer with the student's queries."""
-        return None
-
     def parts(self, output: Any) -> dict[str, Tensor]:
         """The losses () that add up to the model's, under names that are the same in every step."""
         return {"loss": output.loss}
@@ -215,8 +211,6 @@ class QueryDetector(Detector):
             torch.cat([target["labels"][chosen] for target, chosen in zip(targets, objects)]),
             torch.cat(objects_of),
             head,
-            rows=rows,
-            grid=self.grid(output, inputs),
         )
 
     def as_called(self, batch: Batch, output: Any, losses: dict[str, Tensor]) -> Any:

@@ -19,7 +19,6 @@ from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher
 
 from detectors.transformers.tiny import KINDS, tiny_call, tiny_query_detector
 from tardkd.detectors import find, for_model
-from tardkd.detectors.base import Regions
 from tardkd.detectors.transformers import RTDetrDetector
 from tardkd.distill import Distiller, DistillSettings
 
@@ -119,7 +118,7 @@ def test_regions_are_the_queries_that_the_models_loss_used(kind, empty, monkeypa
     call = tiny_call(empty=empty)
     passed = seeded(detector.student_pass, detector.read_call(**call))
     regions = passed.regions
-    assert regions.rows.tolist() == torch.cat([queries for queries, _ in matches[0]]).tolist()
+    rows = torch.cat([queries for queries, _ in matches[0]])
     assert regions.counts == [2, 0 if empty else 1]
     objects = [target["class_labels"][chosen] for target, (_, chosen) in zip(call["labels"], matches[0])]
     assert regions.labels.tolist() == torch.cat(objects).tolist()
@@ -129,28 +128,11 @@ def test_regions_are_the_queries_that_the_models_loss_used(kind, empty, monkeypa
     centre, size = output.pred_boxes[:, first:, :2], output.pred_boxes[:, first:, 2:]
     boxes = torch.cat([centre - size / 2, centre + size / 2], dim=2) * width
     images = regions.image_of_row()
-    torch.testing.assert_close(regions.head.boxes, boxes[images, regions.rows])
-    assert torch.equal(regions.head.logits, output.logits[:, first:][images, regions.rows])
+    torch.testing.assert_close(regions.head.boxes, boxes[images, rows])
+    assert torch.equal(regions.head.logits, output.logits[:, first:][images, rows])
     assert regions.head.boxes.requires_grad and regions.boxes.equal(regions.gt_boxes)
     if not empty:
         assert sorted(regions.gt_boxes.int().tolist()) == [[9, 9, 48, 41], [24, 12, 72, 51], [52, 25, 81, 51]]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_grid_names_the_cells_that_became_queries(kind):
-    model = tiny_query_detector(kind).train()
-    detector, calls, memories = for_model(model), [], []
-    decoder, encoder = model.model.decoder, model.model.enc_output
-    handles = [
-        decoder.register_forward_pre_hook(lambda module, args, keywords: calls.append(keywords), with_kwargs=True),
-        encoder.register_forward_hook(lambda module, args, output: memories.append(output)),
-    ]
-    grid = detector.student_pass(detector.read_call(**tiny_call())).regions.grid
-    for handle in handles:
-        handle.remove()
-    assert torch.equal(grid.references, calls[0]["reference_points"][:, -12:])
-    chosen = torch.stack([memory[cells] for memory, cells in zip(memories[0], grid.chosen)])
-    assert torch.equal(chosen, calls[0]["inputs_embeds"][:, -12:])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -244,54 +226,10 @@ def test_detections_are_those_of_the_library(kind):
 # --- the teacher ----------------------------------------------------------------------------------------------------
 
 
-def asked(detector: RTDetrDetector, call: dict[str, Any], grid: Any) -> Regions:
-    """Regions of a student whose queries are those of ``grid``, the objects of ``call`` in its rows 3, 1 and 2."""
-    student = for_model(tiny_query_detector(seed=9).train())
-    regions = student.student_pass(student.read_call(**call)).regions
-    regions.rows, regions.grid = torch.tensor([3, 1, 2]), grid
-    return regions
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_with_the_same_queries_a_teacher_says_what_the_model_says(kind):
-    """The queries that its own encoder chooses come to it as those of a student."""
-    model = tiny_query_detector(kind, seed=1, decoder_layers=3).eval()
-    detector, call = for_model(model), tiny_call()
-    inputs = detector.read_call(**call).inputs
-    with torch.no_grad():
-        output = model(pixel_values=call["pixel_values"])
-        passed = detector.teacher_pass(list(call["pixel_values"]), inputs, 1.0)
-        regions = asked(detector, call, detector.grid(output, inputs))
-        assert regions.grid == passed.grid
-        answers = detector.answers(passed, regions, regions.labels)
-    images = torch.tensor([0, 0, 1])
-    torch.testing.assert_close(answers.logits, output.logits[images, regions.rows])
-    centre, size = output.pred_boxes[..., :2], output.pred_boxes[..., 2:]
-    boxes = torch.cat([centre - size / 2, centre + size / 2], dim=2) * torch.tensor([96.0, 64.0, 96.0, 64.0])
-    torch.testing.assert_close(answers.boxes, boxes[images, regions.rows])
-    for level, expected in zip(passed.features, output.encoder_last_hidden_state):
-        torch.testing.assert_close(level, expected)
-
-
-def test_the_students_queries_are_answered_and_not_the_teachers_own():
-    model = tiny_query_detector(seed=1).eval()
-    detector, call = for_model(model), tiny_call()
-    inputs = detector.read_call(**call).inputs
-    with torch.no_grad():
-        grid = detector.grid(model(pixel_values=call["pixel_values"]), inputs)
-        passed = detector.teacher_pass(list(call["pixel_values"]), inputs, 1.0)
-        order = torch.tensor([5, 4, 3, 2, 1, 0, 6, 7, 8, 9, 10, 11])
-        turned = type(grid)(grid.maps, grid.cells, grid.extent, grid.chosen[:, order], grid.references[:, order])
-        first, second = (asked(detector, call, each) for each in (grid, turned))
-        second.rows = torch.tensor([2, 4, 3])  # where rows 3, 1 and 2 have gone
-        answers = [detector.answers(passed, regions, regions.labels) for regions in (first, second)]
-    torch.testing.assert_close(answers[0].logits, answers[1].logits)
-    torch.testing.assert_close(answers[0].boxes, answers[1].boxes)
-
-
 @pytest.mark.parametrize("ratio", [1.0, 2.0])
-def test_without_a_grid_in_common_a_teacher_gives_its_best_for_each_object(ratio):
-    model = tiny_query_detector(seed=1).eval()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_gives_its_best_for_each_object(kind, ratio):
+    model = tiny_query_detector(kind, seed=1).eval()
     detector, call = for_model(model), tiny_call()
     inputs = detector.read_call(**call).inputs
     pixels = torch.nn.functional.interpolate(
@@ -300,7 +238,8 @@ def test_without_a_grid_in_common_a_teacher_gives_its_best_for_each_object(ratio
     with torch.no_grad():
         output = model(pixel_values=pixels)
         passed = detector.teacher_pass(list(call["pixel_values"]), inputs, ratio)
-        regions = asked(detector, call, None)
+        student = for_model(tiny_query_detector(seed=9).train())
+        regions = student.student_pass(student.read_call(**call)).regions
         answers = detector.answers(passed, regions, regions.labels)
     centre, size = output.pred_boxes[..., :2], output.pred_boxes[..., 2:]
     boxes = torch.cat([centre - size / 2, centre + size / 2], dim=2) * torch.tensor([96.0, 64.0, 96.0, 64.0])
@@ -312,18 +251,11 @@ def test_without_a_grid_in_common_a_teacher_gives_its_best_for_each_object(ratio
         merit = output.logits[image, :, regions.labels[row]].sigmoid() * (shared / (areas - shared)) ** 2
         torch.testing.assert_close(answers.logits[row], output.logits[image, merit.argmax()])
         torch.testing.assert_close(answers.boxes[row], offered[merit.argmax()])
+    for level, expected in zip(passed.features, output.encoder_last_hidden_state):
+        torch.testing.assert_close(level, expected)
 
 
-def test_grids_differ_where_cells_are_elsewhere():
-    detector, call = for_model(tiny_query_detector()), tiny_call()
-    inputs = detector.read_call(**call).inputs
-    with torch.no_grad():
-        own = detector.grid(detector.model(pixel_values=call["pixel_values"]), inputs)
-        passes = [detector.teacher_pass(list(call["pixel_values"]), inputs, ratio).grid for ratio in (1.0, 2.0)]
-    assert [grid == own for grid in passes] == [True, False]
-
-
-def test_a_teacher_with_other_values_makes_a_batch_of_its_own_on_the_same_grid():
+def test_a_teacher_with_other_values_makes_a_batch_of_its_own():
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     model = tiny_query_detector(seed=1).eval()
     images, targets = tiny_batch()
@@ -336,7 +268,6 @@ def test_a_teacher_with_other_values_makes_a_batch_of_its_own_on_the_same_grid()
             inner = image[:, :height, :width]
             inner.sub_(torch.tensor(mean)[:, None, None]).div_(torch.tensor(std)[:, None, None])
         expected = model(pixel_values=pixels).encoder_last_hidden_state
-    assert theirs.grid == passed.regions.grid
     for level, of_model in zip(theirs.features, expected):
         torch.testing.assert_close(level, of_model)
 
