@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
+import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,13 +134,42 @@ def to_float(images: Iterable[Tensor], device: torch.device | str = "cpu") -> li
 
 
 class _Loader(DataLoader):
-    """Raises the error of an image as it is, whichever process met it: torch would put a traceback into its message."""
+    """Raises the error of an image as it is, whichever process met it: torch would put a traceback into its message.
+
+    However the loading ends, its workers end with it.
+    """
 
     def __iter__(self) -> Iterator:  # type: ignore[override]  # torch names its own class there
-        for batch in super().__iter__():
-            if isinstance(batch, Exception):
-                raise batch
-            yield batch
+        batches = self._batches()
+        _loading.add(batches)
+        return batches
+
+    def _batches(self) -> Generator:
+        batches: Any = super().__iter__()
+        try:
+            for batch in batches:
+                if isinstance(batch, Exception):
+                    raise batch
+                yield batch
+        finally:
+            if self.num_workers:
+                batches._shutdown_workers()
+                for worker in batches._workers:
+                    if worker.is_alive():  # it is stuck, and torch has told it to end by the signal that it ignores
+                        worker.kill()
+
+
+_loading: weakref.WeakSet[Generator] = weakref.WeakSet()  # what has begun and may not have ended
+
+
+@atexit.register  # after torch and multiprocessing, to be called before them
+def _end_loading() -> None:
+    """Python ends by telling workers to, with the signal that they ignore, and would wait for them for ever.
+
+    There are some left where the traceback of the error that Python ends with still holds the batches.
+    """
+    for batches in list(_loading):
+        batches.close()
 
 
 def _collate(items: list[tuple[Tensor, Target] | Exception]) -> tuple[list[Tensor], list[Target]] | Exception:

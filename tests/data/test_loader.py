@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import multiprocessing
+import subprocess
+import sys
+import time
 from itertools import chain
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, _utils
 
 from tardkd.data import Scenes, build_loader, build_transform, to_float
 from tardkd.data.loader import aspect_groups, epoch_batches
@@ -158,3 +162,39 @@ def test_in_order_every_image_comes_once(processes):
 def test_a_batch_that_does_not_divide():
     with pytest.raises(ValueError, match="a batch of 3 images does not divide into 2 processes"):
         build_loader(Numbers(3), batch_size=4, shuffle=True, seed=0, epoch=0, processes=2)
+
+
+def test_workers_end_with_a_run_that_an_error_ends():
+    """Its traceback holds the batches until Python has ended, which waits for all processes that it has started."""
+    program = """
+import torch
+from tardkd.data import build_loader
+items = [(torch.zeros(3, 4, 4), {})] * 9
+batches = iter(build_loader(items, batch_size=1, shuffle=False, seed=0, epoch=0, workers=1))
+next(batches)
+raise RuntimeError("out of memory")
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1
+    assert ended.stderr.count("Error") == 1 and ended.stderr.endswith("RuntimeError: out of memory\n"), ended.stderr
+
+
+def test_a_worker_that_is_stuck_is_killed(monkeypatch):
+    """As where a file system does not answer."""
+
+    class Stuck(Numbers):
+        def __getitem__(self, index):
+            time.sleep(1000 * index)
+            return super().__getitem__(index)
+
+    monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # seconds that torch waits for a worker
+    others = multiprocessing.active_children()
+    batches = iter(build_loader(Stuck(9), batch_size=1, shuffle=False, seed=0, epoch=0, workers=1))
+    next(batches)
+    [worker] = set(multiprocessing.active_children()) - set(others)
+    try:
+        batches.close()
+        worker.join(60)
+        assert not worker.is_alive()
+    finally:
+        worker.kill()
