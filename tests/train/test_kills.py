@@ -12,12 +12,12 @@ def test_two_processes_are_killed_and_go_on():
     """One of both or both, also while two runs are resumed at once: the end is that of a run that was left alone."""
     command = [sys.executable, "-m", "tests.train.kills", "--processes", "2", "--kills", "5", "--epochs", "12"]
     ended = subprocess.run(
-        [*command, "--seed", "3"],
+        [*command, "--seed", "3", "--patience", "120"],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "two at once (1 stood back)" in ended.stdout
+    assert "two at once" in ended.stdout
     assert "the run equals one that was left alone, to the bit" in ended.stdout
