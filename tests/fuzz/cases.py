@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,10 +28,15 @@ class Target:
 
     name: str
     run: Callable[[random.Random], Iterator[str]]
-    hang: float = 10.0  # seconds after which a case is taken to hang
+    hang: float = 10.0  # seconds after which a case is taken to hang, on a machine that has nothing else to do
     is_slow: bool = False  # would take the time of all others: runs only where it is named
 
 
 def generator(seed: int, target: str, number: int) -> random.Random:
     """The random numbers of one case."""
     return random.Random(f"{seed} {target} {number}")
+
+
+def slowness() -> float:
+    """How many times as long as on an idle machine something takes here now: the processes for each of its cores."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))

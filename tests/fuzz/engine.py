@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
-from .cases import Finding, Target, generator
+from .cases import Finding, Target, generator, slowness
 
 PATIENCE = 120.0  # seconds for the imports of a new process
 
@@ -23,7 +23,7 @@ class Place(NamedTuple):
 
     target: str
     number: int
-    hang: float  # seconds
+    hang: float  # seconds, on an idle machine
 
 
 def all_targets() -> list[Target]:
@@ -56,7 +56,7 @@ def _watch(
     its_end.close()
     place, kind = None, ""
     while not kind:
-        if not connection.poll(PATIENCE if place is None else place.hang):
+        if not connection.poll((PATIENCE if place is None else place.hang) * slowness()):
             kind = "hang"
             break
         try:
