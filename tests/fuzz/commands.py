@@ -5,6 +5,7 @@ A command runs in a process that is forked, as to import torch each time would t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -306,7 +307,8 @@ def no_permission(rng: random.Random) -> Iterator[str]:
         try:
             end = ended(start(command, folder, errors, become_ordinary), errors)
         finally:
-            path.chmod(mode_before)
+            with contextlib.suppress(FileNotFoundError):  # --overwrite has removed it
+                path.chmod(mode_before)
         words = [path.name, str(path.relative_to(folder)), "Permission denied", "in use", "exists", "is there already"]
         outcome = judge(end, words, what)
         if outcome == "refused":
