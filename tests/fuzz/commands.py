@@ -229,7 +229,9 @@ def changed_data(rng: random.Random) -> Iterator[str]:
 
 
 def annotations(files: dict[str, bytes]) -> list[Any]:
-    return [check_annotations(json.loads(files[f"annotations/{name}.json"]), name) for name in ("train", "val")]
+    """Those of both splits, with the images by their numbers, in which order they are read."""
+    found = [check_annotations(json.loads(files[f"annotations/{name}.json"]), name) for name in ("train", "val")]
+    return [{**content, "images": sorted(content["images"], key=lambda image: image["id"])} for content in found]
 
 
 def change(rng: random.Random, data: Path) -> str:
