@@ -202,7 +202,7 @@ class FrozenTeacher:
             for side, outputs in (("student", regions.head), ("teacher", head)):
                 options[f"{side}_scores"] = scores(outputs, regions.labels, convention)
         if not self.settings.feature:
-            of_features = ("feature_loss", "bin_weight", "feature_gate")
+            of_features = ("feature_loss", "feature_norm", "bin_weight", "feature_gate")
             return ops.head_distill_loss(*per_region, **{k: v for k, v in options.items() if k not in of_features})
         if self.reads_pooled:
             pooled, theirs = regions.head.pooled, head.pooled

@@ -571,3 +571,18 @@ def test_ddp_without_unused_parameters(sharing: str, process_group: None) -> Non
         wrapped.zero_grad()
         sum(wrapped(images, truth).values()).backward()
         assert all(parameter.grad is not None for parameter in distiller.parameters())
+
+
+@pytest.mark.parametrize("path", ["pooled", "pyramid"])
+def test_standardised_features_do_not_hang_on_the_teachers_scale(path: str) -> None:
+    values = {}
+    for norm in ("none", "channel"):
+        for factor in (1.0, 10.0):
+            distiller = pair(feature_norm=norm, path=path, check_finite=False)
+            assert distiller.teacher is not None
+            distiller.teacher.backbone.register_forward_hook(
+                lambda module, args, maps, factor=factor: {name: factor * level for name, level in maps.items()}
+            )
+            values[norm, factor] = run(distiller)["distill_feature"].item()
+    assert values["channel", 10.0] == pytest.approx(values["channel", 1.0], rel=1e-2)  # an epsilon is in the variances
+    assert values["none", 10.0] > 5 * values["none", 1.0]
