@@ -39,8 +39,8 @@ class Family:
 
 
 FAMILIES = {
-    "faster_rcnn": Family(lambda seed: tiny_detector(seed=seed), 45, 300),
-    "retinanet": Family(lambda seed: tiny_dense("retinanet", seed=seed), 45, 150),
+    "faster_rcnn": Family(lambda seed: tiny_detector(seed=seed), 150, 300),
+    "retinanet": Family(lambda seed: tiny_dense("retinanet", seed=seed), 60, 150),
     "fcos": Family(lambda seed: tiny_dense("fcos", seed=seed), 22, 150),
     "ssd": Family(lambda seed: tiny_dense("ssd", seed=seed), 45, 150),
     "rt_detr_v2": Family(lambda seed: tiny_query_detector("rt_detr_v2", seed=seed), 300, 700, 1e-3, is_kept=True),
