@@ -1,0 +1,185 @@
+"""What trains in a run: the student alone, with tardkd's help, or with that of a loss of another paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+
+from tardkd.detectors import for_model
+from tardkd.detectors.base import Batch, InputBatch, StudentPass, TeacherPass
+from tardkd.distill import Distiller, DistillSettings
+from tardkd.distill.adapters import make_adapter
+
+from .literature import LOSSES, Step
+
+Targets = Sequence[dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a student learns."""
+
+    settings: DistillSettings | None = None  # tardkd's; None: it is not tardkd that helps
+    loss: str | None = None  # a key of LOSSES, alone or beside tardkd's terms; with neither, the student is alone
+    weight: float = 1.0  # factor of the loss's own weight
+    share: float | None = None  # each term's pull as a share of the detector's; None: the weights are as written down
+    lasting: bool = False  # keep that share throughout
+    time: float = 1.0  # factor of the number of epochs
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether anything helps the student."""
+        return self.settings is not None or self.loss is not None
+
+    def scaled(self, factor: float) -> Method:
+        """The same with so many times the help."""
+        if self.share is not None:
+            return replace(self, share=self.share * factor)
+        if self.settings is not None:
+            weights = {name: weight * factor for name, weight in self.settings.weights.items()}
+            return replace(self, settings=replace(self.settings, **weights))
+        return replace(self, weight=self.weight * factor)
+
+
+class Learner(Protocol):
+    """A module whose parameters are what an optimizer moves."""
+
+    student: nn.Module
+    stats: dict[str, Tensor]  # scalars () of the last step
+    weight: float  # lambda, the schedule's weight of the help
+
+    def start(self, total_epochs: int, steps_per_epoch: int) -> None: ...
+
+    def set_progress(self, epoch: int, step: int) -> None: ...
+
+    def learn(self, images: Sequence[Tensor], targets: Targets) -> tuple[StudentPass, dict[str, Tensor]]:
+        """The student's pass on images N x (3, H, W), and all losses (), those of the help named ``distill_*``."""
+
+
+def build_learner(method: Method, student: FasterRCNN, teacher: FasterRCNN | None) -> nn.Module:
+    """The learner of a method; whatever it draws leaves the generator as it was, so that students start alike."""
+    with torch.random.fork_rng(devices=[]):
+        if not method.needs_teacher:
+            return Alone(student)
+        assert teacher is not None, "this method needs a teacher"
+        if method.settings is None:
+            return Imitator(student, teacher, method)
+        return (Helped if method.loss is None else Both)(student, teacher, method)
+
+
+class Alone(nn.Module):
+    """The student and its own losses."""
+
+    weight = 1.0
+
+    def __init__(self, student: FasterRCNN) -> None:
+        super().__init__()
+        self.student, self._detector = student, for_model(student)
+        self.stats: dict[str, Tensor] = {}
+
+    def start(self, total_epochs: int, steps_per_epoch: int) -> None:
+        pass
+
+    def set_progress(self, epoch: int, step: int) -> None:
+        pass
+
+    def learn(self, images: Sequence[Tensor], targets: Targets) -> tuple[StudentPass, dict[str, Tensor]]:
+        student_pass = self._detector.student_pass(Batch(images, targets))
+        return student_pass, student_pass.losses
+
+
+class Imitator(Alone):
+    """The student and a loss of another paper; the teacher is no part of the module."""
+
+    def __init__(self, student: FasterRCNN, teacher: FasterRCNN, method: Method) -> None:
+        super().__init__(student)
+        self._teacher = for_model(teacher.eval().requires_grad_(False))
+        self.imitation = Imitation(student, teacher, method)
+
+    def learn(self, images: Sequence[Tensor], targets: Targets) -> tuple[StudentPass, dict[str, Tensor]]:
+        student_pass = self._detector.student_pass(Batch(images, targets))
+        with torch.no_grad():
+            teacher_pass = self._teacher.teacher_pass(images, student_pass.inputs, ratio=1.0)
+        return student_pass, {**student_pass.losses, "distill_term": self.imitation(student_pass, teacher_pass)}
+
+
+class Helped(Distiller):
+    """The student and tardkd's terms."""
+
+    def __init__(self, student: FasterRCNN, teacher: FasterRCNN, method: Method) -> None:
+        super().__init__(student, teacher, method.settings)
+
+    def learn(self, images: Sequence[Tensor], targets: Targets) -> tuple[StudentPass, dict[str, Tensor]]:
+        return self.step(Batch(images, targets))
+
+
+class Both(Helped):
+    """tardkd's terms, and a loss of another paper beside them."""
+
+    def __init__(self, student: FasterRCNN, teacher: FasterRCNN, method: Method) -> None:
+        super().__init__(student, teacher, method)
+        self.imitation = Imitation(student, teacher, method)
+
+    def _run_models(self, batch: Batch) -> tuple[StudentPass, list[TeacherPass]]:
+        self._passes = super()._run_models(batch)
+        return self._passes
+
+    def learn(self, images: Sequence[Tensor], targets: Targets) -> tuple[StudentPass, dict[str, Tensor]]:
+        student_pass, losses = super().learn(images, targets)
+        _, [teacher_pass] = self._passes
+        return student_pass, {**losses, "distill_term": self.weight * self.imitation(student_pass, teacher_pass)}
+
+
+class Imitation(nn.Module):
+    """A loss of another paper, and the adapter that brings the student's maps to the teacher's channels."""
+
+    def __init__(self, student: FasterRCNN, teacher: FasterRCNN, method: Method) -> None:
+        super().__init__()
+        self._student, self._teacher = for_model(student), for_model(teacher)
+        ours, theirs = self._student.channels[0], self._teacher.channels[0]  # equal on all levels
+        self.adapter = make_adapter(ours, theirs, next(student.parameters()))
+        self.loss = LOSSES[method.loss](theirs, len(student.roi_heads.box_roi_pool.featmap_names))
+        self.weight = method.weight
+
+    def forward(self, student_pass: StudentPass, teacher_pass: TeacherPass) -> Tensor:
+        regions = student_pass.regions
+
+        @torch.no_grad()
+        def answer() -> Tensor:
+            return self._teacher.answers(teacher_pass, regions, regions.labels - 1).logits
+
+        def anchors() -> list[Tensor]:
+            return level_anchors(self._student.model, student_pass.inputs, student_pass.features)
+
+        step = Step(
+            student=[self.adapter(level) for level in student_pass.features],
+            teacher=teacher_pass.features,
+            scales=student_pass.scales,
+            boxes=[target["boxes"] for target in student_pass.targets],
+            anchors=anchors,
+            logits=regions.head.logits,
+            labels=regions.labels,
+            answer=answer,
+        )
+        return self.weight * self.loss(step)
+
+
+def level_anchors(model: FasterRCNN, inputs: InputBatch, features: Sequence[Tensor]) -> list[Tensor]:
+    """The anchors of the levels ``features``, L x (N, C, H_l, W_l), as L x (H_l, W_l, A, 4) xyxy in input pixels."""
+    generator = model.rpn.anchor_generator
+    sizes = [level.shape[-2:] for level in features]
+    strides = [
+        [torch.tensor(round(whole / part)) for whole, part in zip(inputs.tensor.shape[-2:], size)] for size in sizes
+    ]
+    cells = [cell.to(features[0].device) for cell in generator.cell_anchors[: len(features)]]
+    levels = []
+    for size, stride, cell in zip(sizes, strides, cells):
+        y, x = (torch.arange(length) * step for length, step in zip(size, stride))
+        corner = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flip(-1)  # (H, W, 2) xy
+        levels.append(torch.cat([corner, corner], -1)[:, :, None].to(cell) + cell)
+    return levels
