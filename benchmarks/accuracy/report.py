@@ -95,6 +95,7 @@ def write_report(folder: Path) -> str:
         "seed; behind ± is half its 95 % interval (Student's t; none for one seed). Time is a core's, relative to the",
         "student alone. A method that ends in `xN` has N times its weight.",
         "",
+        *(["[What they say, and what not](notes.md).", ""] if (folder / "notes.md").exists() else []),
         *_circumstances(results),
     ]
     for split, title in (("val", "Validation"), ("test", "Test")):
