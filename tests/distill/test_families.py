@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.families import FAMILIES, NAMES, begun, build, planted, trained
 from tardkd.detectors import for_model
 from tardkd.distill import Distiller, DistillSettings
 
 OPEN = {"feature_gate": "foreground", "classification_gate": "foreground", "regression_gate": "foreground"}
+
+
+class OwnOps(TorchDispatchMode):
+    """Which of tardkd's registered ops run meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if op.namespace == "tardkd":
+            self.names.append(op._opname)
+        return op(*args, **(kwargs or {}))
+
+
 STUDENTS = pytest.mark.parametrize("student", FAMILIES)
 TEACHERS = pytest.mark.parametrize("teacher", FAMILIES)
 
@@ -26,7 +43,10 @@ def test_any_teacher_teaches_any_student(student: str, teacher: str) -> None:
     _, plain = detector.call(detector.read_call(*planted()))
     distiller = Distiller(pupil, master, DistillSettings(**OPEN), student_classes=NAMES, teacher_classes=NAMES).train()
     torch.manual_seed(5)
-    losses = distiller(*planted())
+    with OwnOps() as called:
+        losses = distiller(*planted())
+    fused = "pooled_distill" if student == teacher == "faster_rcnn" else "region_distill"
+    assert {"pooled_distill", "region_distill"} & set(called.names) == {fused}
     terms = {name: value.item() for name, value in losses.items() if name.startswith("distill_")}
     assert list(terms) == ["distill_feature", "distill_classification", "distill_regression"]
     assert all(0 < value < float("inf") for value in terms.values()), terms
