@@ -29,7 +29,7 @@ class QueryDetector(Detector):
 
     It is called by the keywords of the model's own ``forward``, or with images and targets as torchvision's detectors
     are. What transformers reads and returns counts labels from 0. What is called as torchvision's models are is in
-    torchvision's terms: labels of ``targets`` and those of :meth:`detect` count from 1.
+    torchvision's terms: labels of ``targets`` and those of :meth:`tardkd.detectors.base.Detector.detect` count from 1.
 
     Args:
         model: one of transformers' models for object detection.
