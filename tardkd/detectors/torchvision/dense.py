@@ -73,7 +73,7 @@ class DenseState(NamedTuple):
     ratio: float  # these pixels per student-input pixel
 
 
-class DenseDetector(Detector):
+class OneStageDetector(Detector):
     """What the three families have in common."""
 
     model: Any
@@ -291,7 +291,7 @@ class DenseDetector(Detector):
         return input_scale(self.model.transform, sizes)
 
 
-class RetinaNetDetector(DenseDetector):
+class RetinaNetDetector(OneStageDetector):
     """Its regions are the positive anchors."""
 
     model: RetinaNet
@@ -311,7 +311,7 @@ class RetinaNetDetector(DenseDetector):
         return Anchors(generator.sizes, generator.aspect_ratios, self.strides)
 
 
-class FCOSDetector(DenseDetector):
+class FCOSDetector(OneStageDetector):
     """Its regions are the objects, one for each point that was assigned to it: a point has no box."""
 
     model: FCOS
@@ -332,7 +332,7 @@ class FCOSDetector(DenseDetector):
         return RoIAlignSpec(aligned=True, canonical_scale=8 * self.strides[0], canonical_level=_octave(self.strides[0]))
 
 
-class SSDDetector(DenseDetector):
+class SSDDetector(OneStageDetector):
     """SSD and SSDLite: all images are resized to one size, and each level has channels of its own."""
 
     model: SSD
