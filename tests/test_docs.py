@@ -152,8 +152,8 @@ def wandb() -> Any:
 def run_python(page: Path, folder: Path) -> None:
     """The Python blocks of a page, one after another, as a reader would paste them."""
     names = preamble(folder)
-    if page.name == "transformers.md":
-        names |= transformers_preamble(folder)
+    if page.name in PREAMBLES:
+        names |= PREAMBLES[page.name](folder)
     for block in blocks(page, "python", "diff"):
         # With as many empty lines before it, an error names the page's own line.
         exec(compile("\n" * block.line + sides(block)[1], page, "exec"), names)
@@ -183,6 +183,26 @@ def transformers_preamble(folder: Path) -> dict[str, Any]:
         "collate": lambda calls: calls[0],
         "images": [torch.rand(3, 64, 96)],
     }
+
+
+def own_detector_preamble(folder: Path) -> dict[str, Any]:
+    """The example's class, and two of LibreYOLO's models with a loader of what they take."""
+    yolo9 = pytest.importorskip("libreyolo.models.yolo9.nn", exc_type=ImportError)
+    spec = importlib.util.spec_from_file_location("libreyolo_yolo9", ROOT / "examples" / "libreyolo_yolo9.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    models = [yolo9.LibreYOLO9Model("t", nb_classes=3, img_size=64) for _ in range(2)]
+    objects = torch.tensor([[[0, 0.1, 0.1, 0.6, 0.7]], [[2, 0.2, 0.2, 0.8, 0.8]]])
+    return {
+        "YOLO9Detector": module.YOLO9Detector,
+        "student": models[0].train(),
+        "teacher": models[1],
+        "loader": [(torch.rand(2, 3, 64, 64), objects)],
+        "total_epochs": 1,
+    }
+
+
+PREAMBLES = {"transformers.md": transformers_preamble, "your-own-detector.md": own_detector_preamble}
 
 
 @pytest.mark.parametrize("block", all_blocks("diff"), ids=str)

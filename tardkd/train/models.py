@@ -105,9 +105,8 @@ class ModelSpec(BaseModel):
     bg_iou_thresh: Share | None = None  # RetinaNet: an anchor with less overlap is background
     center_sampling_radius: Factor | None = None  # FCOS: strides from an object's centre within which points have it
     iou_thresh: Share | None = None  # SSD: an anchor with this overlap has the object
-    positive_fraction: Annotated[float, Field(gt=0, lt=1)] | None = (
-        None  # SSD: share of anchors with an object in the loss
-    )
+    # SSD: share of anchors with an object in the loss
+    positive_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     head: Literal["faster_rcnn", "retinanet", "fcos"] = "faster_rcnn"  # what stands on the pyramid
     blocks: Annotated[tuple[Layers, ...], Field(min_length=2, max_length=4)] = (2, 2, 2, 2)  # blocks of each stage
