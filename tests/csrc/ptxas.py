@@ -63,8 +63,12 @@ EXPECTED: tuple[tuple[str, int, str], ...] = (
     ("region_distill_kernel<float>", 75, "16-byte loads"),
     # The fence of last_block() makes the additions return values. Without it these should be "vector adds".
     ("region_distill_kernel<float>", 90, "vector adds that return"),
+    ("region_distill_norm_kernel<float>", 75, "16-byte loads"),
+    ("region_distill_norm_kernel<float>", 90, "vector adds that return"),
     ("pooled_distill_kernel<float>", 75, "16-byte loads"),
     ("pooled_distill_kernel<float>", 75, "16-byte stores"),
+    ("pooled_distill_norm_kernel<float>", 75, "16-byte loads"),
+    ("pooled_distill_norm_kernel<float>", 75, "16-byte stores"),
     ("gaussian_loss_kernel<float>", 75, "16-byte loads"),
     ("gaussian_gradient_kernel<float>", 75, "16-byte loads"),
     ("gaussian_gradient_kernel<float>", 75, "16-byte stores"),
