@@ -235,7 +235,7 @@ def are_finite(*tensors: Tensor) -> bool:
 
 
 def run_regions(ops: Any, scene: Scene, options: dict[str, Any], pooled: tuple[Tensor, ...] | None) -> list[Tensor]:
-    """Losses, gates, scores and gradients, of the pyramids, of ``pooled`` features or, where they are none, of heads."""
+    """Losses, gates, scores and gradients, of the pyramids, of ``pooled`` features or, if they are none, of heads."""
     width = scene.student_logits.shape[1]
     activation = "softmax" if width == scene.num_classes + 1 else "sigmoid"
     common = dict(region_weights=scene.region_weights, activation=activation, **options)
