@@ -69,6 +69,12 @@ def test_sizes(kernel, regions, bins):
         assert_matches(kernel.ops, student, teacher, gates)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_more_regions_than_threads_add_them_up(kernel, reduction):
+    """The last block has 256 threads; 1300 regions are several turns for each, and not the same number for all."""
+    assert_matches(kernel.ops, *make_inputs(13, 1300, 2, device=kernel.device), reduction=reduction)
+
+
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 10.0])

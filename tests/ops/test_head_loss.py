@@ -57,6 +57,13 @@ def test_sizes(kernel, regions, classes):
     assert_losses_match(kernel.ops, scene, heads_alone=True, **OPEN)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_more_regions_than_threads_add_them_up(kernel, reduction):
+    """The last block has 256 threads; 1300 regions are several turns for each, and not the same number for all."""
+    scene = make_scene(178, regions=1300, classes=2).to(torch.float32, device=kernel.device)
+    assert_losses_match(kernel.ops, scene, heads_alone=True, reduction=reduction, **OPEN)
+
+
 def test_strided_heads(kernel):
     """Views into wider tensors, as a dense head's rows are."""
     scene = make_scene(176).to(torch.float32, device=kernel.device)

@@ -43,6 +43,14 @@ def test_shapes(kernel, channels, size):
     assert_losses_match(kernel.ops, scene, pooled=pooled, bin_weight="gaussian")
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_more_regions_than_threads_add_them_up(kernel, reduction):
+    """The last block has 256 threads; 1300 regions are several turns for each, and not the same number for all."""
+    scene = make_scene(29, regions=1300, classes=2).to(torch.float32, device=kernel.device)
+    pooled = make_pooled(scene, size=(1, 1), channels=4)
+    assert_losses_match(kernel.ops, scene, pooled=pooled, feature_gate="all", reduction=reduction)
+
+
 @pytest.mark.parametrize("size", [(1, 5), (5, 1)], ids=str)
 def test_the_stride_of_an_axis_of_one_bin_means_nothing(kernel, size):
     scene = make_scene(28).to(torch.float32, device=kernel.device)

@@ -240,6 +240,13 @@ def test_numbers_of_regions(kernel, regions):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_more_regions_than_threads_add_them_up(kernel, reduction):
+    """The last block has 256 threads; 1300 regions are several turns for each, and not the same number for all."""
+    scene = make_scene(20, regions=1300, classes=2, channels=1).to(torch.float32, device=kernel.device)
+    assert_losses_match(kernel.ops, scene, output_size=1, sampling_ratio=1, reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("dtypes", ["float64", "float32", "bfloat16"])
 def test_deterministic_algorithms(kernel, deterministic, dtypes, layout, reduction):
