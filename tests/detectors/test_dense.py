@@ -200,7 +200,6 @@ def test_any_of_them_teaches_any_other(student: str, teacher: str) -> None:
     distiller = Distiller(
         build(student, 0),
         build(teacher, 1),
-        DistillSettings(feature=0 if teacher == "ssd" else 1),
         student_classes=NAMES,
         teacher_classes=NAMES,
     )
@@ -217,10 +216,10 @@ def test_any_of_them_teaches_any_other(student: str, teacher: str) -> None:
 def test_a_batch_without_objects_gives_zeros_of_the_graph(family: str) -> None:
     images, targets = tiny_batch()
     targets = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)} for _ in targets]
-    distiller = Distiller(tiny_dense(family), tiny_dense(family, seed=1), DistillSettings(feature=0))
+    distiller = Distiller(tiny_dense(family), tiny_dense(family, seed=1), DistillSettings())
     losses = distiller(images, targets)
     terms = [value for name, value in losses.items() if name.startswith("distill")]
-    assert len(terms) == 2 and all(value == 0 and value.requires_grad for value in terms)
+    assert len(terms) == 3 and all(value == 0 and value.requires_grad for value in terms)
     sum(losses.values()).backward()
 
 
