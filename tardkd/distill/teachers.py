@@ -196,9 +196,8 @@ class FrozenTeacher:
         )
         options: dict[str, Any] = self.settings.loss_spec(convention, reduction)._asdict()
         options |= {"region_weights": regions.weights, "box_coding": self.box_coding}
-        if (
-            regions.head.quality is not None and head.quality is not None
-        ):  # else one would be judged by more than the other
+        # Where only one head rates its boxes, it would be judged by more than the other.
+        if regions.head.quality is not None and head.quality is not None:
             for side, outputs in (("student", regions.head), ("teacher", head)):
                 options[f"{side}_scores"] = scores(outputs, regions.labels, convention)
         if not self.settings.feature:
