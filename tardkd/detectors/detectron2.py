@@ -123,14 +123,15 @@ class Detectron2Detector(Detector):
         finally:
             handle.remove()
 
-    def _run_backbone(self, images: Sequence[Tensor], inputs: InputBatch, ratio: float) -> list[Tensor]:
-        """The levels that the head reads, L x (N, C, H_l, W_l), of a teacher's batch."""
+    def _run_backbone(
+        self, images: Sequence[Tensor], inputs: InputBatch, ratio: float
+    ) -> tuple[InputBatch, dict[str, Tensor]]:
+        """A teacher's batch and all levels of its pyramid, (N, C_l, H_l, W_l), by name."""
         mean, std = self._normalisation
         dtype = next(self.model.backbone.parameters()).dtype
         multiple = max(1, self.model.backbone.size_divisibility)
         own = resized_batch(images, inputs, ratio, dtype, mean=mean, std=std, multiple=multiple)
-        maps = self.model.backbone(self._in_order(own.tensor, 1))
-        return [maps[name] for name in self._levels]
+        return own, self.model.backbone(self._in_order(own.tensor, 1))
 
     def detect(self, images: Sequence[Tensor]) -> list[Detections]:
         outputs = self.model([{"image": self._in_order(image, 0) * 255} for image in images])
@@ -201,14 +202,24 @@ class Detectron2RCNN(Detectron2Detector):
         )
 
     def teacher_pass(self, images: Sequence[Tensor], inputs: InputBatch, ratio: float) -> TeacherPass:
-        features = self._run_backbone(images, inputs, ratio)
+        batch, maps = self._run_backbone(images, inputs, ratio)
         scales = [pooler.spatial_scale * ratio for pooler in self.model.roi_heads.box_pooler.level_poolers]
-        return TeacherPass(features, scales, ratio)
+        return TeacherPass([maps[name] for name in self._levels], scales, (batch, maps, ratio))
+
+    def teacher_proposals(self, teacher_pass: TeacherPass) -> list[Tensor]:
+        from detectron2.structures import ImageList
+
+        batch, maps, ratio = teacher_pass.state
+        generator = self.model.proposal_generator
+        dtype = next(generator.parameters()).dtype
+        images = ImageList(batch.tensor, batch.sizes)
+        proposals, _ = generator(images, {name: level.to(dtype) for name, level in maps.items()}, None)
+        return [_exact(of_image.proposal_boxes.tensor) / ratio for of_image in proposals]
 
     def answers(self, teacher_pass: TeacherPass, regions: Regions, classes: Tensor) -> HeadOutputs:
         from detectron2.structures import Boxes
 
-        roi_heads, ratio = self.model.roi_heads, teacher_pass.state
+        roi_heads, (_, _, ratio) = self.model.roi_heads, teacher_pass.state
         dtype = next(roi_heads.parameters()).dtype
         maps = [level.to(dtype) for level in teacher_pass.features]
         boxes = [Boxes((of_image * ratio).to(dtype)) for of_image in regions.proposals]
@@ -265,7 +276,8 @@ class Detectron2RetinaNet(Detectron2Detector, DenseDetector):
         )
 
     def teacher_pass(self, images: Sequence[Tensor], inputs: InputBatch, ratio: float) -> TeacherPass:
-        features = self._run_backbone(images, inputs, ratio)
+        _, maps = self._run_backbone(images, inputs, ratio)
+        features = [maps[name] for name in self._levels]
         logits, boxes, _, _ = self._read(self.model.head(features), self.model.anchor_generator(features))
         outputs = HeadOutputs(logits.flatten(0, 1), boxes.flatten(0, 1) / ratio)
         return TeacherPass(features, [ratio / stride for stride in self.strides], outputs, self._grid(features, ratio))

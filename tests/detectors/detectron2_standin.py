@@ -41,6 +41,11 @@ class Instances:
         return name in vars(self)
 
 
+class ImageList:
+    def __init__(self, tensor: Tensor, image_sizes: list[tuple[int, int]]) -> None:
+        self.tensor, self.image_sizes = tensor, image_sizes
+
+
 def batch(empty: bool = False) -> list[dict[str, Any]]:
     return [
         {"image": image, "instances": Instances(gt_boxes=Boxes(boxes), gt_classes=classes)}
@@ -148,10 +153,27 @@ class RoIHeads(nn.Module):
         return {"loss_cls": nn.functional.cross_entropy(logits, labels), "loss_box_reg": deltas.square().mean()}
 
 
+class ProposalGenerator(nn.Module):
+    """Boxes of two sizes at the same places of every image, inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = nn.Parameter(torch.tensor([24.0, 40.0]))
+
+    def forward(self, images: Any, features: dict[str, Tensor], targets: None) -> tuple[list[Instances], dict]:
+        proposals = []
+        for height, width in images.image_sizes:
+            sizes = self.size[:, None].expand(2, 2)
+            boxes = torch.cat([torch.full((2, 2), 8.0), 8 + sizes], dim=1)
+            limits = torch.tensor([width, height, width, height], dtype=boxes.dtype)
+            proposals.append(Instances(proposal_boxes=Boxes(boxes.minimum(limits))))
+        return proposals, {}
+
+
 class GeneralizedRCNN(Model):
     def __init__(self) -> None:
         super().__init__()
-        self.roi_heads = RoIHeads()
+        self.roi_heads, self.proposal_generator = RoIHeads(), ProposalGenerator()
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         return self.roi_heads(self.pyramid(batched_inputs), [given["instances"] for given in batched_inputs])
@@ -223,6 +245,7 @@ def install(monkeypatch: Any) -> None:
         monkeypatch.setattr(kind, "__module__", "detectron2.modeling.meta_arch")
     structures = ModuleType("detectron2.structures")
     structures.Boxes = Boxes  # type: ignore[attr-defined]
+    structures.ImageList = ImageList  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "detectron2", ModuleType("detectron2"))
     monkeypatch.setitem(sys.modules, "detectron2.structures", structures)
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tardkd.detectors import find
+from tardkd.detectors import find, for_model
 from tardkd.distill import Distiller, DistillSettings
 
 from . import detectron2_standin as standin
+from .tiny import tiny_batch, tiny_dense
 
 OPEN = dict(feature_gate="foreground", classification_gate="foreground", regression_gate="foreground")
 
@@ -136,6 +137,24 @@ def test_each_teaches_each(source, student, teacher):
     sum(losses.values()).backward()
     assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.parameters())
     assert all(parameter.grad is None for parameter in distiller.teacher.parameters())
+
+
+def test_an_rcnn_answers_for_the_objects_of_points_by_its_own_proposals(source):
+    """FCOS names objects; what a box head makes of the nearest proposal is on the way from there."""
+    student, images = for_model(tiny_dense("fcos").train()), tiny_batch()
+    teacher = source.build("rcnn", seed=1)
+    names = ["a", "b", "c"]
+    settings = DistillSettings(**OPEN, teacher_input_ratio=2.0)
+    distiller = Distiller(student, teacher, settings, student_classes=names, teacher_classes=names).train()
+    losses = distiller(*images)
+    assert all(losses[f"distill_{name}"] > 0 for name in ("feature", "classification", "regression"))
+    detector = find(teacher)
+    with torch.no_grad():
+        inputs = student.student_pass(student.read_call(*images)).inputs
+        proposals = detector.teacher_proposals(detector.teacher_pass(images[0], inputs, 2.0))
+    assert len(proposals) == 2 and all(len(of_image) for of_image in proposals)
+    for of_image, (height, width) in zip(proposals, inputs.sizes):  # in the student's pixels, inside the images
+        assert (of_image >= 0).all() and (of_image <= torch.tensor([width, height, width, height]) + 1).all()
 
 
 def test_a_batch_without_objects(source):
