@@ -100,8 +100,8 @@ class QueryDetector(Detector):
         """
 
     @abstractmethod
-    def maps(self, output: Any, size: tuple[int, int]) -> list[Tensor]:
-        """The encoder's pyramid, L x (N, C, H_l, W_l), in what the model returned for an input of ``size``."""
+    def maps(self, output: Any) -> list[Tensor]:
+        """The encoder's pyramid, L x (N, C, H_l, W_l), in what the model returned."""
 
     def first_query(self, output: Any) -> int:
         """How many queries of an output come before those that are matched."""
@@ -178,7 +178,7 @@ class QueryDetector(Detector):
             losses=losses,
             inputs=inputs,
             targets=targets,
-            features=self.maps(output, (height, width)),
+            features=self.maps(output),
             scales=[1 / stride for stride in self.strides],
             regions=self._regions(output, inputs, labels, targets),
             output=output,

@@ -49,7 +49,7 @@ class RTDetrDetector(QueryDetector):
         # D-FINE's loss matches boxes that are clamped; RT-DETR's are between 0 and 1 by a sigmoid.
         return RTDetrHungarianMatcher(self.config)({"logits": logits, "pred_boxes": boxes.clamp(0, 1)}, labels)
 
-    def maps(self, output: Any, size: tuple[int, int]) -> list[Tensor]:
+    def maps(self, output: Any) -> list[Tensor]:
         return list(output.encoder_last_hidden_state)
 
     def first_query(self, output: Any) -> int:
@@ -75,7 +75,7 @@ class RTDetrDetector(QueryDetector):
             output = self.model(pixel_values=batch.tensor, pixel_mask=mask_of(batch), return_dict=True)
         height, width = (side / ratio for side in batch.tensor.shape[-2:])
         return TeacherPass(
-            features=list(output.encoder_last_hidden_state),
+            features=self.maps(output),
             scales=[ratio / stride for stride in self.strides],
             state=HeadOutputs(output.logits.flatten(0, 1), to_pixels(output.pred_boxes.flatten(0, 1), height, width)),
         )
