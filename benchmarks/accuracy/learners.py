@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 
@@ -104,7 +105,8 @@ class Imitator(Alone):
     def learn(self, images: Sequence[Tensor], targets: Targets) -> tuple[StudentPass, dict[str, Tensor]]:
         student_pass = self._detector.student_pass(Batch(images, targets))
         with torch.no_grad():
-            teacher_pass = self._teacher.teacher_pass(images, student_pass.inputs, ratio=1.0)
+            ratio = self._teacher.input_size / self._detector.input_size
+            teacher_pass = self._teacher.teacher_pass(images, student_pass.inputs, ratio)
         return student_pass, {**student_pass.losses, "distill_term": self.imitation(student_pass, teacher_pass)}
 
 
@@ -158,7 +160,9 @@ class Imitation(nn.Module):
 
         step = Step(
             student=[self.adapter(level) for level in student_pass.features],
-            teacher=teacher_pass.features,
+            teacher=[
+                resize_map(level, own.shape[-2:]) for level, own in zip(teacher_pass.features, student_pass.features)
+            ],
             scales=student_pass.scales,
             boxes=[target["boxes"] for target in student_pass.targets],
             anchors=anchors,
@@ -167,6 +171,13 @@ class Imitation(nn.Module):
             answer=answer,
         )
         return self.weight * self.loss(step)
+
+
+def resize_map(level: Tensor, size: Sequence[int]) -> Tensor:
+    """A map (N, C, H, W) of a teacher with another input, brought to the student's (H, W) = ``size``."""
+    if level.shape[-2:] == tuple(size):
+        return level
+    return F.interpolate(level, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def level_anchors(model: FasterRCNN, inputs: InputBatch, features: Sequence[Tensor]) -> list[Tensor]:

@@ -57,8 +57,17 @@ class Geometry:
 
     short: int  # side of the image
     long: int  # at most
-    anchors: tuple[int, ...]  # one a level
-    canonical: int  # regions of this size are pooled from stride 16
+    anchors: tuple[float, ...]  # one a level
+    canonical: float  # regions of this size are pooled from stride 16
+
+    def scaled(self, factor: float) -> Geometry:
+        """The same image in so many times the pixels."""
+        return Geometry(
+            short=round(self.short * factor),
+            long=round(self.long * factor),
+            anchors=tuple(size * factor for size in self.anchors),
+            canonical=self.canonical * factor,
+        )
 
 
 def build_pretrained(settings: Pretrained, geometry: Geometry, num_classes: int, weights: Path) -> FasterRCNN:

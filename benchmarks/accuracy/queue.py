@@ -114,13 +114,17 @@ def _carry_out(run: Run, places: Places) -> dict[str, Any]:
 
 
 def _find_twin(run: Run, places: Places) -> Run | None:
-    """A finished run of the same student alone in another pair, which is this one by another name."""
-    if run.method == TEACHER or METHODS[run.method].needs_teacher:
+    """A finished run of the same teacher, or of the same student alone, in another pair: this one by another name."""
+
+    def model(name: str) -> tuple[Any, ...]:
+        pair = PAIRS[name]
+        return (pair.teacher, 1.0) if run.method == TEACHER else (pair.student, pair.student_size)
+
+    if run.method != TEACHER and METHODS[run.method].needs_teacher:
         return None
-    pair = PAIRS[run.pair]
-    for name, other in PAIRS.items():
+    for name in PAIRS:
         twin = replace(run, pair=name)
-        if other.student == pair.student and twin.budget == run.budget and places.result(twin).exists():
+        if model(name) == model(run.pair) and twin.budget == run.budget and places.result(twin).exists():
             return twin
     return None
 
@@ -158,6 +162,8 @@ def _teacher(run: Run, places: Places, num_classes: int) -> nn.Module:
 def _build(run: Run, places: Places, num_classes: int) -> nn.Module:
     pair, geometry = PAIRS[run.pair], DATA[run.data].geometry
     settings = pair.teacher if run.method == TEACHER else pair.student
+    if run.method != TEACHER and pair.student_size != 1:
+        geometry = geometry.scaled(pair.student_size)
     if isinstance(settings, Pretrained):
         model = build_pretrained(settings, geometry, num_classes, places.weights)
     else:
