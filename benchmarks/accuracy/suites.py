@@ -90,9 +90,9 @@ PAIRS = {
     ),
 }
 
-RECIPE = DistillSettings(feature=0.2, regression=0.2)  # what the small recipes have
-ONES = DistillSettings()  # for a balance, which finds the weights
-STANDARDISED = DistillSettings(feature_norm="channel")  # the same with standardised features
+RECIPE = DistillSettings(balance="none", feature=0.2, regression=0.2)  # weights found by hand for small students
+ONES = DistillSettings(balance="none")  # for a balance of the benchmark's, which finds the weights
+STANDARDISED = DistillSettings(balance="none", feature_norm="channel")  # the same with standardised features
 UNGATED = {"feature_gate": "foreground", "classification_gate": "foreground", "regression_gate": "foreground"}
 CONSTANT = ScheduleSettings(kind="constant")
 

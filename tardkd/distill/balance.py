@@ -1,12 +1,14 @@
-"""How strongly each term pulls at the student, against the losses of the detector itself."""
+"""How strongly each term pulls at the student, against the losses of the detector itself, and how strongly it is to."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .late import LateReader
@@ -18,7 +20,7 @@ SELDOM = 1024  # steps between two measurements, once a training is under way
 
 
 class BalanceWarning(UserWarning):
-    """A term pulls far more strongly at the student than the detector's own losses."""
+    """A term pulls far more strongly at the student than the detector's own losses, or this cannot be measured."""
 
 
 def gradient_norm(value: Tensor, tensors: Sequence[Tensor]) -> Tensor:
@@ -53,6 +55,94 @@ def pulls(losses: Mapping[str, Tensor], features: Sequence[Tensor]) -> dict[str,
         for name, value in {"detector": detector, **terms}.items()
         if value.requires_grad
     }
+
+
+class Balance:
+    """Factors that give each term a pull at the student's features of its weight times that of the detector's losses.
+
+    Losses of unlike pairs, heads and images differ by orders of magnitude; their pulls say what a step would do to the
+    student. They are measured in each of the first steps and seldom from then on, as means that forget, and so follow
+    a term whose gradient dwindles: only the schedule's lambda lets the help fade. Measured steps of several processes
+    are averaged, so that all have the same factors.
+    """
+
+    FIRST = 64  # steps that are all measured
+    SELDOM = 8  # steps between two measurements after these
+    MEMORY = 0.987  # what a mean keeps of its past, a step: half of it after 53
+    MOST = 10.0  # times a term is strengthened at most, so that the rounding errors of equal models stay small
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._measured = 0  # the step that was measured last
+        self._has_failed = False
+        self._sums: dict[str, Tensor] = {}  # (2,) of the detector and of each term: weighted sum of norms, of weights
+
+    def __call__(
+        self, weights: Mapping[str, float], losses: Mapping[str, Tensor], features: Sequence[Tensor]
+    ) -> dict[str, Tensor | float]:
+        """A factor () of each term for this step; the weight itself where nothing pulls at the features.
+
+        Args:
+            weights: of the terms: the pull that each shall have, where that of the detector's losses is 1.
+            losses: scalars (), the detector's under its own names and the terms as ``distill_<term>``, unweighted.
+            features: L x (N, C, H_l, W_l), the student's.
+
+        Warns:
+            BalanceWarning: once, where the graph of the losses can be walked only once, as that of a reentrant
+                checkpoint. The weights are then the factors.
+        """
+        self._step += 1
+        is_due = self._step <= self.FIRST or self._step % self.SELDOM == 0
+        has_graph = torch.is_grad_enabled() and any(level.requires_grad for level in features)
+        if is_due and has_graph and not self._has_failed:
+            self._measure(losses, features)
+        return {name: weight * self._relief(name) for name, weight in weights.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the factors of the next step depend on."""
+        sums = {name: value.clone() for name, value in self._sums.items()}
+        return {"step": self._step, "measured": self._measured, "sums": sums}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self._step, self._measured = state["step"], state["measured"]
+        self._sums = {name: value.clone() for name, value in state["sums"].items()}
+
+    @torch.compiler.disable
+    def _measure(self, losses: Mapping[str, Tensor], features: Sequence[Tensor]) -> None:
+        try:
+            norms = pulls(losses, features)
+        except RuntimeError as error:
+            self._has_failed = True
+            warnings.warn(
+                "the terms cannot be balanced, because their pull at the student's features cannot be measured, and "
+                "DistillSettings' weights are taken as plain factors: is there a checkpoint with use_reentrant=True? "
+                f"({error})",
+                BalanceWarning,
+                stacklevel=2,
+            )
+            return
+        if not norms:
+            return
+        found = torch.stack(list(norms.values()))
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(found)
+            found /= dist.get_world_size()
+        kept = self.MEMORY ** (self._step - self._measured)
+        self._measured = self._step
+        for name, norm in zip(norms, found):
+            # A step in which no gate is open says nothing of how strongly an open one pulls.
+            observation = torch.stack([norm, torch.ones_like(norm)]) * ((norm > 0) & norm.isfinite())
+            past = self._sums[name].to(norm.device) if name in self._sums else torch.zeros_like(observation)
+            self._sums[name] = kept * past + observation.nan_to_num()
+
+    def _relief(self, name: str) -> Tensor | float:
+        """What a term of weight 1 is to be multiplied by to pull as strongly as the detector's losses."""
+        if name not in self._sums or "detector" not in self._sums:
+            return 1.0
+        detector, term = (self._sums[key][0] / self._sums[key][1] for key in ("detector", name))
+        ratio = (detector / term).clamp(max=self.MOST)
+        return torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
 
 
 class BalanceWatch:

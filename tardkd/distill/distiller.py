@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from tardkd.ops import RegionLosses
 from tardkd.ops.spec import Reduction
 
 from . import checks
-from .balance import BalanceWatch
+from .balance import Balance, BalanceWatch
 from .findings import Findings
 from .inputs import InputCheck
 from .means import joint_gaussian_loss, joint_region_losses, share_of_all
@@ -96,6 +96,7 @@ class Distiller(nn.Module):
         self._teachers: list[FrozenTeacher] = []
         self._check_finite = checks.FiniteCheck()
         self._check_inputs = InputCheck()
+        self._balance = Balance()
         self._watch_balance = BalanceWatch()
         if not enabled:
             self._student = find(student)
@@ -156,7 +157,11 @@ class Distiller(nn.Module):
     def task_state(self) -> dict[str, Any]:
         """What a resumed distillation needs beside the student and the optimizer."""
         self.settle()
-        return {"adapters": self.adapters.state_dict(), "schedule": self.schedule.state_dict()}
+        return {
+            "adapters": self.adapters.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "balance": self._balance.state_dict(),
+        }
 
     def settle(self) -> None:
         """Raise now what the checks of the last step have found; on a GPU the next call would raise it.
@@ -172,6 +177,8 @@ class Distiller(nn.Module):
         """Go on from what :meth:`task_state` returned."""
         self.adapters.load_state_dict(state["adapters"])
         self.schedule.load_state_dict(state["schedule"])
+        if "balance" in state:  # a state that was saved before terms were balanced has none
+            self._balance.load_state_dict(state["balance"])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One step, called as the student is called: losses in training, the student's detections in eval mode.
@@ -231,9 +238,17 @@ class Distiller(nn.Module):
         student_pass, teacher_passes = self._run_models(batch)
         terms = self._terms(student_pass, teacher_passes)
         checks.check_gradients(terms, student_pass.features)
-        weights = self.settings.weights
-        weighted = {f"distill_{name}": self.weight * weights[name] * value for name, value in terms.items()}
+        factors = self._factors(terms, student_pass)
+        weighted = {f"distill_{name}": self.weight * factors[name] * value for name, value in terms.items()}
         return student_pass, {**student_pass.losses, **weighted}
+
+    def _factors(self, terms: Mapping[str, Tensor], student_pass: StudentPass) -> dict[str, Tensor | float]:
+        """What each term is multiplied by, beside lambda."""
+        weights = {name: self.settings.weights[name] for name in terms}
+        if self.settings.balance == "none":
+            return dict(weights)
+        named = {f"distill_{name}": value for name, value in terms.items()}
+        return self._balance(weights, {**student_pass.losses, **named}, student_pass.features)
 
     def check(self, *args: Any, **kwargs: Any) -> Findings:
         """Look at one batch as a training would, before it begins; nothing is changed.

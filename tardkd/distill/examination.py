@@ -16,10 +16,11 @@ from .distiller import Distiller
 from .findings import Finding, Findings, first, ok, problem, skipped, warning
 from .inputs import batch_fault, check_types, image_range, is_well_formed, range_fault
 from .schedule import Schedule
-from .settings import ScheduleSettings
+from .settings import DistillSettings, ScheduleSettings
 
 SHARE = 0.3  # where we would start a term, by our own choice: its share of the detector's gradient norm
-STRONG, WEAK = 1.0, SHARE / 10  # shares that are worth a warning
+STRONG, WEAK = 1.0, SHARE / 10  # shares beyond these are worth a warning
+BALANCED = 10.0  # where the terms are balanced a share is what the settings ask for, so that more is tolerated
 
 
 def examine(distiller: Distiller, batch: Batch) -> Findings:
@@ -58,7 +59,7 @@ def _examine(distiller: Distiller, batch: Batch) -> Iterator[Finding]:
     yield from gates({name: value.item() for name, value in distiller.stats.items()}, weights)
     if any(level.requires_grad for level in student_pass.features):
         norms = {name: norm.item() for name, norm in pulls(losses, student_pass.features).items()}
-        yield from balance(norms, weights, where="at the student's features")
+        yield from balance(norms, distiller.settings, where="at the student's features")
     else:
         yield warning("the student's features have no gradient", "backbone and pyramid are frozen: is that meant?")
     trained = {name: weight for name, weight in distiller.named_parameters() if weight.requires_grad}
@@ -74,6 +75,7 @@ def _examine(distiller: Distiller, batch: Batch) -> Iterator[Finding]:
 def _undone(distiller: Distiller) -> Iterator[None]:
     """In training mode at the full weight of the distillation; afterwards all is as it was."""
     training, schedule, stats, check = distiller.training, distiller.schedule, distiller.stats, distiller._check_finite
+    balanced = distiller._balance.state_dict()
     buffers = [(buffer, buffer.clone()) for buffer in distiller.buffers()]
     device = next(distiller.student.parameters()).device
     distiller.schedule, distiller._check_finite = Schedule(ScheduleSettings()), FiniteCheck()
@@ -84,6 +86,7 @@ def _undone(distiller: Distiller) -> Iterator[None]:
     finally:
         distiller.train(training)
         distiller.schedule, distiller.stats, distiller._check_finite = schedule, stats, check
+        distiller._balance.load_state_dict(balanced)
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
@@ -200,31 +203,34 @@ def gates(stats: Mapping[str, float], weights: Mapping[str, float]) -> Iterator[
 
 
 def balance(
-    norms: Mapping[str, float], weights: Mapping[str, float], *, where: str, prefix: str = ""
+    norms: Mapping[str, float], settings: DistillSettings, *, where: str, prefix: str = ""
 ) -> Iterator[Finding]:
     """The strength of each term's gradient, against that of all the detector's losses.
 
     Args:
         norms: of the gradients of the "detector" and of each term.
-        weights: of the terms, in the settings.
+        settings: the distillation's.
         where: by what the gradients are.
         prefix: what stands before the name of a setting where the user writes it.
     """
-    detector = norms["detector"]
+    weights, detector = settings.weights, norms["detector"]
     shares = {name: norm / detector for name, norm in norms.items() if name != "detector"} if detector else {}
     suggested = {name: float(f"{weights[name] * SHARE / share:.2g}") for name, share in shares.items() if share}
     text = f"gradient norm {where}, against the detector's own: " + ", ".join(
         f"{name} {share:.2f}" for name, share in shares.items()
     )
-    advice = f"to start each at {SHARE:g}, a starting point of our choice: " + " ".join(
-        f"{prefix}{name}={weight:g}" for name, weight in suggested.items()
-    )
-    far = [name for name, share in shares.items() if not WEAK <= share <= STRONG]
     numbers = {"shares": shares, "suggested": suggested}
+    if settings.balance == "gradient":
+        strong, advice, otherwise = BALANCED, "", "is the teacher another than the student, and do the gates open?"
+    else:
+        listed = " ".join(f"{prefix}{name}={weight:g}" for name, weight in suggested.items())
+        advice = otherwise = f"to start each at {SHARE:g}, a starting point of our choice: {listed}"
+        strong = STRONG
+    far = [name for name, share in shares.items() if not WEAK <= share <= strong]
     if far:
         yield warning(
-            f"{text}; {first(far)} {'is' if len(far) == 1 else 'are'} out of {WEAK:g} to {STRONG:g}",
-            advice if suggested else "no term pulls at all: see the gates",
+            f"{text}; {first(far)} {'is' if len(far) == 1 else 'are'} out of {WEAK:g} to {strong:g}",
+            otherwise if suggested else "no term pulls at all: see the gates",
             **numbers,
         )
     else:

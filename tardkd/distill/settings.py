@@ -22,6 +22,7 @@ from tardkd.ops.spec import (
 )
 
 Sharing = Literal["student", "teacher", "both"]
+Balancing = Literal["gradient", "none"]
 FeaturePath = Literal["auto", "pooled", "pyramid"]
 ScheduleKind = Literal["linear", "constant", "cosine", "step"]
 ScheduleUnit = Literal["epoch", "iteration"]
@@ -80,6 +81,9 @@ class DistillSettings:
     """
 
     # --- the terms: a term of weight 0 is left out
+    # what the weights are: gradient: each term's pull at the student's features, as a multiple of that of the
+    # detector's own losses, kept by measuring; none: factors of the terms' values
+    balance: Balancing = "gradient"
     feature: float = 1.0  # weight of the term that compares the pooled features of each region
     classification: float = 1.0  # weight of the term that compares the class logits of each region
     regression: float = 1.0  # weight of the term that compares the box deltas of each region

@@ -61,7 +61,7 @@ def check_gradients(subject: Subject) -> Iterator[Finding]:
         weights = distiller.settings.weights
         stats, norms = ({name: mean(values) for name, values in of.items()} for of in (measured.stats, measured.norms))
         yield from gates(stats, weights)
-        yield from balance(norms, weights, where="in the student's backbone", prefix="distill.")
+        yield from balance(norms, distiller.settings, where="in the student's backbone", prefix="distill.")
 
 
 def _take_step(

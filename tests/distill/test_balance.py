@@ -1,9 +1,10 @@
-"""Terms whose gradient dwarfs the detector's."""
+"""Terms that are given a pull of their weight times the detector's, and terms whose pull dwarfs it."""
 
 from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,14 +12,14 @@ import torch
 from detectors.tiny import tiny_batch, tiny_detector
 from torch.utils.checkpoint import checkpoint
 
-from tardkd.distill import Distiller, DistillSettings, balance
-from tardkd.distill.balance import BalanceWarning, BalanceWatch, gradient_norm, pulls
+from tardkd.distill import Distiller, DistillSettings, ScheduleSettings, balance
+from tardkd.distill.balance import Balance, BalanceWarning, BalanceWatch, gradient_norm, pulls
 
 OPEN = {"feature_gate": "foreground", "classification_gate": "foreground", "regression_gate": "foreground"}
 
 
 def pair(**settings: Any) -> Distiller:
-    return Distiller(tiny_detector(), tiny_detector(seed=1), DistillSettings(**{**OPEN, **settings}))
+    return Distiller(tiny_detector(), tiny_detector(seed=1), DistillSettings(**{**OPEN, "balance": "none", **settings}))
 
 
 def steps(distiller: Distiller, count: int) -> list[str]:
@@ -116,3 +117,117 @@ def test_a_graph_that_can_be_walked_only_once_is_left_alone() -> None:
     head.forward = lambda x: checkpoint(plain, x, use_reentrant=True)
     assert steps(distiller, 3) == []
     assert all(parameter.grad is not None for parameter in head.parameters())
+
+
+# --- the balance -------------------------------------------------------------------------------------------
+
+
+def balanced(**settings: Any) -> Distiller:
+    return Distiller(tiny_detector(), tiny_detector(seed=1), DistillSettings(**{**OPEN, **settings}))
+
+
+def measured(distiller: Distiller) -> dict[str, float]:
+    """What each term pulls in a step, over the detector's own losses."""
+    batch = distiller.detector.read_call(*tiny_batch())
+    torch.manual_seed(0)
+    student_pass, losses = distiller.step(batch)
+    norms = {name: norm.item() for name, norm in pulls(losses, student_pass.features).items()}
+    return {name: norm / norms["detector"] for name, norm in norms.items() if name != "detector"}
+
+
+@pytest.mark.parametrize("path", ["pooled", "pyramid"])
+@pytest.mark.parametrize("size", [1.0, 3.0, 10.0])
+def test_each_term_pulls_its_weight_whatever_its_values(size: float, path: str) -> None:
+    weights = {"feature": 0.5, "classification": 0.25, "regression": 0.125, "gaussian": 1.0}
+    distiller = balanced(**weights, path=path)
+    with torch.no_grad():
+        distiller.teacher.roi_heads.box_predictor.cls_score.weight.mul_(size)
+        distiller.teacher.roi_heads.box_predictor.bbox_pred.weight.mul_(size)
+    assert measured(distiller) == pytest.approx(weights, rel=1e-4)
+
+
+def test_the_schedule_fades_what_the_balance_has_set() -> None:
+    distiller = balanced(feature=0.5, schedule=ScheduleSettings(kind="linear"))
+    distiller.start(total_epochs=4, steps_per_epoch=1)
+    distiller.set_progress(epoch=2, step=0)
+    assert measured(distiller)["feature"] == pytest.approx(0.5 * 0.5, rel=1e-4)
+
+
+def of_two(term: float) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Losses whose gradients at one map have the norms 2 and ``term``."""
+    feature = torch.ones(1, 1, 1, 1, requires_grad=True)
+    return {"loss": 2 * feature.sum(), "distill_feature": term * feature.sum()}, [feature]
+
+
+def test_a_term_that_dwindles_is_followed() -> None:
+    balance_ = Balance()
+    for _ in range(200):
+        factor = balance_({"feature": 0.3}, *of_two(4.0))["feature"]
+    assert factor == pytest.approx(0.15)
+    for _ in range(800):
+        factor = balance_({"feature": 0.3}, *of_two(1.0))["feature"]
+    assert factor == pytest.approx(0.6, rel=0.01)
+
+
+def test_steps_in_which_a_term_does_not_pull_do_not_count() -> None:
+    balance_ = Balance()
+    for step in range(40):
+        factor = balance_({"feature": 1.0}, *of_two(4.0 if step % 4 == 0 else 0.0))["feature"]
+    assert factor == pytest.approx(0.5)
+    nan = balance_({"feature": 1.0}, *of_two(float("nan")))["feature"]
+    assert nan == pytest.approx(0.5)
+
+
+def test_what_never_pulls_keeps_its_weight_and_what_hardly_does_is_not_made_huge() -> None:
+    assert Balance()({"feature": 0.3}, *of_two(0.0))["feature"] == pytest.approx(0.3)
+    assert Balance()({"feature": 0.3}, *of_two(1e-9))["feature"] == pytest.approx(0.3 * Balance.MOST)
+
+
+def test_most_steps_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    measure = balance.pulls
+    monkeypatch.setattr(balance, "pulls", lambda *args: seen.append(balance_._step) or measure(*args))
+    balance_ = Balance()
+    for _ in range(100):
+        balance_({"feature": 0.3}, *of_two(4.0))
+    assert seen == [*range(1, 65), 72, 80, 88, 96]
+
+
+def test_the_balance_is_resumed() -> None:
+    left, right = balanced(feature=0.5), balanced(feature=0.5)
+    for _ in range(3):
+        measured(left)
+    right.load_task_state(copy.deepcopy(left.task_state()))
+    batch = right.detector.read_call(*tiny_batch())
+    results = []
+    for distiller in (left, right):
+        torch.manual_seed(5)
+        results.append(distiller.step(batch)[1])
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    old = left.task_state()
+    del old["balance"]
+    right.load_task_state(old)
+
+
+def test_where_the_pull_cannot_be_measured_the_weights_are_factors() -> None:
+    distiller, plain = balanced(feature=0.5), pair(feature=0.5)
+    for module in (distiller, plain):
+        head = module.student.roi_heads.box_head
+        head.forward = partial(checkpoint, head.forward, use_reentrant=True)
+    (message,) = steps(distiller, 3)
+    assert "use_reentrant" in message
+    results = []
+    for module in (distiller, plain):
+        torch.manual_seed(2)
+        results.append(module(*tiny_batch()))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_looking_at_a_batch_leaves_the_balance_alone() -> None:
+    distiller = balanced(feature=0.5)
+    measured(distiller)
+    before = copy.deepcopy(distiller.task_state()["balance"])
+    distiller.check(*tiny_batch())
+    after = distiller.task_state()["balance"]
+    assert before["step"] == after["step"] and before["sums"].keys() == after["sums"].keys()
+    assert all(torch.equal(before["sums"][name], after["sums"][name]) for name in before["sums"])

@@ -74,7 +74,7 @@ def test_weights_and_lambda_multiply() -> None:
 def test_values_are_the_ops_on_both_models_own_regions() -> None:
     """Assembled by hand from the two models' parts, on the regions the student sampled."""
     gates = {"classification_gate": "teacher_better", "regression_gate": "vs_student"}
-    distiller = pair(feature_gate="either", **gates)
+    distiller = pair(feature_gate="either", balance="none", **gates)
     student, teacher = distiller.student, distiller.teacher
     seen: dict[str, Any] = {}
     heads = student.roi_heads
@@ -238,7 +238,8 @@ def test_box_coders_may_differ() -> None:
     with torch.no_grad():
         teacher.roi_heads.box_predictor.bbox_pred.weight *= factor[:, None]
         teacher.roi_heads.box_predictor.bbox_pred.bias *= factor
-    assert run(Distiller(student, teacher, DistillSettings(**OPEN)))["distill_regression"] < 1e-10
+    settings = DistillSettings(**OPEN, balance="none")
+    assert run(Distiller(student, teacher, settings))["distill_regression"] < 1e-10
 
 
 @pytest.mark.parametrize("sharing", ["student", "teacher", "both"])

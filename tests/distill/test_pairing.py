@@ -19,7 +19,9 @@ from .test_classes import NAMES, OPEN, run, with_classes
 
 def described(teacher: Any, **arguments: Any) -> Distiller:
     """A distiller with a student of the classes ``NAMES``."""
-    return Distiller(tiny_detector(), teacher, DistillSettings(**OPEN), student_classes=NAMES, **arguments)
+    return Distiller(
+        tiny_detector(), teacher, DistillSettings(**OPEN, balance="none"), student_classes=NAMES, **arguments
+    )
 
 
 def assert_same(a: Distiller, b: Distiller) -> None:
