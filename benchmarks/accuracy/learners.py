@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 
 from tardkd.detectors import for_model
-from tardkd.detectors.base import Batch, InputBatch, StudentPass, TeacherPass
+from tardkd.detectors.base import Batch, Detector, InputBatch, StudentPass, TeacherPass
 from tardkd.distill import Distiller, DistillSettings
-from tardkd.distill.adapters import make_adapter
+from tardkd.distill.adapters import make_adapter, make_adapters
 
-from .literature import LOSSES, Step
+from .literature import LOSSES, OF_TWO_STAGES, Step
 
 Targets = Sequence[dict[str, Tensor]]
 
@@ -62,15 +62,21 @@ class Learner(Protocol):
         """The student's pass on images N x (3, H, W), and all losses (), those of the help named ``distill_*``."""
 
 
-def build_learner(method: Method, student: FasterRCNN, teacher: FasterRCNN | None) -> nn.Module:
-    """The learner of a method; whatever it draws leaves the generator as it was, so that students start alike."""
+def build_learner(
+    method: Method, student: nn.Module, teacher: nn.Module | None, classes: Sequence[str] | None = None
+) -> nn.Module:
+    """The learner of a method; whatever it draws leaves the generator as it was, so that students start alike.
+
+    Args:
+        classes: the names of both models' classes, for pairs of families that count them differently.
+    """
     with torch.random.fork_rng(devices=[]):
         if not method.needs_teacher:
             return Alone(student)
         assert teacher is not None, "this method needs a teacher"
         if method.settings is None:
             return Imitator(student, teacher, method)
-        return (Helped if method.loss is None else Both)(student, teacher, method)
+        return (Helped if method.loss is None else Both)(student, teacher, method, classes)
 
 
 class Alone(nn.Module):
@@ -78,7 +84,7 @@ class Alone(nn.Module):
 
     weight = 1.0
 
-    def __init__(self, student: FasterRCNN) -> None:
+    def __init__(self, student: nn.Module) -> None:
         super().__init__()
         self.student, self._detector = student, for_model(student)
         self.stats: dict[str, Tensor] = {}
@@ -90,20 +96,20 @@ class Alone(nn.Module):
         pass
 
     def learn(self, images: Sequence[Tensor], targets: Targets) -> tuple[StudentPass, dict[str, Tensor]]:
-        student_pass = self._detector.student_pass(Batch(images, targets))
+        student_pass = self._detector.student_pass(self._detector.read_call(images, targets))
         return student_pass, student_pass.losses
 
 
 class Imitator(Alone):
     """The student and a loss of another paper; the teacher is no part of the module."""
 
-    def __init__(self, student: FasterRCNN, teacher: FasterRCNN, method: Method) -> None:
+    def __init__(self, student: nn.Module, teacher: nn.Module, method: Method) -> None:
         super().__init__(student)
         self._teacher = for_model(teacher.eval().requires_grad_(False))
         self.imitation = Imitation(student, teacher, method)
 
     def learn(self, images: Sequence[Tensor], targets: Targets) -> tuple[StudentPass, dict[str, Tensor]]:
-        student_pass = self._detector.student_pass(Batch(images, targets))
+        student_pass = self._detector.student_pass(self._detector.read_call(images, targets))
         with torch.no_grad():
             ratio = self._teacher.input_size / self._detector.input_size
             teacher_pass = self._teacher.teacher_pass(images, student_pass.inputs, ratio)
@@ -113,18 +119,22 @@ class Imitator(Alone):
 class Helped(Distiller):
     """The student and tardkd's terms."""
 
-    def __init__(self, student: FasterRCNN, teacher: FasterRCNN, method: Method) -> None:
-        super().__init__(student, teacher, method.settings)
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, method: Method, classes: Sequence[str] | None = None
+    ) -> None:
+        super().__init__(student, teacher, method.settings, student_classes=classes, teacher_classes=classes)
 
     def learn(self, images: Sequence[Tensor], targets: Targets) -> tuple[StudentPass, dict[str, Tensor]]:
-        return self.step(Batch(images, targets))
+        return self.step(self.detector.read_call(images, targets))
 
 
 class Both(Helped):
     """tardkd's terms, and a loss of another paper beside them."""
 
-    def __init__(self, student: FasterRCNN, teacher: FasterRCNN, method: Method) -> None:
-        super().__init__(student, teacher, method)
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, method: Method, classes: Sequence[str] | None = None
+    ) -> None:
+        super().__init__(student, teacher, method, classes)
         self.imitation = Imitation(student, teacher, method)
 
     def _run_models(self, batch: Batch) -> tuple[StudentPass, list[TeacherPass]]:
@@ -138,14 +148,29 @@ class Both(Helped):
 
 
 class Imitation(nn.Module):
-    """A loss of another paper, and the adapter that brings the student's maps to the teacher's channels."""
+    """A loss of another paper, and the adapters that bring the student's maps to the teacher's channels.
 
-    def __init__(self, student: FasterRCNN, teacher: FasterRCNN, method: Method) -> None:
+    It compares the levels of equal stride. Where all of the student's have the same channels, one adapter serves them.
+
+    Raises:
+        ValueError: the loss looks at what these models have not, or no two levels have an equal stride.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, method: Method) -> None:
         super().__init__()
         self._student, self._teacher = for_model(student), for_model(teacher)
-        ours, theirs = self._student.channels[0], self._teacher.channels[0]  # equal on all levels
-        self.adapter = make_adapter(ours, theirs, next(student.parameters()))
-        self.loss = LOSSES[method.loss](theirs, len(student.roi_heads.box_roi_pool.featmap_names))
+        if method.loss in OF_TWO_STAGES and not (self._student.two_stage and self._teacher.two_stage):
+            kinds = f"{type(student).__name__} and {type(teacher).__name__}"
+            raise ValueError(f"{method.loss} needs two Faster R-CNNs, for their {OF_TWO_STAGES[method.loss]}: {kinds}")
+        self.levels = levels_of_equal_stride(self._student, self._teacher)
+        ours = [self._student.channels[level] for level, _ in self.levels]
+        theirs = [self._teacher.channels[level] for _, level in self.levels]
+        like = next(student.parameters())
+        if len({*ours}) == len({*theirs}) == 1:
+            self.adapters = nn.ModuleList([make_adapter(ours[0], theirs[0], like)] * len(ours))
+        else:
+            self.adapters = make_adapters(ours, theirs, like)
+        self.loss = LOSSES[method.loss](theirs[0], len(theirs))
         self.weight = method.weight
 
     def forward(self, student_pass: StudentPass, teacher_pass: TeacherPass) -> Tensor:
@@ -159,11 +184,12 @@ class Imitation(nn.Module):
             return level_anchors(self._student.model, student_pass.inputs, student_pass.features)
 
         step = Step(
-            student=[self.adapter(level) for level in student_pass.features],
+            student=[adapt(student_pass.features[ours]) for adapt, (ours, _) in zip(self.adapters, self.levels)],
             teacher=[
-                resize_map(level, own.shape[-2:]) for level, own in zip(teacher_pass.features, student_pass.features)
+                resize_map(teacher_pass.features[theirs], student_pass.features[ours].shape[-2:])
+                for ours, theirs in self.levels
             ],
-            scales=student_pass.scales,
+            scales=[student_pass.scales[ours] for ours, _ in self.levels],
             boxes=[target["boxes"] for target in student_pass.targets],
             anchors=anchors,
             logits=regions.head.logits,
@@ -178,6 +204,23 @@ def resize_map(level: Tensor, size: Sequence[int]) -> Tensor:
     if level.shape[-2:] == tuple(size):
         return level
     return F.interpolate(level, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def levels_of_equal_stride(student: Detector, teacher: Detector) -> list[tuple[int, int]]:
+    """The student's level and the teacher's, of each stride that both have.
+
+    Raises:
+        ValueError: there is none.
+    """
+    pairs = [
+        (ours, theirs)
+        for ours, stride in enumerate(student.strides)
+        for theirs, other in enumerate(teacher.strides)
+        if stride == other
+    ]
+    if not pairs:
+        raise ValueError(f"no level to compare: strides {student.strides} of the student, {teacher.strides}")
+    return pairs
 
 
 def level_anchors(model: FasterRCNN, inputs: InputBatch, features: Sequence[Tensor]) -> list[Tensor]:

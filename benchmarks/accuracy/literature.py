@@ -169,6 +169,8 @@ def size_mask(boxes: Sequence[Tensor], scale: float, size: Sequence[int]) -> Ten
     return mask.to(boxes[0].device)
 
 
+# What only two Faster R-CNNs have; the other losses look at maps and objects alone.
+OF_TWO_STAGES = {"fgfi": "anchors", "defeat": "box heads"}
 LOSSES: dict[str, Callable[[int, int], Callable[[Step], Tensor]]] = {  # made for (channels, levels)
     "imitation": lambda channels, levels: imitation,
     "fgfi": lambda channels, levels: fgfi,

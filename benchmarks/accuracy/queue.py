@@ -31,9 +31,10 @@ from tardkd.train.models import build_model
 from .balance import Balance
 from .data import open_split, prepare
 from .learners import Method, build_learner
-from .models import Pretrained, build_pretrained, fold_norms
+from .models import Pretrained, build_pretrained
 from .suites import DATA, METHODS, PAIRS, TEACHER, Run
 from .train import train
+from .trunks import fold_norms
 
 
 class NotYetError(RuntimeError):
@@ -105,7 +106,7 @@ def _carry_out(run: Run, places: Places) -> dict[str, Any]:
     teacher = _teacher(run, places, len(val_set.class_names)) if method.needs_teacher else None
     torch.manual_seed(run.seed)
     student = _build(run, places, len(val_set.class_names))
-    learner = build_learner(method, student, teacher)
+    learner = build_learner(method, student, teacher, val_set.class_names)
     balance = Balance(method.share, lasting=method.lasting) if method.needs_teacher else None
     result = train(learner, balance, train_set, val_set, run.budget, run.seed)
     with replacing(places.trained(run)) as temporary:
@@ -114,17 +115,17 @@ def _carry_out(run: Run, places: Places) -> dict[str, Any]:
 
 
 def _find_twin(run: Run, places: Places) -> Run | None:
-    """A finished run of the same teacher, or of the same student alone, in another pair: this one by another name."""
-
-    def model(name: str) -> tuple[Any, ...]:
-        pair = PAIRS[name]
-        return (pair.teacher, 1.0) if run.method == TEACHER else (pair.student, pair.student_size)
-
-    if run.method != TEACHER and METHODS[run.method].needs_teacher:
+    """A run in another pair which is this one by another name: the teacher that this pair borrows, which is trained
+    where nobody has; or the same student alone, if it is finished."""
+    if run.method == TEACHER:
+        return None if run.origin == run else _made(run.origin, places)
+    if METHODS[run.method].needs_teacher:
         return None
-    for name in PAIRS:
+    pair = PAIRS[run.pair]
+    for name, other in PAIRS.items():
         twin = replace(run, pair=name)
-        if model(name) == model(run.pair) and twin.budget == run.budget and places.result(twin).exists():
+        is_same = (other.student, other.student_size) == (pair.student, pair.student_size)
+        if is_same and twin.budget == run.budget and places.result(twin).exists():
             return twin
     return None
 
@@ -150,20 +151,24 @@ def _prepared(run: Run, places: Places) -> Path:
 
 def _teacher(run: Run, places: Places, num_classes: int) -> nn.Module:
     """The pair's trained teacher; trains it where nobody has."""
-    of_teacher = Run(run.data, run.pair, TEACHER, seed=0)
-    if not places.result(of_teacher).exists() and not _attempt(of_teacher, places):
-        raise NotYetError(of_teacher.name)
+    of_teacher = _made(Run(run.data, run.pair, TEACHER, seed=0), places)
     teacher = _build(of_teacher, places, num_classes)
     teacher.load_state_dict(torch.load(places.trained(of_teacher), weights_only=True))
     fold_norms(teacher.requires_grad_(False))
     return teacher
 
 
+def _made(run: Run, places: Places) -> Run:
+    """The run, finished: by others, or here and now."""
+    if not places.result(run).exists() and not _attempt(run, places):
+        raise NotYetError(run.name)
+    return run
+
+
 def _build(run: Run, places: Places, num_classes: int) -> nn.Module:
-    pair, geometry = PAIRS[run.pair], DATA[run.data].geometry
-    settings = pair.teacher if run.method == TEACHER else pair.student
-    if run.method != TEACHER and pair.student_size != 1:
-        geometry = geometry.scaled(pair.student_size)
+    settings, geometry = run.model, DATA[run.data].geometry
+    if run.method != TEACHER:
+        geometry = geometry.scaled(PAIRS[run.pair].student_size)
     if isinstance(settings, Pretrained):
         model = build_pretrained(settings, geometry, num_classes, places.weights)
     else:

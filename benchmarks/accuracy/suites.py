@@ -51,11 +51,12 @@ class Pair:
     """Two detectors, and how they are trained beside the data set's number of epochs."""
 
     student: Pretrained | ModelSpec
-    teacher: Pretrained | ModelSpec
+    teacher: Pretrained | ModelSpec | str  # or the pair whose trained teacher it has
     lr: float
     student_time: float = 1.0  # factor of the data set's epochs
     teacher_time: float = 1.0  # the same for the teacher
     student_size: float = 1.0  # side of the student's input over that of the data set, which is the teacher's
+    batch: int | None = None  # images of a step, where they are not as many as the data set says
 
 
 LIGHT = ModelSpec(
@@ -73,11 +74,12 @@ LIGHT = ModelSpec(
 )
 MOBILENET = Pretrained("mobilenet_v2", channels=64, head_dim=128, frozen=4)
 LITE2 = Pretrained("efficientnet_lite2", channels=96, head_dim=256, frozen=4)
+RETINANET = Pretrained("mobilenet_v2", channels=64, frozen=4, head="retinanet")
 
 PAIRS = {
     "pretrained": Pair(MOBILENET, LITE2, lr=5e-4, teacher_time=2.5),
     # A student that is fast because it sees small images, taught by a teacher that sees them larger.
-    "small-input": Pair(MOBILENET, LITE2, lr=5e-4, teacher_time=2.5, student_size=0.75),
+    "small-input": Pair(MOBILENET, "pretrained", lr=5e-4, student_size=0.75),
     # The paper's regime, a teacher about two points of AP above the student alone: the same, trained for half as long.
     "close": Pair(MOBILENET, LITE2, lr=5e-4, teacher_time=1.25),
     # As the small recipes have it.
@@ -88,7 +90,25 @@ PAIRS = {
         student_time=2.0,
         teacher_time=2.0,
     ),
+    # Other families, and teachers of another family than the student.
+    "retinanet": Pair(
+        RETINANET,
+        Pretrained("efficientnet_lite2", channels=96, frozen=4, head="retinanet"),
+        lr=5e-4,
+        teacher_time=2.5,
+    ),
+    "retinanet-two-stage": Pair(RETINANET, "pretrained", lr=5e-4),
+    "fcos": Pair(Pretrained("mobilenet_v2", channels=64, frozen=4, head="fcos"), "pretrained", lr=5e-4),
+    "ssdlite": Pair(Pretrained("mobilenet_v2", frozen=4, head="ssdlite"), "pretrained", lr=1e-3),
+    "rt_detr": Pair(
+        Pretrained("mobilenet_v2", channels=96, frozen=4, head="rt_detr"),
+        "pretrained",
+        lr=1e-3,
+        student_time=2.0,
+        batch=4,
+    ),
 }
+FAMILIES = ["retinanet", "fcos", "ssdlite", "rt_detr", "retinanet-two-stage"]
 
 RECIPE = DistillSettings(balance="none", feature=0.2, regression=0.2)  # weights found by hand for small students
 ONES = DistillSettings(balance="none")  # for a balance of the benchmark's, which finds the weights
@@ -101,6 +121,7 @@ BASELINES = {
     "alone, longer": Method(time=1.5),  # about what a step with the teacher takes
 }
 OURS = {
+    "tardkd": Method(DistillSettings()),  # with its defaults
     "ours": Method(RECIPE),
     "ours, standardised, balanced": Method(STANDARDISED, share=0.3),
     "ours, balanced": Method(ONES, share=0.3),
@@ -118,9 +139,9 @@ RIVALS = {
     "defeat": Method(loss="defeat"),
     "fgfi": Method(loss="fgfi"),
 }
-BEST = "ours, standardised, lasting balance"  # what the ablations change
+BEST = "tardkd"  # what the ablations change
 ABLATIONS = {
-    f"{BEST}, {name}": replace(OURS[BEST], settings=replace(STANDARDISED, **change))
+    f"{BEST}, {name}": Method(replace(DistillSettings(), **change))
     for name, change in {
         "all gates open": UNGATED,
         "feature gate open": {"feature_gate": "foreground"},
@@ -136,13 +157,23 @@ ABLATIONS = {
         "teacher's proposals": {"sharing": "teacher"},
         "both's proposals": {"sharing": "both"},
         "gaussian term": {"gaussian": 1.0},
+        "raw features": {"feature_norm": "none"},
+        "weights of 0.3": {"feature": 0.3, "classification": 0.3, "regression": 0.3},
     }.items()
+}
+PROTOTYPES = {  # of what became tardkd's default; not run any more
+    "ours, standardised, lasting balance, all gates open": Method(
+        replace(STANDARDISED, **UNGATED), share=0.3, lasting=True
+    ),
+    "ours, standardised, lasting balance, constant": Method(
+        replace(STANDARDISED, schedule=CONSTANT), share=0.3, lasting=True
+    ),
 }
 BALANCED_RIVALS = {  # what of their weights is chance is taken away
     **{f"{name}, balanced": replace(method, share=0.3) for name, method in RIVALS.items()},
     **{f"{name}, lasting balance": replace(method, share=0.3, lasting=True) for name, method in RIVALS.items()},
 }
-METHODS = BASELINES | OURS | RIVALS | BALANCED_RIVALS | ABLATIONS
+METHODS = BASELINES | OURS | RIVALS | BALANCED_RIVALS | ABLATIONS | PROTOTYPES
 
 
 @dataclass(frozen=True)
@@ -161,11 +192,23 @@ class Run:
         return f"{self.data}/{self.pair}/{method}/{self.seed}"
 
     @property
+    def origin(self) -> Run:
+        """The run that trains this model: where a pair borrows its teacher, that of the other pair."""
+        teacher = PAIRS[self.pair].teacher
+        return replace(self, pair=teacher) if self.method == TEACHER and isinstance(teacher, str) else self
+
+    @property
+    def model(self) -> Pretrained | ModelSpec:
+        """What trains."""
+        pair = PAIRS[self.origin.pair]
+        return pair.teacher if self.method == TEACHER else pair.student
+
+    @property
     def budget(self) -> Budget:
         """How long this model trains."""
-        pair, data = PAIRS[self.pair], DATA[self.data]
+        pair, data = PAIRS[self.origin.pair], DATA[self.data]
         time = pair.teacher_time if self.method == TEACHER else pair.student_time * METHODS[self.method].time
-        return Budget(epochs=round(data.epochs * time), lr=pair.lr, batch=data.batch)
+        return Budget(epochs=round(data.epochs * time), lr=pair.lr, batch=pair.batch or data.batch)
 
 
 TEACHER = "teacher"
@@ -208,5 +251,6 @@ SUITES = {
     "scratch": compare("scratch"),
     "short": [*compare("pretrained", ["bccd-short"]), *compare("close", ["bccd-short"])],
     "search": list(runs(FULL, ["small-input", "pretrained"], [*OURS, *RIVALS, *BALANCED_RIVALS], 1, FACTORS)),
+    "families": list(runs(["bccd"], FAMILIES, ["alone", BEST, "ours, standardised", "pkd, lasting balance"], 3)),
     "ablations": list(runs(FULL, ["small-input", "pretrained"], list(ABLATIONS), 3)),
 }

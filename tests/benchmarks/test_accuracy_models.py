@@ -6,13 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from accuracy.models import Geometry, Pretrained, build_pretrained, fold_norms
+from accuracy.models import HEADS, Geometry, Pretrained, build_pretrained
+from accuracy.trunks import fold_norms
 from torch import nn
 from torchvision.models import mobilenet_v2
 from torchvision.ops import FrozenBatchNorm2d
 
+from tardkd.detectors import for_model
+
 GEOMETRY = Geometry(short=64, long=96, anchors=(8, 16, 32, 64, 128), canonical=64)
 SETTINGS = Pretrained("mobilenet_v2", channels=16, head_dim=16, frozen=2)
+FAMILIES = {
+    "faster_rcnn": SETTINGS,
+    **{head: Pretrained("mobilenet_v2", channels=32, frozen=2, head=head) for head in HEADS if head != "faster_rcnn"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +56,26 @@ def test_leading_parts_and_norms_stay_as_they_are(weights):
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
-def test_it_trains(weights):
-    model = build_pretrained(SETTINGS, GEOMETRY, 3, weights)
-    targets = [{"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([1])}]
-    losses = model([torch.rand(3, 64, 96)], targets)
-    assert torch.stack(list(losses.values())).isfinite().all()
+@pytest.mark.parametrize("head", HEADS)
+def test_it_trains_and_detects(weights, head):
+    torch.manual_seed(0)
+    model = build_pretrained(FAMILIES[head], GEOMETRY, 3, weights).train()
+    detector = for_model(model)
+    images = [torch.rand(3, 64, 96)]
+    targets = [{"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([3])}]
+    student_pass = detector.student_pass(detector.read_call(images, targets))
+    total = torch.stack(list(student_pass.losses.values())).sum()
+    assert total.isfinite()
+    total.backward()
+    body = getattr(detector.backbone, "body", detector.backbone)
+    reached = {name.split(".")[0] for name, p in body.named_parameters() if p.grad is not None and p.grad.any()}
+    assert reached == {str(part) for part in range(2, 18)}
+    assert [round(1 / scale) for scale in student_pass.scales][:3] == (
+        [4, 8, 16] if head == "faster_rcnn" else [8, 16, 32]
+    )
+    with torch.no_grad():
+        [found] = for_model(model.eval()).detect(images)
+    assert found["boxes"].shape[1] == 4
 
 
 def test_folding_keeps_the_function(weights):

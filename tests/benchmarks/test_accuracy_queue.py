@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
 from accuracy import queue, suites
 from accuracy.data import DataSet
 from accuracy.learners import Alone, Method, build_learner, level_anchors
-from accuracy.models import Geometry
+from accuracy.literature import LOSSES, OF_TWO_STAGES
+from accuracy.models import HEADS, Geometry, Pretrained, build_pretrained
 from accuracy.queue import Places, evaluate_test, work_off
-from accuracy.suites import TEACHER, Pair, Run
+from accuracy.suites import TEACHER, UNGATED, Pair, Run
+from torchvision.models import mobilenet_v2
 
 from tardkd.data import write_scenes
 from tardkd.distill import DistillSettings
@@ -113,6 +116,28 @@ def test_a_student_alone_is_trained_once_for_all_pairs(places, monkeypatch):
     assert "test" in json.loads(places.result(twin).read_text())
 
 
+def test_a_pair_may_have_another_pairs_teacher(places, monkeypatch):
+    monkeypatch.setitem(suites.PAIRS, "borrower", Pair(LARGER, "tiny", lr=1e-4, student_time=2.0, batch=3))
+    work_off([Run("tiny", "borrower", "pkd", 0)], places)
+    results = {
+        pair: json.loads(places.result(Run("tiny", pair, TEACHER, 0)).read_text()) for pair in ("tiny", "borrower")
+    }
+    assert results["borrower"] == {**results["tiny"], "pair": "borrower"}
+    assert results["borrower"]["budget"]["lr"] == 1e-3
+    student = json.loads(places.result(Run("tiny", "borrower", "pkd", 0)).read_text())
+    assert (student["budget"]["epochs"], student["budget"]["batch"]) == (2, 3)
+
+
+def test_a_borrowed_teacher_that_trains_elsewhere_is_waited_for(places, monkeypatch):
+    monkeypatch.setitem(suites.PAIRS, "borrower", Pair(LARGER, "tiny", lr=1e-3))
+    folder = places.trained(Run("tiny", "tiny", TEACHER, 0)).parent
+    folder.mkdir(parents=True)
+    with FolderLock(folder) as lock:
+        lock.take()
+        work_off([Run("tiny", "borrower", "pkd", 0)], places)
+    assert not places.results.exists()
+
+
 def test_the_factor_of_a_search_is_the_methods_weight():
     assert Method(loss="pkd").scaled(4).weight == 4
     assert Method(DistillSettings(), share=0.5).scaled(2) == Method(DistillSettings(), share=1.0)
@@ -167,3 +192,52 @@ def test_anchors_are_those_of_torchvision():
     generator.cell_anchors = generator.cell_anchors[: len(sizes)]
     for anchors, expected in zip(levels, generator.grid_anchors(sizes, strides), strict=True):
         torch.testing.assert_close(anchors.reshape(-1, 4), expected)
+
+
+# --- students of other families ------------------------------------------------------------------------------------
+
+
+FAMILIES = [head for head in HEADS if head != "faster_rcnn"]
+NAMES = ["disc", "box", "bar"]
+
+
+@pytest.fixture
+def of_family(tmp_path) -> Callable[[str], torch.nn.Module]:
+    """Builds a student on a trunk of random weights."""
+    torch.manual_seed(0)
+    torch.save(mobilenet_v2().state_dict(), tmp_path / "mobilenet_v2-0.pth")
+    geometry = Geometry(short=64, long=64, anchors=(8, 16, 32, 64, 128), canonical=32)
+
+    def build(head: str) -> torch.nn.Module:
+        settings = Pretrained("mobilenet_v2", channels=32, frozen=2, head=head, head_dim=8)
+        return build_pretrained(settings, geometry, 3, tmp_path)
+
+    return build
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["ours", *(name for name in LOSSES if name not in OF_TWO_STAGES)])
+def test_students_of_all_families_learn_from_faster_rcnn(of_family, family, name):
+    student, teacher = of_family(family), of_family("faster_rcnn")
+    ours = Method(DistillSettings(**UNGATED))  # a teacher of random weights opens no gate
+    learner = build_learner(ours if name == "ours" else Method(loss=name), student, teacher, NAMES).train()
+    student_pass, losses = learner.learn(*batch())
+    help = torch.stack([value for key, value in losses.items() if key.startswith("distill_")]).sum()
+    assert 0 < help < float("inf")
+    reached = torch.autograd.grad(
+        help, [level for level in student_pass.features if level.requires_grad], allow_unused=True
+    )
+    assert any(gradient is not None and gradient.any() for gradient in reached)
+
+
+@pytest.mark.parametrize("name", OF_TWO_STAGES)
+def test_what_needs_two_stages_says_so(of_family, name):
+    student, teacher = of_family("fcos"), of_family("faster_rcnn")
+    with pytest.raises(ValueError, match=f"{name} needs two Faster R-CNNs.*FCOS and FasterRCNN"):
+        build_learner(Method(loss=name), student, teacher)
+
+
+def test_maps_are_compared_where_strides_are_equal(of_family):
+    student, teacher = of_family("retinanet"), of_family("faster_rcnn")
+    imitation = build_learner(Method(loss="pkd"), student, teacher).imitation
+    assert imitation.levels == [(0, 1), (1, 2), (2, 3)]
