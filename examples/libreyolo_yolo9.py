@@ -1,6 +1,6 @@
 """A detector of your own, complete: LibreYOLO's YOLOv9 as student and as teacher.
 
-distiller = Distiller(YOLO9Detector(student), YOLO9Detector(teacher), DistillSettings(feature=0.2))
+distiller = Distiller(YOLO9Detector(student), YOLO9Detector(teacher))
 losses = distiller(images, targets)  # called as the model is; losses["total_loss"].backward()
 """
 

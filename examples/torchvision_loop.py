@@ -22,7 +22,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
 from tardkd.data import Scenes, to_float
-from tardkd.distill import Distiller, DistillSettings, load_teacher_weights  # (+)
+from tardkd.distill import Distiller, load_teacher_weights  # (+)
 
 SIZE, BATCH = 96, 4
 
@@ -63,7 +63,7 @@ def main() -> None:
         load_teacher_weights(teacher, args.teacher)  # (+) unlike load_state_dict it also reads checkpoints
     # The weights are to bring the gradients of the terms near to that of the detector's own losses; `tardkd doctor`
     # measures yours. Without a teacher the distiller is exactly the student. (+)
-    distiller = Distiller(model, teacher, DistillSettings(feature=0.2, regression=0.2), enabled=bool(args.teacher))
+    distiller = Distiller(model, teacher, enabled=bool(args.teacher))
     distiller.start(epochs, len(loader))  # (+) the weight of all terms falls from epoch to epoch
     # (~) the distiller's parameters: the student's, and a 1x1 convolution where the channels of the two differ
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.005, momentum=0.9, weight_decay=1e-4)

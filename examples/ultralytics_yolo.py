@@ -112,7 +112,7 @@ class Criterion:
 
 def add_teacher(yolo: YOLO, teacher: YOLO, settings: DistillSettings | None = None) -> None:
     """Let the next ``yolo.train(...)`` be helped by ``teacher``, which has the same classes in the same order."""
-    settings = settings or DistillSettings(feature=0.2)
+    settings = settings or DistillSettings()
 
     def start(trainer: Any) -> None:
         model = trainer.model

@@ -81,8 +81,7 @@ class DistillSettings:
     """
 
     # --- the terms: a term of weight 0 is left out
-    # what the weights are: gradient: each term's pull at the student's features, as a multiple of that of the
-    # detector's own losses, kept by measuring; none: factors of the terms' values
+    # gradient: a weight says how strongly the term pulls at the student, 1 as the detector's losses; none: a factor
     balance: Balancing = "gradient"
     feature: float = 1.0  # weight of the term that compares the pooled features of each region
     classification: float = 1.0  # weight of the term that compares the class logits of each region
