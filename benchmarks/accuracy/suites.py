@@ -157,7 +157,7 @@ ABLATIONS = {
         "teacher's proposals": {"sharing": "teacher"},
         "both's proposals": {"sharing": "both"},
         "gaussian term": {"gaussian": 1.0},
-        "raw features": {"feature_norm": "none"},
+        "standardised": {"feature_norm": "channel"},
         "weights of 0.3": {"feature": 0.3, "classification": 0.3, "regression": 0.3},
     }.items()
 }

@@ -103,7 +103,7 @@ class DistillSettings:
     beta: float = 1 / 9  # smooth-L1 threshold of the deltas, and of the features with feature_loss smooth_l1
     feature_loss: FeatureLoss = "squared"  # how the difference of two features is measured
     # channel: each channel of both sides is standardised first, so that models of unlike scales need no other weight
-    feature_norm: FeatureNorm = "channel"
+    feature_norm: FeatureNorm = "none"
     bin_weight: BinWeight = "uniform"  # weight of a region's bins; gaussian: those near the object's centre count more
     sigma_squared: float = 2.0  # square of the width of the gaussian term's mask, which is measured in half box sizes
 
