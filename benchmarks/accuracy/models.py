@@ -98,10 +98,8 @@ ONE_STAGE_STRIDES = (8, 16, 32, 64)
 
 
 def _retinanet(settings: Pretrained, geometry: Geometry, num_classes: int, body: nn.Sequential) -> RetinaNet:
-    """Anchors of three sizes a level, the first as small as those that Faster R-CNN has on stride 4."""
-    sizes = tuple(
-        tuple(size * 2 ** (third / 3) for third in range(3)) for size in geometry.anchors[: len(ONE_STAGE_STRIDES)]
-    )
+    """Anchors of three sizes a level, the first as large as those that Faster R-CNN has on that stride."""
+    sizes = tuple(tuple(size * 2 ** (third / 3) for third in range(3)) for size in geometry.anchors[1:])
     return RetinaNet(
         _one_stage_pyramid(settings, body),
         num_classes + 1,
