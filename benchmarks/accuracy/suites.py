@@ -94,17 +94,17 @@ PAIRS = {
     "retinanet": Pair(
         RETINANET,
         Pretrained("efficientnet_lite2", channels=96, frozen=4, head="retinanet"),
-        lr=5e-4,
+        lr=1e-3,
         teacher_time=2.5,
     ),
-    "retinanet-two-stage": Pair(RETINANET, "pretrained", lr=5e-4),
+    "retinanet-two-stage": Pair(RETINANET, "pretrained", lr=1e-3),
     "fcos": Pair(Pretrained("mobilenet_v2", channels=64, frozen=4, head="fcos"), "pretrained", lr=5e-4),
     "ssdlite": Pair(Pretrained("mobilenet_v2", frozen=4, head="ssdlite"), "pretrained", lr=1e-3),
     "rt_detr": Pair(
         Pretrained("mobilenet_v2", channels=96, frozen=4, head="rt_detr"),
         "pretrained",
         lr=1e-3,
-        student_time=2.0,
+        student_time=1.5,
         batch=4,
     ),
 }
