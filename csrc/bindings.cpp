@@ -13,7 +13,7 @@ using namespace tardkd;
 namespace {
 
 void region_distill(const py::object& student_pyramid, const py::object& teacher_pyramid,
-                    const py::object& grad_pyramid, const py::object& inputs, const py::object& upstream,
+                    const py::object& grad_pyramid, bool add, const py::object& inputs, const py::object& upstream,
                     const py::object& results, const py::object& align, const py::object& loss, int threads) {
   const Pyramid student = pyramid(student_pyramid, tensor(TARDKD_FIELD(inputs, "student_norms"))),
                 teacher = pyramid(teacher_pyramid, tensor(TARDKD_FIELD(inputs, "teacher_norms"))),
@@ -25,7 +25,7 @@ void region_distill(const py::object& student_pyramid, const py::object& teacher
     using A = decltype(a);
     const auto out = region_outputs<A>(results);
     py::gil_scoped_release release;
-    cpu::region_distill<A>(student, teacher, grad.levels ? &grad : nullptr, in, out, roi, spec, threads);
+    cpu::region_distill<A>(student, teacher, grad.levels ? &grad : nullptr, add, in, out, roi, spec, threads);
   });
 }
 

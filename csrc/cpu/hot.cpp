@@ -268,7 +268,7 @@ void pool_task(const PoolJob<A>& job, int32_t image, int32_t level, int32_t bloc
   if (job.grad) {
     grad_map = &job.grad->level[level];
     grad = static_cast<A*>(grad_map->data) + offset_in(*grad_map, image, c0, 0, 0);
-    zero_block(*grad_map, grad, channels);
+    if (!job.add) zero_block(*grad_map, grad, channels);
   }
 
   A* out = scratch;

@@ -38,7 +38,8 @@ template <class A>
 struct PoolJob {
   const Pyramid* student;
   const Pyramid* teacher;  // null for plain RoIAlign
-  const Pyramid* grad;     // maps of A laid out like the student's, or null
+  const Pyramid* grad;     // maps of A of the student's shapes, or null
+  bool add;                // to what the gradient's maps hold; else they are written completely
   bool same_geometry;      // windows and storage equal on both sides: subtract on load, pool once
   int32_t pooled_h, pooled_w;
   int32_t max_span;                // widest window, for scratch

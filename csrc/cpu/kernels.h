@@ -8,11 +8,13 @@
 namespace tardkd::cpu {
 
 // From both pyramids to gates, three losses and their gradients, each to be multiplied by its term's factor. `grad`,
-// maps of A with the student's shapes, dense in NCHW or channels_last order, is written completely; null when not
-// wanted. Where the levels have norms, features are standardised first, and the gradient goes through that.
+// maps of A with the student's shapes, dense in NCHW or channels_last order, is written completely, or with `add` added
+// to; null when not wanted. Where the levels have norms, features are standardised first, and the gradient goes through
+// that; then there is nothing to add to.
 template <class A>
-void region_distill(const Pyramid& student, const Pyramid& teacher, const Pyramid* grad, const RegionInputs& in,
-                    const RegionOutputs<A>& out, const RoiAlignSpec& align, const LossSpec& spec, int threads);
+void region_distill(const Pyramid& student, const Pyramid& teacher, const Pyramid* grad, bool add,
+                    const RegionInputs& in, const RegionOutputs<A>& out, const RoiAlignSpec& align,
+                    const LossSpec& spec, int threads);
 
 // The same from features that are already pooled. All tensors have their bins or their channels as the inner of two
 // dense loops, in the same order; `grad` is of A, and absent when not wanted.

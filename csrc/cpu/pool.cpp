@@ -30,7 +30,8 @@ void run_pool(const PoolJob<A>& job, int threads) {
     const int32_t level = static_cast<int32_t>(task / blocks / images);
     if (block * job.lanes >= job.student->level[level].channels) return;
     const int64_t group = int64_t(image) * levels + level;
-    if (job.grad || job.group_begin[group] != job.group_begin[group + 1])
+    const bool fills = job.grad && !job.add;
+    if (fills || job.group_begin[group] != job.group_begin[group + 1])
       hot.pool_task(job, image, level, block, scratch.data() + worker * scratch_size);
   });
 }

@@ -24,8 +24,9 @@ bool same_geometry(const Pyramid& a, const Pyramid& b) {
 }  // namespace
 
 template <class A>
-void region_distill(const Pyramid& student, const Pyramid& teacher, const Pyramid* grad, const RegionInputs& in,
-                    const RegionOutputs<A>& out, const RoiAlignSpec& align, const LossSpec& spec, int threads) {
+void region_distill(const Pyramid& student, const Pyramid& teacher, const Pyramid* grad, bool add,
+                    const RegionInputs& in, const RegionOutputs<A>& out, const RoiAlignSpec& align,
+                    const LossSpec& spec, int threads) {
   const RegionTerms<A> terms(in, out, spec, threads);
   const LevelChoice student_levels = level_choice(student, in.student_levels);
   const LevelChoice teacher_levels = teacher_choice(student_levels, teacher, in.teacher_levels);
@@ -50,6 +51,7 @@ void region_distill(const Pyramid& student, const Pyramid& teacher, const Pyrami
   PoolJob<A> job = pool_job(student, plan, align);
   job.teacher = &teacher;
   job.grad = grad;
+  job.add = add;
   job.same_geometry = shared;
   job.feature_loss = spec.feature_loss;
   job.beta = static_cast<A>(spec.beta);
@@ -70,8 +72,8 @@ void region_distill(const Pyramid& student, const Pyramid& teacher, const Pyrami
   terms.write_losses(feature);
 }
 
-#define TARDKD_INSTANTIATE(A)                                                                          \
-  template void region_distill<A>(const Pyramid&, const Pyramid&, const Pyramid*, const RegionInputs&, \
+#define TARDKD_INSTANTIATE(A)                                                                                \
+  template void region_distill<A>(const Pyramid&, const Pyramid&, const Pyramid*, bool, const RegionInputs&, \
                                   const RegionOutputs<A>&, const RoiAlignSpec&, const LossSpec&, int)
 TARDKD_INSTANTIATE(float);
 TARDKD_INSTANTIATE(double);

@@ -19,9 +19,11 @@ from .modules import (
     PooledDistillLoss,
     RegionDistillLoss,
 )
+from .tap import FeatureTap, tap_features
 
 __all__ = [
     "DistributionDistillLoss",
+    "FeatureTap",
     "GaussianFeatureLoss",
     "HeadDistillLoss",
     "MultiScaleRoIAlign",
@@ -36,4 +38,5 @@ __all__ = [
     "pooled_distill_loss",
     "region_distill_loss",
     "shared_roi_align",
+    "tap_features",
 ]

@@ -40,10 +40,14 @@ def region_losses(call: RegionCall) -> RegionLosses:
     wants = Wants(wanted(*call.student_features), wanted(inputs.student_logits), wanted(inputs.student_deltas))
     if not any(wants):
         return run_regions(call, NO_GRADIENTS).losses()
+    kernels = kernels_of(inputs.proposals.device)
+    if call.tap is not None and wants.features and kernels.adds(call) and (scalar := call.tap.take(call)) is not None:
+        wants = wants._replace(features=False)
+        return RegionLosses(*_RegionLoss.apply(call.without_tensors(), wants, scalar, *call.tensors()))
     # The gradient of a pyramid sums over regions, so that with "none" it must know what each of them is worth.
-    defers = call.loss.reduction == "none" or kernels_of(inputs.proposals.device).defers(call)
-    function = _DeferredRegionLoss if defers else _RegionLoss
-    return RegionLosses(*function.apply(call.without_tensors(), wants, *call.tensors()))
+    if call.loss.reduction == "none" or kernels.defers(call):
+        return RegionLosses(*_DeferredRegionLoss.apply(call.without_tensors(), wants, *call.tensors()))
+    return RegionLosses(*_RegionLoss.apply(call.without_tensors(), wants, None, *call.tensors()))
 
 
 def run_regions(call: RegionCall, wants: Wants, upstream: Tensor | None = None) -> RegionResults:
@@ -68,24 +72,31 @@ class _Student(NamedTuple):
 def _input_gradients(
     settings: RegionCall, student: _Student, features: Tensor | None, logits: Tensor | None, deltas: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """What a backward pass returns, one for each argument of ``apply``: None for all but the student's tensors."""
+    """The gradients of the call's tensors: None for all but the student's."""
     maps: Sequence[Tensor | None] = [None] * len(settings.student_features)
     if features is not None:
         maps = [features] if student.layout is None else maps_of(features, *student.layout)
-    return None, None, *settings.gradients(maps, logits, deltas)
+    return settings.gradients(maps, logits, deltas)
 
 
 class _RegionLoss(torch.autograd.Function):
-    """Gradients in the forward pass, for the scalar reductions, where the device prefers that."""
+    """Gradients in the forward pass, for the scalar reductions, where the device prefers that.
+
+    ``scalar``, (), is a tap's, which makes the features' gradient in the backward pass: see ``tap.py``.
+    """
 
     @staticmethod
-    def forward(ctx: Any, settings: RegionCall, wants: Wants, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, settings: RegionCall, wants: Wants, scalar: Tensor | None, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         call = settings.with_tensors(tensors)
         ctx.settings, ctx.wants, ctx.student = settings, wants, _Student.of(call)
+        ctx.is_tapped = scalar is not None
         results = run_regions(call, wants)
-        # The student's tensors are saved for once_differentiable, which must know what the gradients were made of.
+        # The student's tensors are saved for once_differentiable, which must know what the gradients were made of. The
+        # tap reads all of them once more: saved, they cannot change unnoticed.
         student = (*call.student_features, call.inputs.student_logits, call.inputs.student_deltas)
-        ctx.save_for_backward(results.factors, *results.gradients(), *student)
+        ctx.save_for_backward(results.factors, *results.gradients(), *(tensors if ctx.is_tapped else student))
         ctx.mark_non_differentiable(results.gates, results.scores)
         ctx.set_materialize_grads(False)
         return tuple(results.losses())
@@ -100,7 +111,8 @@ class _RegionLoss(torch.autograd.Function):
             else None
             for term, gradient in enumerate(saved[:3])
         ]
-        return _input_gradients(ctx.settings, ctx.student, *scaled)
+        factor = upstream[0] * factors[0] if ctx.is_tapped and upstream[0] is not None else None
+        return None, None, factor, *_input_gradients(ctx.settings, ctx.student, *scaled)
 
 
 class _DeferredRegionLoss(torch.autograd.Function):
@@ -134,7 +146,7 @@ class _DeferredRegionLoss(torch.autograd.Function):
                 gradient.to(dtype) if want else None
                 for want, gradient, dtype in zip(wants, results.gradients(), student.dtypes)
             ]
-        return _input_gradients(ctx.settings, student, *gradients)
+        return None, None, *_input_gradients(ctx.settings, student, *gradients)
 
 
 # --- RoIAlign ---------------------------------------------------------------------------------------------------------

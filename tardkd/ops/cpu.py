@@ -48,17 +48,35 @@ class CpuKernels:
             return bool(call.student_features)
         return call.loss.feature_gate != "all"
 
+    def adds(self, call: RegionCall) -> bool:
+        """To pool all regions once more takes longer than to add two pyramids."""
+        return call.loss.feature_gate != "all"
+
     def region_distill(self, *packed: Any) -> RegionResults:
         call, wants, upstream = RegionCall.unpack(packed)
+        layout = layout_of(call.student_features if wants.features else [])
+        flat = empty((flat_size(layout.sizes),), accumulation_dtype(call.student_features[0].dtype))
+        results = region_results(call, wants, flat)
+        self._run_regions(call, upstream, results, maps_of(flat, *layout), add=False)
+        return results
+
+    def region_distill_add(self, gradients: list[Tensor], *packed: Any) -> None:
+        call, wants, upstream = RegionCall.unpack(packed)
+        results = region_results(call, wants, gradients[0].new_empty((0,)))
+        self._run_regions(call, upstream, results, gradients, add=True)
+
+    def _run_regions(
+        self, call: RegionCall, upstream: Tensor | None, results: RegionResults, gradients: list[Tensor], add: bool
+    ) -> None:
+        """Write the ``results``, and write the ``gradients``, L x (N, C_l, H_l, W_l), or ``add`` to them."""
         assert call.pooling is not None, "region_distill pools from pyramids"
         pooling, dtype = call.pooling, accumulation_dtype(call.student_features[0].dtype)
-        layout = layout_of(call.student_features if wants.features else [])
-        results = region_results(call, wants, empty((flat_size(layout.sizes),), dtype))
         inputs, upstream = _converted(call.inputs, dtype), _dense_if_given(upstream, dtype)
         self._module.region_distill(
             describe_pyramid(call.student_features, pooling.student_scales),
             describe_pyramid(call.teacher_features, pooling.teacher_scales),
-            describe_pyramid(maps_of(results.grad_features, *layout), pooling.student_scales),
+            describe_pyramid(gradients, pooling.student_scales),
+            add,
             describe_fields(inputs),
             describe(upstream),
             describe_fields(results),
@@ -66,7 +84,6 @@ class CpuKernels:
             call.loss,
             torch.get_num_threads(),
         )
-        return results
 
     def pooled_distill(self, *packed: Any) -> RegionResults:
         call, wants, upstream = RegionCall.unpack(packed)

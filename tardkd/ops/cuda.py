@@ -61,6 +61,10 @@ class CudaKernels:
         """Pooled regions are read once more in the backward pass: no more bytes, and no gradient to keep until then."""
         return call.pooling is None and bool(call.student_features)
 
+    def adds(self, call: RegionCall) -> bool:
+        """Even if all regions are open, they read less than what a pyramid's fill, multiplication and addition move."""
+        return True
+
     def _target(self, device: torch.device) -> Target:
         return Target(device.index or 0, self._stream_of(device))
 
@@ -78,25 +82,52 @@ class CudaKernels:
         counts = [0 if gathers else size, self._module.region_partials(count, channels), 1]
         gradient, partial, done = zeros(first.device, dtype, counts)
         results = region_results(call, wants, gradient)
-        self._module.region_distill(
-            describe_pyramid(call.student_features, pooling.student_scales),
-            describe_pyramid(call.teacher_features, pooling.teacher_scales),
-            describe_pyramid([] if gathers else maps_of(gradient, *layout), pooling.student_scales),
-            describe(grad_pooled),
-            describe_fields(call.inputs),
-            describe(upstream),
-            describe_fields(results),
-            scratch(done, partial),
-            pooling.align,
-            call.loss,
-            self._target(first.device),
-        )
+        maps = [] if gathers else maps_of(gradient, *layout)
+        self._launch_regions(call, upstream, results, maps, grad_pooled, scratch(done, partial))
         if grad_pooled is None:
             return through_norms(results, call, layout)
         levels, scales = call.inputs.student_levels, pooling.student_scales
         backward = AlignBackward(grad_pooled, proposals, levels, layout, scales, pooling.align)
         results = results._replace(grad_features=self._gather(backward, dtype, results.gates))
         return through_norms(results, call, layout)
+
+    def region_distill_add(self, gradients: list[Tensor], *packed: Any) -> None:
+        call, wants, upstream = RegionCall.unpack(packed)
+        if torch.are_deterministic_algorithms_enabled():
+            flat = self.region_distill(*packed).grad_features
+            for gradient, term in zip(gradients, maps_of(flat, *layout_of(call.student_features))):
+                gradient += term
+            return
+        first, count = call.student_features[0], call.inputs.proposals.shape[0]
+        partials = self._module.region_partials(count, max(feature.shape[1] for feature in call.student_features))
+        partial, done = zeros(first.device, accumulation_dtype(first.dtype), [partials, 1])
+        results = region_results(call, wants, partial[:0])
+        self._launch_regions(call, upstream, results, gradients, None, scratch(done, partial))
+
+    def _launch_regions(
+        self,
+        call: RegionCall,
+        upstream: Tensor | None,
+        results: RegionResults,
+        gradients: list[Tensor],
+        grad_pooled: Tensor | None,
+        scratch: Scratch,
+    ) -> None:
+        """Write the ``results``, and add to the ``gradients``, L x (N, C_l, H_l, W_l), or write ``grad_pooled``."""
+        assert call.pooling is not None, "region_distill pools from pyramids"
+        self._module.region_distill(
+            describe_pyramid(call.student_features, call.pooling.student_scales),
+            describe_pyramid(call.teacher_features, call.pooling.teacher_scales),
+            describe_pyramid(gradients, call.pooling.student_scales),
+            describe(grad_pooled),
+            describe_fields(call.inputs),
+            describe(upstream),
+            describe_fields(results),
+            scratch,
+            call.pooling.align,
+            call.loss,
+            self._target(call.student_features[0].device),
+        )
 
     def pooled_distill(self, *packed: Any) -> RegionResults:
         call, wants, upstream = RegionCall.unpack(packed)

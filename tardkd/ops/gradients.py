@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from .inputs import AlignCall, DistributionCall, GaussianCall, RegionCall
 
 # True while a backward pass runs that keeps the graph. Absent from a future torch: taken as always true.
-_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def wanted(*tensors: Tensor) -> bool:
@@ -36,7 +36,7 @@ def scale_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Te
         return (gradient * upstream).to(dtype)
     if gradient.is_cuda and dtype != gradient.dtype:  # multiplied and rounded in one pass, which takes the CPU two
         return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
-    return (gradient * upstream if _graph_is_kept() else gradient.mul_(upstream)).to(dtype)
+    return (gradient * upstream if graph_is_kept() else gradient.mul_(upstream)).to(dtype)
 
 
 def once_differentiable(backward: Callable) -> Callable:

@@ -9,12 +9,15 @@ tensors of a loss.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from .maps import Layout
 from .spec import LossSpec, Reduction, RoIAlignSpec
+
+if TYPE_CHECKING:
+    from .tap import FeatureTap
 
 
 class RegionInputs(NamedTuple):
@@ -112,6 +115,7 @@ class RegionCall(NamedTuple):
     inputs: RegionInputs
     loss: LossSpec
     pooling: Pooling | None  # None: there are no pyramids
+    tap: FeatureTap | None = None  # where the features' gradient is added; None: wherever autograd adds it
 
     @property
     def op(self) -> str:

@@ -18,8 +18,17 @@ class Kernels(Protocol):
     def defers(self, call: RegionCall) -> bool:
         """Whether the gradients of a reduced loss are made in the backward pass, although they need not be."""
 
+    def adds(self, call: RegionCall) -> bool:
+        """Whether it pays to add the features' gradient to another: for that the open regions are pooled once more."""
+
     def region_distill(self, *packed: Any) -> RegionResults:
         """:class:`RegionCall`, from the pyramids."""
+
+    def region_distill_add(self, gradients: list[Tensor], *packed: Any) -> None:
+        """The same without results: the features' gradient is added to ``gradients``, L x (N, C_l, H_l, W_l).
+
+        These are dense, in the accumulation dtype. Without ``feature_norm``, through which a gradient goes as a whole.
+        """
 
     def pooled_distill(self, *packed: Any) -> RegionResults:
         """:class:`RegionCall`, from features that are pooled already."""

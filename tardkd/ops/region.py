@@ -23,6 +23,7 @@ from .spec import (
     RegressionGate,
     RoIAlignSpec,
 )
+from .tap import FeatureTap
 
 
 def region_distill_loss(
@@ -61,6 +62,7 @@ def region_distill_loss(
     student_scores: Tensor | None = None,
     teacher_scores: Tensor | None = None,
     feature_norm: FeatureNorm = "none",
+    tap: FeatureTap | None = None,
 ) -> RegionCall:
     """Gates and the three distillation losses of R shared regions, fused, from the two feature pyramids.
 
@@ -136,6 +138,8 @@ def region_distill_loss(
             correlation of the two sides, twice what PKD (arXiv 2207.02039) minimises for whole maps. The gradient goes
             through the statistics too, so that it reaches all pixels of a map. The statistics are those of this
             process, and a NaN anywhere in a map spoils them.
+        tap: what :func:`tap_features` made of ``student_features``: their gradient is added to the one that the
+            detector's own losses have for them, in place. None: autograd adds the two pyramids.
 
     Returns:
         :class:`RegionLosses`: the three losses, ``gates`` (R, 3) and ``scores`` (R, 4). Gradients flow into the
@@ -189,7 +193,11 @@ def region_distill_loss(
         pyramids=(student_features, teacher_features),
     )
     pooling = Pooling(list(map(float, student_scales)), list(map(float, teacher_scales)), align)
-    return RegionCall(list(student_features), list(teacher_features), inputs, loss, pooling)
+    if tap is not None:
+        if not isinstance(tap, FeatureTap):
+            raise TypeError(f"tap must be what tap_features returns, got {type(tap).__name__}")
+        tap.check(student_features)
+    return RegionCall(list(student_features), list(teacher_features), inputs, loss, pooling, tap)
 
 
 def pooled_distill_loss(

@@ -75,6 +75,8 @@ _RESULTS = f"({', '.join('Tensor' for _ in RegionResults._fields)})"
 SCHEMAS = {
     "region_distill": f"(Tensor[] student_features, Tensor[] teacher_features, {_REGION}, float[] student_scales, "
     f"float[] teacher_scales, {_ALIGN}) -> {_RESULTS}",
+    "region_distill_add": f"(Tensor(a!)[] gradients, Tensor[] student_features, Tensor[] teacher_features, {_REGION}, "
+    f"float[] student_scales, float[] teacher_scales, {_ALIGN}) -> ()",
     "pooled_distill": f"(Tensor student_pooled, Tensor teacher_pooled, {_REGION}) -> {_RESULTS}",
     "head_distill": f"({_REGION}) -> {_RESULTS}",
     "channel_norms": "(Tensor[] features) -> Tensor",
@@ -110,6 +112,11 @@ def _(*packed):
     return region_results(
         call, wants, first.new_empty((flat_size(layout.sizes),), dtype=accumulation_dtype(first.dtype))
     )
+
+
+@torch.library.register_fake("tardkd::region_distill_add", lib=_library)
+def _(*packed):
+    pass
 
 
 @torch.library.register_fake("tardkd::pooled_distill", lib=_library)

@@ -52,6 +52,8 @@ def calls_of_everything(dtype: torch.dtype, layout: str) -> list[tuple]:
             losses += tardkd.ops.head_distill_loss(*scene.per_region, **options)[:3]
             sides = make_inputs(0, len(scene.labels), 5, dtype, layout="bins first")
             losses.append(tardkd.ops.distribution_distill_loss(*sides, **options))
+        tap = tardkd.ops.tap_features(scene.student_features)
+        losses += tardkd.ops.region_distill_loss(*scene.inputs, **scene.scales, **LEVEL_RULE, tap=tap)[:3]
         scales = dict(scales=scene.student_scales)
         losses.append(tardkd.ops.gaussian_feature_loss(scene.student_features, others, gt_boxes, **scales))
         losses.append(tardkd.ops.multiscale_roi_align(scene.student_features, scene.proposals, **scales))
@@ -82,6 +84,8 @@ def test_fake_results_have_the_strides_of_real_ones(host, dtype, layout):
             convert = mode.from_tensor
             fake_args = tree_map(lambda x: convert(x) if isinstance(x, torch.Tensor) else x, args)
             fake = tree_leaves(func(*fake_args, **kwargs))
+        if func.name() == "tardkd::region_distill_add":  # which returns nothing
+            continue
         assert len(real) == len(fake)
         for one, other in zip(real, fake):
             assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride()), func
