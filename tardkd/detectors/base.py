@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tardkd.detectors.anchors import Anchors
+from tardkd.ops import FeatureTap
 from tardkd.ops.spec import Activation, Background, BoxCoding, RoIAlignSpec, class_count, is_foreground
 
 # The name that detectors' pooling had before the ops and the detectors shared one description of it.
@@ -181,6 +182,7 @@ class StudentPass:
     scales: list[float]  # of each level: feature pixels per student-input pixel
     regions: Regions  # the student's own
     output: Any = None  # what the model itself returned
+    tap: FeatureTap | None = None  # at which losses may add the features' gradient; the distiller's
 
 
 @dataclass
@@ -312,6 +314,11 @@ class Detector(ABC):
         """What runs once an image, backbone and pyramid; the whole model where it has no module of that name."""
         backbone = getattr(self.model, "backbone", None)
         return backbone if isinstance(backbone, nn.Module) else self.model
+
+    @property
+    def pyramid(self) -> nn.Module | None:
+        """The module that puts out the levels which regions are pooled from; None: nobody knows."""
+        return self.backbone if self.backbone is not self.model else None
 
     @property
     def heads(self) -> tuple[nn.Module, ...]:

@@ -23,6 +23,7 @@ from .pairing import ClassesArgument, ClassMapArgument, TeacherArgument, as_teac
 from .schedule import Schedule
 from .settings import DistillSettings
 from .sharing import region_stats, share_regions
+from .tapping import tapped_maps
 from .teachers import FrozenTeacher, Lesson
 
 REGION_TERMS = ("feature", "classification", "regression")
@@ -299,7 +300,12 @@ class Distiller(nn.Module):
         def start_teachers(inputs: InputBatch) -> None:
             teacher_passes.extend(teacher.start(batch.images, inputs) for teacher in self._teachers)
 
-        student_pass = self.detector.student_pass(batch, start_teachers)
+        count = sum(teacher.reads_pyramid for teacher in self._teachers)
+        with tapped_maps(self.detector.pyramid, count) as taps:
+            student_pass = self.detector.student_pass(batch, start_teachers)
+        for tap in taps:  # one at most
+            student_pass.tap = tap
+            student_pass.features = [tap.original(level) for level in student_pass.features]
         join_beside(student_pass.inputs.tensor.device)
         return student_pass, teacher_passes
 

@@ -81,6 +81,11 @@ class FrozenTeacher:
         """The frozen model itself."""
         return self.detector.model
 
+    @property
+    def reads_pyramid(self) -> bool:
+        """Whether the feature term pools regions from the student's maps."""
+        return self.settings.feature > 0 and not self.reads_pooled
+
     def _choose_path(self) -> bool:
         """Whether the feature term reads what the two box heads have pooled: possible if they pool alike."""
         student, teacher = self.student.roi, self.detector.roi
@@ -209,6 +214,7 @@ class FrozenTeacher:
             return ops.pooled_distill_loss(adapter(pooled), theirs, *per_region, **options)
         maps, scales = self._adapted(student_pass, adapter)
         student_levels, teacher_levels = self._levels(regions, teacher_pass)
+        tap = student_pass.tap  # which knows nothing of maps that an adapter has made
         return ops.region_distill_loss(
             maps,
             teacher_pass.features,
@@ -217,6 +223,7 @@ class FrozenTeacher:
             teacher_scales=teacher_pass.scales,
             student_levels=student_levels,
             teacher_levels=teacher_levels,
+            tap=tap if tap is not None and tap.holds(maps) else None,
             **(self.student.roi._asdict() | options),
         )
 

@@ -9,15 +9,12 @@ tensors of a loss.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from .maps import Layout
 from .spec import LossSpec, Reduction, RoIAlignSpec
-
-if TYPE_CHECKING:
-    from .tap import FeatureTap
 
 
 class RegionInputs(NamedTuple):
@@ -103,6 +100,13 @@ class Pooling(NamedTuple):
     align: RoIAlignSpec
 
 
+class Tap(Protocol):
+    """Where the features' gradient is added to others: a ``FeatureTap`` of ``tap.py``."""
+
+    def take(self, call: RegionCall) -> Tensor | None:
+        """The scalar () that the loss takes in to add its features' gradient here; None: it has to do so by itself."""
+
+
 class RegionCall(NamedTuple):
     """A call of a loss over shared regions.
 
@@ -115,7 +119,7 @@ class RegionCall(NamedTuple):
     inputs: RegionInputs
     loss: LossSpec
     pooling: Pooling | None  # None: there are no pyramids
-    tap: FeatureTap | None = None  # where the features' gradient is added; None: wherever autograd adds it
+    tap: Tap | None = None  # where the features' gradient is added; None: wherever autograd adds it
 
     @property
     def op(self) -> str:

@@ -99,6 +99,10 @@ class RTDetrDetector(QueryDetector):
         return self.model.model.backbone
 
     @property
+    def pyramid(self) -> nn.Module:
+        return self.model.model.encoder
+
+    @property
     def heads(self) -> tuple[nn.Module, ...]:
         decoder = self.model.model.decoder
         return decoder.class_embed[-1], decoder.bbox_embed[-1]
