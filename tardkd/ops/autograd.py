@@ -23,7 +23,7 @@ from .inputs import (
     Wants,
 )
 from .maps import Layout, layout_of, maps_of
-from .registry import kernels_of
+from .registry import kernels_of, needs_dispatch
 from .spec import RoIAlignSpec
 
 # --- losses over shared regions ---------------------------------------------------------------------------------------
@@ -51,7 +51,10 @@ def region_losses(call: RegionCall) -> RegionLosses:
 
 
 def run_regions(call: RegionCall, wants: Wants, upstream: Tensor | None = None) -> RegionResults:
-    """The registered op; ``upstream`` (3, R): gradients of every region's terms."""
+    """The registered op, or just its kernels; ``upstream`` (3, R): gradients of every region's terms."""
+    if not needs_dispatch(call):
+        with torch.no_grad():
+            return getattr(kernels_of(call.inputs.proposals.device), call.op)(call, wants, upstream)
     return RegionResults(*getattr(torch.ops.tardkd, call.op)(*call.pack(wants, upstream)))
 
 

@@ -23,6 +23,7 @@ from .inputs import (
     RegionCall,
     RegionInputs,
     RegionResults,
+    Wants,
 )
 from .maps import flat_size, layout_of, maps_of
 from .memory import empty, empty_like
@@ -52,16 +53,16 @@ class CpuKernels:
         """To pool all regions once more takes longer than to add two pyramids."""
         return call.loss.feature_gate != "all"
 
-    def region_distill(self, *packed: Any) -> RegionResults:
-        call, wants, upstream = RegionCall.unpack(packed)
+    def region_distill(self, call: RegionCall, wants: Wants, upstream: Tensor | None) -> RegionResults:
         layout = layout_of(call.student_features if wants.features else [])
         flat = empty((flat_size(layout.sizes),), accumulation_dtype(call.student_features[0].dtype))
         results = region_results(call, wants, flat)
         self._run_regions(call, upstream, results, maps_of(flat, *layout), add=False)
         return results
 
-    def region_distill_add(self, gradients: list[Tensor], *packed: Any) -> None:
-        call, wants, upstream = RegionCall.unpack(packed)
+    def region_distill_add(
+        self, gradients: list[Tensor], call: RegionCall, wants: Wants, upstream: Tensor | None
+    ) -> None:
         results = region_results(call, wants, gradients[0].new_empty((0,)))
         self._run_regions(call, upstream, results, gradients, add=True)
 
@@ -85,8 +86,7 @@ class CpuKernels:
             torch.get_num_threads(),
         )
 
-    def pooled_distill(self, *packed: Any) -> RegionResults:
-        call, wants, upstream = RegionCall.unpack(packed)
+    def pooled_distill(self, call: RegionCall, wants: Wants, upstream: Tensor | None) -> RegionResults:
         [student], [teacher] = call.student_features, call.teacher_features
         dtype = accumulation_dtype(student.dtype)
         gradient = empty_like(student, dtype) if wants.features else student.new_empty((0,), dtype=dtype)
@@ -111,8 +111,7 @@ class CpuKernels:
         )
         return results
 
-    def head_distill(self, *packed: Any) -> RegionResults:
-        call, wants, upstream = RegionCall.unpack(packed)
+    def head_distill(self, call: RegionCall, wants: Wants, upstream: Tensor | None) -> RegionResults:
         dtype = accumulation_dtype(call.inputs.student_logits.dtype)
         results = region_results(call, wants, call.inputs.proposals.new_empty((0,), dtype=dtype))
         inputs, upstream = _converted(call.inputs, dtype), _dense_if_given(upstream, dtype)

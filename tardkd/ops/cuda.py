@@ -26,6 +26,7 @@ from .inputs import (
     GaussianCall,
     RegionCall,
     RegionResults,
+    Wants,
 )
 from .maps import Layout, flat_size, layout_of, maps_of
 from .native import Description, describe, describe_fields, describe_pyramid
@@ -68,8 +69,7 @@ class CudaKernels:
     def _target(self, device: torch.device) -> Target:
         return Target(device.index or 0, self._stream_of(device))
 
-    def region_distill(self, *packed: Any) -> RegionResults:
-        call, wants, upstream = RegionCall.unpack(packed)
+    def region_distill(self, call: RegionCall, wants: Wants, upstream: Tensor | None) -> RegionResults:
         assert call.pooling is not None, "region_distill pools from pyramids"
         first, proposals, pooling = call.student_features[0], call.inputs.proposals, call.pooling
         count, dtype = proposals.shape[0], accumulation_dtype(first.dtype)
@@ -91,10 +91,11 @@ class CudaKernels:
         results = results._replace(grad_features=self._gather(backward, dtype, results.gates))
         return through_norms(results, call, layout)
 
-    def region_distill_add(self, gradients: list[Tensor], *packed: Any) -> None:
-        call, wants, upstream = RegionCall.unpack(packed)
+    def region_distill_add(
+        self, gradients: list[Tensor], call: RegionCall, wants: Wants, upstream: Tensor | None
+    ) -> None:
         if torch.are_deterministic_algorithms_enabled():
-            flat = self.region_distill(*packed).grad_features
+            flat = self.region_distill(call, wants, upstream).grad_features
             for gradient, term in zip(gradients, maps_of(flat, *layout_of(call.student_features))):
                 gradient += term
             return
@@ -129,8 +130,7 @@ class CudaKernels:
             self._target(call.student_features[0].device),
         )
 
-    def pooled_distill(self, *packed: Any) -> RegionResults:
-        call, wants, upstream = RegionCall.unpack(packed)
+    def pooled_distill(self, call: RegionCall, wants: Wants, upstream: Tensor | None) -> RegionResults:
         [student], [teacher] = call.student_features, call.teacher_features
         dtype = accumulation_dtype(student.dtype)
         gradient = gradient_like(student, dtype) if wants.features else student.new_empty((0,), dtype=dtype)
@@ -164,8 +164,7 @@ class CudaKernels:
             mean.copy_(average)
         return norms
 
-    def head_distill(self, *packed: Any) -> RegionResults:
-        call, wants, upstream = RegionCall.unpack(packed)
+    def head_distill(self, call: RegionCall, wants: Wants, upstream: Tensor | None) -> RegionResults:
         proposals, dtype = call.inputs.proposals, accumulation_dtype(call.inputs.student_logits.dtype)
         partial, done = zeros(proposals.device, dtype, [self._module.region_partials(proposals.shape[0], 1), 1])
         results = region_results(call, wants, proposals.new_empty((0,), dtype=dtype))

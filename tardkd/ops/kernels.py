@@ -6,13 +6,14 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from .inputs import RegionCall, RegionResults
+from .inputs import RegionCall, RegionResults, Wants
 
 
 class Kernels(Protocol):
     """One implementation of every registered op, under its name.
 
-    The arguments come as the calls in ``inputs.py`` pack them.
+    The arguments of the losses over shared regions come as they are, those of the others as the calls in ``inputs.py``
+    pack them.
     """
 
     def defers(self, call: RegionCall) -> bool:
@@ -21,20 +22,22 @@ class Kernels(Protocol):
     def adds(self, call: RegionCall) -> bool:
         """Whether it pays to add the features' gradient to another: for that the open regions are pooled once more."""
 
-    def region_distill(self, *packed: Any) -> RegionResults:
-        """:class:`RegionCall`, from the pyramids."""
+    def region_distill(self, call: RegionCall, wants: Wants, upstream: Tensor | None) -> RegionResults:
+        """From the pyramids; ``upstream`` (3, R): gradients of every region's terms, None: ones."""
 
-    def region_distill_add(self, gradients: list[Tensor], *packed: Any) -> None:
+    def region_distill_add(
+        self, gradients: list[Tensor], call: RegionCall, wants: Wants, upstream: Tensor | None
+    ) -> None:
         """The same without results: the features' gradient is added to ``gradients``, L x (N, C_l, H_l, W_l).
 
         These are dense, in the accumulation dtype. Without ``feature_norm``, through which a gradient goes as a whole.
         """
 
-    def pooled_distill(self, *packed: Any) -> RegionResults:
-        """:class:`RegionCall`, from features that are pooled already."""
+    def pooled_distill(self, call: RegionCall, wants: Wants, upstream: Tensor | None) -> RegionResults:
+        """From features that are pooled already."""
 
-    def head_distill(self, *packed: Any) -> RegionResults:
-        """:class:`RegionCall`, without features."""
+    def head_distill(self, call: RegionCall, wants: Wants, upstream: Tensor | None) -> RegionResults:
+        """Without features."""
 
     def channel_norms(self, features: list[Tensor]) -> Tensor:
         """What standardises the channels of ``features``, as :class:`RegionInputs` has it for either side."""

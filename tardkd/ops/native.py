@@ -36,7 +36,7 @@ def describe(tensor: Tensor | None) -> Description | None:
     """None for None: an optional tensor that is absent. An empty tensor has the address 0."""
     if tensor is None:
         return None
-    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tuple(tensor.shape), tensor.stride()
+    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.shape, tensor.stride()
 
 
 def describe_pyramid(features: Sequence[Tensor], scales: list[float]) -> DescribedPyramid:

@@ -41,6 +41,25 @@ if hasattr(native_module, "cuda"):  # else built without CUDA kernels
     )
 
 
+def needs_dispatch(call: RegionCall) -> bool:
+    """Whether the dispatcher has more to do than to find the kernels, on which it spends more time than some of them.
+
+    It has where a mode, the profiler, a trace or a transform looks on, and where a tensor is not one of torch's own.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch.compiler.is_compiling()
+        or torch.autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or call.inputs.proposals.device.type.upper() not in IMPLEMENTATIONS
+        or any(type(tensor) not in PLAIN for tensor in call.tensors())
+    )
+
+
+PLAIN = (torch.Tensor, torch.nn.Parameter, NoneType)
+
+
 def kernels_of(device: torch.device) -> Kernels:
     return IMPLEMENTATIONS.get(device.type.upper(), IMPLEMENTATIONS["CPU"])  # "meta" goes by the CPU's habits
 
@@ -89,11 +108,21 @@ SCHEMAS = {
     "distribution_distill_loss_backward": f"({_DISTRIBUTION}, Tensor upstream) -> Tensor",
 }
 
+REGION_OPS = ("region_distill", "pooled_distill", "head_distill")
+
 _library = torch.library.Library("tardkd", "DEF")
 
 
+def run_kernels(name: str, key: str, packed: Sequence[Any]) -> Any:
+    """An op's kernels of a dispatch key, on the arguments that the registered op has."""
+    kernels = getattr(IMPLEMENTATIONS[key], name)
+    if name == "region_distill_add":
+        return kernels(packed[0], *RegionCall.unpack(packed[1:]))
+    return kernels(*(RegionCall.unpack(packed) if name in REGION_OPS else packed))
+
+
 def _implement(name: str, key: str) -> None:
-    _library.impl(name, lambda *packed: getattr(IMPLEMENTATIONS[key], name)(*packed), key)
+    _library.impl(name, lambda *packed: run_kernels(name, key, packed), key)
 
 
 for _name, _schema in SCHEMAS.items():

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tardkd.ops
-from tardkd.ops.registry import IMPLEMENTATIONS
+from tardkd.ops.registry import run_kernels
 
 from .scenes import LEVEL_RULE, make_boxes, make_scene
 from .test_distribution import make_inputs
@@ -150,7 +150,7 @@ class Launches(TorchDispatchMode):
         name = func.name().split("::")[1].split(".")[0]
         if func.namespace == "tardkd":
             with self:
-                return getattr(IMPLEMENTATIONS["CPU"], name)(*args)
+                return run_kernels(name, "CPU", args)
         result = func(*args, **(kwargs or {}))
         view = func.is_view and not (name == "to" and result is not args[0])
         if not view and "empty" not in name:

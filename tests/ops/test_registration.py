@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import tardkd.ops
+from tardkd.ops.inputs import RegionCall
 
 from .scenes import LAYOUTS, LEVEL_RULE, make_boxes, make_scene
 from .test_distribution import make_inputs
@@ -271,3 +272,43 @@ def test_autocast_of_a_small_network(backend):
     sum(losses[:3]).backward()
     for parameter in (*backbone.parameters(), *head.parameters()):
         assert parameter.grad.isfinite().all() and parameter.grad.any()
+
+
+# --- without the dispatcher -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dispatched(monkeypatch) -> list[str]:
+    """The region ops that went by the dispatcher."""
+    names: list[str] = []
+    pack = RegionCall.pack
+
+    def packed(call, *args):
+        names.append(call.op)
+        return pack(call, *args)
+
+    monkeypatch.setattr(RegionCall, "pack", packed)
+    return names
+
+
+def test_who_looks_on_sees_the_ops(dispatched):
+    """The kernels are called directly where nobody does; they make the same of it."""
+    scene = make_scene(122).to(torch.float32)
+
+    def step() -> list[torch.Tensor]:
+        losses = tardkd.ops.region_distill_loss(*scene.inputs, **scene.scales, **LEVEL_RULE)
+        return [*losses, *torch.autograd.grad(sum(losses[:3]), scene.leaves)]
+
+    expected = step()
+    assert dispatched == []
+    with Calls() as calls:
+        assert all(map(torch.equal, step(), expected))
+    assert len(calls.seen) == len(dispatched) == 2
+    with torch.autograd.profiler.profile() as profile:
+        step()
+    assert sum(event.name == "tardkd::region_distill" for event in profile.function_events) == 2
+    with FakeTensorMode() as mode:
+        fakes = tree_map(lambda x: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x, scene.inputs)
+    dispatched.clear()
+    losses = tardkd.ops.region_distill_loss(*fakes, **scene.scales, **LEVEL_RULE)
+    assert type(losses.feature) is type(fakes[2]) and dispatched == ["region_distill"]
