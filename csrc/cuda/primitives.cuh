@@ -303,20 +303,33 @@ __device__ __forceinline__ bool load_fresh(const bool* from) {
   return load_fresh(reinterpret_cast<const unsigned char*>(from)) != 0;
 }
 
+// Adds one to `count` and returns what it was, releasing what this thread knows to be written, which after a barrier is
+// what its block wrote, and acquiring what those have released that added before. With __threadfence() in its place
+// ptxas makes every floating-point addition of the kernel return the value from before, on sm_90.
+__device__ __forceinline__ int32_t count_arrival(int32_t* count) {
+#ifdef TARDKD_CUDA_ON_CPU
+  return __atomic_fetch_add(count, 1, __ATOMIC_ACQ_REL);
+#else
+  int32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(count))
+               : "memory");
+  return before;
+#endif
+}
+
 // True in all threads of the last of `blocks` blocks to call this, once what every block wrote before is visible to
 // load_fresh. `done` counts; it starts at zero and is zero again afterwards. `flag`: one shared element.
 __device__ __forceinline__ bool last_block(int32_t* done, int32_t blocks, const Shared<int32_t>& flag) {
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    const int32_t before = atomicAdd(done, 1);
-    flag[0] = before == blocks - 1;
-    if (before == blocks - 1) *done = 0;
+    const bool last = count_arrival(done) == blocks - 1;
+    flag[0] = last;
+    if (last) *done = 0;
   }
   __syncthreads();
-  const bool last = flag[0] != 0;
-  if (last) __threadfence();
-  return last;
+  return flag[0] != 0;
 }
 
 // ---- launching -----------------------------------------------------------------------------------------------------

@@ -107,8 +107,7 @@ def test_disassembly():
             "generic accesses": 2,
             "local": 1,
             "vector adds": 1,
-            "vector adds that return": 1,
-            "scalar adds that return": 1,
+            "adds that return": 2,
         },
     }
 
@@ -122,6 +121,14 @@ def test_missing_vector_accesses_are_complained_of(monkeypatch):
     assert ptxas.narrow_accesses(counts) == ["scatter<float> on sm_90: no vector adds"]
     monkeypatch.setattr(ptxas, "EXPECTED", (("gather", 75, "16-byte loads"),))
     assert ptxas.narrow_accesses(counts) == ["gather: there is no such kernel"]
+
+
+def test_additions_that_return_are_complained_of():
+    counts = {
+        ("scatter<float>", "sm_90"): {"adds that return": 2},
+        ("scatter<double>", "sm_90"): {"adds that return": 1},
+    }
+    assert ptxas.forbidden(counts) == ["scatter<float> on sm_90: 2 adds that return"]
 
 
 def test_table_gives_one_value_where_the_architectures_agree():
