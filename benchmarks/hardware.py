@@ -1,12 +1,12 @@
-"""Everything that takes a GPU, in one command: build, tests, sanitizers, benchmarks, and a record of it all.
+"""Everything that takes a GPU, in one command: build, benchmarks, tests, sanitizers, and a record of it all.
 
     python3 benchmarks/hardware.py OUTPUT [--wheels FOLDER]
 
 Wants Python with torch, torchvision, pytest, hypothesis, pytest-benchmark, CMake, ninja and pybind11 installed, and
 nvcc on PATH; downloads nothing. What is missing of the packages is taken from FOLDER, as ``pip download -d FOLDER``
-fills it. Ends within nine minutes: a step that takes too long is stopped, the others still run.
-OUTPUT gets record.json, record.md, log.txt, benchmarks.json and, where matplotlib is, report.md with plots. Fails
-unless every step passed.
+fills it. Ends within nine minutes: a step that takes too long is stopped, the others still run, and what matters most
+comes first. OUTPUT gets record.json, record.md, log.txt, benchmarks.json and, where matplotlib is, report.md with
+plots; the records are brought up to date after each step. Fails unless every step passed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 TOTAL_SECONDS = 520
+BENCHMARK_SECONDS = 200
 PACKAGES = ("pytest", "hypothesis", "pytest-benchmark", "cmake", "ninja", "pybind11")
 PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider")
 
@@ -52,8 +54,9 @@ BUILD = "import json, tardkd; print(json.dumps(tardkd.build_info()))"
 class Runner:
     """Runs commands one after the other within the time that is left, and keeps what they print."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, save: Callable[[list[dict]], None]) -> None:
         self.log = log
+        self.save = save  # called with all steps so far
         self.deadline = time.monotonic() + TOTAL_SECONDS
         self.steps: list[dict] = []
 
@@ -76,6 +79,7 @@ class Runner:
         if report is not None and report.exists():
             result |= read_report(report)
         self.steps.append(result)
+        self.save(self.steps)
         print(f"   {status}, {seconds} s", *(f"{key}: {result[key]}" for key in COUNTS if key in result), flush=True)
         return result
 
@@ -171,12 +175,19 @@ def main() -> None:
     output = arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     (output / "log.txt").write_text("")
-    runner = Runner(output / "log.txt")
     record = describe_machine()
     print(json.dumps(record, indent=1), flush=True)
 
+    def save(steps: list[dict]) -> None:
+        record["steps"] = steps
+        record["sanitizer"] = json.loads(summary.read_text()) if summary.exists() else []
+        (output / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+        (output / "record.md").write_text(as_markdown(record))
+
     with tempfile.TemporaryDirectory() as folder:
         reports = Path(folder)
+        summary = reports / "sanitizer.json"
+        runner = Runner(output / "log.txt", save)
 
         def tests(name: str, limit: float, *arguments: str, **variables: str) -> None:
             report = reports / f"{name}.xml"
@@ -189,27 +200,21 @@ def main() -> None:
         install = (sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", ".")
         installed = runner.step("install", install, 180, TARDKD_BUILD_CUDA="1", TARDKD_CUDA_ARCH_LIST=architecture)
         record |= json.loads(output_of(sys.executable, "-c", BUILD, cwd=reports) or "{}")
-        summary = reports / "sanitizer.json"
         if installed["status"] == "passed":
-            parallel = importlib.util.find_spec("xdist") is not None
-            # Each file by one process: the tensors of two large tests at once may not fit.
-            files = ("-n", "4", "--dist", "loadfile") if parallel else ()
-            tests("gpu", 200, "-v", "-m", "gpu", *files, "tests/gpu")
-            workers = ("-n", "6") if parallel else ()
-            tests("ops", 150, "-q", "-m", "gpu", *workers, "tests/ops", OMP_NUM_THREADS="2")
-            limit = min(120, runner.left())  # its own limit comes first: only it can stop what it has started
-            sanitize = (sys.executable, "tests/gpu/sanitize.py", "--summary", str(summary))
-            runner.step("sanitizer", (*sanitize, "--limit", f"{limit - 10:.0f}"), limit)
-            limit = min(200, runner.left() - 15)  # stops by itself: pytest-benchmark writes its file at the end
+            limit = min(BENCHMARK_SECONDS, runner.left() - 15)  # stops by itself: its file is written at the end
             results = output / "benchmarks.json"
             tests("benchmarks", limit, "-q", "benchmarks", f"--budget={limit - 45:.0f}", f"--benchmark-json={results}")
             if results.exists() and importlib.util.find_spec("matplotlib") is not None:
                 runner.step("report", (sys.executable, "benchmarks/report.py", str(results), "--out", str(output)), 30)
-
-        record["sanitizer"] = json.loads(summary.read_text()) if summary.exists() else []
-    record["steps"] = runner.steps
-    (output / "record.json").write_text(json.dumps(record, indent=1) + "\n")
-    (output / "record.md").write_text(as_markdown(record))
+            parallel = importlib.util.find_spec("xdist") is not None
+            # Each file by one process: the tensors of two large tests at once may not fit.
+            files = ("-n", "4", "--dist", "loadfile") if parallel else ()
+            tests("gpu", 120, "-v", "-m", "gpu", *files, "tests/gpu")
+            workers = ("-n", "6") if parallel else ()
+            tests("ops", 100, "-q", "-m", "gpu", *workers, "tests/ops", OMP_NUM_THREADS="2")
+            limit = min(120, runner.left())  # its own limit comes first: only it can stop what it has started
+            sanitize = (sys.executable, "tests/gpu/sanitize.py", "--summary", str(summary))
+            runner.step("sanitizer", (*sanitize, "--limit", f"{limit - 10:.0f}"), limit)
     print(as_markdown(record))
     if any(step["status"] != "passed" for step in runner.steps):
         raise SystemExit(1)
