@@ -126,8 +126,8 @@ class Balance:
             return
         found = torch.stack(list(norms.values()))
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            # Each process has other images, so that its map is a part of one large map: squares add up.
-            squares = found.square() / dist.get_world_size()
+            # Each process has other images, so that its maps are a part of all, and its losses count for a part.
+            squares = (found / dist.get_world_size()).square()
             dist.all_reduce(squares)
             found = squares.sqrt()
         kept = self.MEMORY ** (self._step - self._measured)

@@ -47,8 +47,8 @@ def needs_dispatch(call: RegionCall) -> bool:
     It has where a mode, the profiler, a trace or a transform looks on, and where a tensor is not one of torch's own.
     """
     return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()  # first: a compiler follows none of the others
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
