@@ -45,8 +45,8 @@ struct Side {
   __device__ __forceinline__ Side(const DistributionInputs& in, int64_t r, int side, A temperature)
       : teacher(in.teacher, r, side),
         student(in.student, r, side),
-        log_t(teacher, A(1) / temperature),
-        log_s(student, A(1) / temperature) {}
+        log_t(log_softmax(teacher, A(1) / temperature)),
+        log_s(log_softmax(student, A(1) / temperature)) {}
 };
 
 // By the last block: the sum of the sides of every region, which are the rows of `partial`, and of all regions.

@@ -164,18 +164,10 @@ struct Way {
   }
 };
 
-// Stored elements as words. What is read under a condition stays in them until it is used: taking 16-bit elements apart
-// at once would wait for each read.
-template <int kBytes>
-struct alignas(kBytes > 16 ? 16 : kBytes) Words {
-  uint32_t at[kBytes / 4];
-};
-
 // The elements of a block of which all maps store T: every thread walks its quads. Returns the sum of M d^2; with
 // kGradient, slope M d is written for every element.
 template <bool kGradient, bool kPlanar, class T, class A>
 __device__ __forceinline__ A walk_quads(const GaussianJob& job, const Tile& tile, TileShared<A>& shared, A slope) {
-  using Quad = Words<4 * sizeof(T)>;
   constexpr int kBatch = sizeof(T) == 2 ? 4 : sizeof(T) == 4 ? 2 : 1;  // quads of either side in flight: 64 bytes
   const Walk walk(job, tile, kPlanar, true);
   if (!walk.exists(job, tile, 0)) return A(0);
@@ -194,27 +186,25 @@ __device__ __forceinline__ A walk_quads(const GaussianJob& job, const Tile& tile
   A sum = A(0);
 #pragma unroll 1
   for (int32_t step = 0; step < walk.steps; step += kBatch) {
-    Quad s[kBatch], t[kBatch];
+    Words<T> s[kBatch], t[kBatch];
     A masks[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const bool here = step + b < walk.steps;
       masks[b] = !kPlanar && here ? shared.mask[walk.pixel + (step + b) * kPixelWidth] : A(0);
       const bool open = kPlanar ? here && any : masks[b] > A(0);
-      s[b] = open ? *reinterpret_cast<const Quad*>(student.at + b * student.step) : Quad{};
-      t[b] = open ? *reinterpret_cast<const Quad*>(teacher.at + b * teacher.step) : Quad{};
+      s[b] = open ? read_four(reinterpret_cast<const T*>(student.at + b * student.step)) : Words<T>{};
+      t[b] = open ? read_four(reinterpret_cast<const T*>(teacher.at + b * teacher.step)) : Words<T>{};
     }
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      Four<T> of_student, of_teacher;
-      memcpy(&of_student, &s[b], sizeof(Quad));
-      memcpy(&of_teacher, &t[b], sizeof(Quad));
+      const Four<A> of_student = take_apart<A, T>(s[b]), of_teacher = take_apart<A, T>(t[b]);
       Four<A> gradient;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const A mask = kPlanar ? own.at[k] : masks[b];
         // Where the mask is zero the features are not looked at: they may be NaN.
-        const A d = mask > A(0) ? as<A>(of_student.at[k]) - as<A>(of_teacher.at[k]) : A(0);
+        const A d = mask > A(0) ? of_student.at[k] - of_teacher.at[k] : A(0);
         sum += mask * d * d;
         gradient.at[k] = mask > A(0) ? slope * mask * d : A(0);
       }

@@ -71,9 +71,16 @@ __device__ inline RegionPlace place_region(const PyramidView& pyramid, int64_t r
 
 // ---- tables --------------------------------------------------------------------------------------------------------
 
+// Samples [first, first + count) of an axis, count <= kSamples, and the bins [bin, bin + bins) they may belong to.
+struct Batch {
+  RoiAxis roi;
+  int32_t first, count, bin, bins;
+};
+
 // One axis of a batch of samples. `staged` pixels are counted along the rows or columns that are copied.
 template <class A>
 struct AxisTable {
+  Batch batch;
   int32_t count;                                    // staged pixels
   SharedArray<int32_t, kPixels> pixel;              // map coordinate of a staged pixel
   SharedArray<A, kGroupBins * kPixels> weight;      // [bin][staged]
@@ -83,17 +90,12 @@ struct AxisTable {
   SharedArray<A, 2 * kSamples> sample_weight;
 };
 
-// Samples [first, first + count) of an axis, count <= kSamples, and the bins [bin, bin + bins) they may belong to.
-struct Batch {
-  RoiAxis roi;
-  int32_t first, count, bin, bins;
-};
-
 // One warp: where each sample's two pixels are staged. Samples ascend (from the other end for an inverted region), so a
 // pixel is new if no earlier lane has touched it. `widen`: the columns start and end on multiples of four, so that
 // rows can be read in quads; otherwise only touched pixels are staged, and `pad` fills up to whole quads.
 template <class A>
-__device__ inline void place_samples(const Batch& batch, bool widen, bool pad, AxisTable<A>& table) {
+__device__ inline void place_samples(bool widen, bool pad, AxisTable<A>& table) {
+  const Batch& batch = table.batch;
   const int lane = threadIdx.x % kWarp;
   AxisSample at{0, 0, 0.0, 0.0};
   bool valid = lane < batch.count;
@@ -150,7 +152,8 @@ __device__ inline void place_samples(const Batch& batch, bool widen, bool pad, A
 
 // All threads: the weight of every staged pixel in every bin, and which pixels a bin reads.
 template <class A>
-__device__ inline void fill_weights(const Batch& batch, AxisTable<A>& table) {
+__device__ inline void fill_weights(AxisTable<A>& table) {
+  const Batch& batch = table.batch;
   const int32_t count = table.count;
   for (int32_t entry = threadIdx.x; entry < batch.bins * count; entry += kThreads) {
     const int32_t bin = entry / count, staged = entry % count;
@@ -207,28 +210,29 @@ __host__ __device__ inline int32_t group_size(int32_t pooled) {
 template <class A>
 struct Tables {
   AxisTable<A> y, x;
-  int32_t at[4];  // first bins and first samples of what they hold; at[0] < 0: nothing yet
-  bool planar;    // and for which order of memory
+  bool planar;  // the order of memory that they were made for
+
+  // Before they hold anything.
+  __device__ __forceinline__ void clear() { y.batch.bin = -1; }
+  __device__ __forceinline__ bool hold(int32_t bin_y, int32_t bin_x, int32_t first_y, int32_t first_x,
+                                       bool planar) const {
+    return y.batch.bin == bin_y && x.batch.bin == bin_x && y.batch.first == first_y && x.batch.first == first_x &&
+           this->planar == planar;
+  }
 };
 
+// By all threads, after a barrier: the tables of the batches that they hold.
 template <class A>
-__device__ __noinline__ void build_tables(const Batch& batch_y, const Batch& batch_x, bool planar, bool vector,
-                                          Tables<A>& tables) {
-  __syncthreads();  // nobody reads the previous ones any more
+__device__ __noinline__ void build_tables(bool vector, Tables<A>& tables) {
   const int warp = threadIdx.x / kWarp;
-  if (warp == 0) place_samples(batch_y, false, false, tables.y);
-  if (warp == 1) place_samples(batch_x, planar && vector, planar, tables.x);
+  if (warp == 0) place_samples(false, false, tables.y);
+  if (warp == 1) place_samples(tables.planar && vector, tables.planar, tables.x);
   __syncthreads();
-  fill_weights(batch_y, tables.y);
-  fill_weights(batch_x, tables.x);
+  fill_weights(tables.y);
+  fill_weights(tables.x);
   __syncthreads();
-  fill_pixel_ranges(batch_y.bins, tables.y, threadIdx.x);
-  fill_pixel_ranges(batch_x.bins, tables.x, int32_t(threadIdx.x) - kThreads / 2);
-  if (threadIdx.x == 0) {
-    tables.at[0] = batch_y.bin, tables.at[1] = batch_x.bin;
-    tables.at[2] = batch_y.first, tables.at[3] = batch_x.first;
-    tables.planar = planar;
-  }
+  fill_pixel_ranges(tables.y.batch.bins, tables.y, threadIdx.x);
+  fill_pixel_ranges(tables.x.batch.bins, tables.x, int32_t(threadIdx.x) - kThreads / 2);
   __syncthreads();
 }
 
@@ -246,13 +250,17 @@ __device__ __forceinline__ void for_each_batch(const RegionPlace& place, const M
   range(place.x, group.x, group.columns, first_x, last_x);
   for (int32_t sy = first_y; sy < last_y; sy += kSamples)
     for (int32_t sx = first_x; sx < last_x; sx += kSamples) {
-      const bool same = tables.at[0] == group.y && tables.at[1] == group.x && tables.at[2] == sy &&
-                        tables.at[3] == sx && tables.planar == view.planar;
-      if (!same) {
-        const int32_t count_y = last_y - sy < kSamples ? last_y - sy : kSamples;
-        const int32_t count_x = last_x - sx < kSamples ? last_x - sx : kSamples;
-        build_tables(Batch{place.y.roi, sy, count_y, group.y, group.rows},
-                     Batch{place.x.roi, sx, count_x, group.x, group.columns}, view.planar, view.vector, tables);
+      if (!tables.hold(group.y, group.x, sy, sx, view.planar)) {
+        __syncthreads();  // nobody reads the previous ones any more
+        if (threadIdx.x == 0) {
+          const int32_t count_y = last_y - sy < kSamples ? last_y - sy : kSamples;
+          const int32_t count_x = last_x - sx < kSamples ? last_x - sx : kSamples;
+          tables.y.batch = Batch{place.y.roi, sy, count_y, group.y, group.rows};
+          tables.x.batch = Batch{place.x.roi, sx, count_x, group.x, group.columns};
+          tables.planar = view.planar;
+        }
+        __syncthreads();
+        build_tables(view.vector, tables);
       }
       body();
     }
@@ -319,7 +327,7 @@ struct Source {
     const int32_t x = columns.pixel[staged];
     if (vector && (x & 3) == 0 && columns.pixel[staged + 3] == x + 3) return load_four<A>(row + x);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) values.at[k] = as<A>(row[steps(columns.pixel[staged + k], stride_w)]);
+    for (int k = 0; k < 4; ++k) values.at[k] = as<A>(read(row + steps(columns.pixel[staged + k], stride_w)));
     return values;
   }
 
@@ -330,7 +338,7 @@ struct Source {
     Four<A> values{};
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      if (4 * quad + k < channels) values.at[k] = as<A>(pixel[steps(4 * quad + k, stride_c)]);
+      if (4 * quad + k < channels) values.at[k] = as<A>(read(pixel + steps(4 * quad + k, stride_c)));
     return values;
   }
 };
@@ -354,7 +362,7 @@ struct StandardSource : Source<A, T> {
                                             int32_t staged) const {
     Four<A> values = Source<A, T>::pixels(columns, channel, y, staged);
     if (channel >= this->channels) return values;
-    const A scale = norm.scale[channel], mean = norm.mean[channel];
+    const A scale = read(norm.scale + channel), mean = read(norm.mean + channel);
 #pragma unroll
     for (int k = 0; k < 4; ++k) values.at[k] = scale * (values.at[k] - mean);
     return values;
@@ -364,7 +372,7 @@ struct StandardSource : Source<A, T> {
 #pragma unroll
     for (int k = 0; k < 4; ++k)
       if (4 * quad + k < this->channels)
-        values.at[k] = norm.scale[4 * quad + k] * (values.at[k] - norm.mean[4 * quad + k]);
+        values.at[k] = read(norm.scale + 4 * quad + k) * (values.at[k] - read(norm.mean + 4 * quad + k));
     return values;
   }
 };
@@ -419,11 +427,11 @@ __device__ __forceinline__ void stage(const From& from, bool planar, PoolShared<
   }
 }
 
-// What a block pools: one image and chunk of a map, or its difference to the teacher's map of the same geometry, layout
-// and type.
+// What a block pools: one image and chunk of a map, or its difference to another map of the same geometry, layout and
+// type.
 struct PoolSource {
-  const MapView* map;
-  const MapView* subtract;  // or null
+  const MapView &map, &other;
+  bool subtract;
   DType dtype;
   int32_t image, channels, channel;
 };
@@ -434,11 +442,9 @@ __device__ __forceinline__ void stage(const PoolSource& source, PoolShared<A>& s
   with_stored<A>(source.dtype, [&](auto stored) {
     using T = decltype(stored);
     using From = std::conditional_t<kNorm, StandardSource<A, T>, Source<A, T>>;
-    const MapView& other = source.subtract ? *source.subtract : *source.map;
-    const Difference<A, From> from{From(*source.map, source.image, source.channels, source.channel),
-                                   From(other, source.image, source.channels, source.channel),
-                                   source.subtract != nullptr};
-    stage(from, source.map->planar, shared, tables, row, rows);
+    const Difference<A, From> from{From(source.map, source.image, source.channels, source.channel),
+                                   From(source.other, source.image, source.channels, source.channel), source.subtract};
+    stage(from, source.map.planar, shared, tables, row, rows);
   });
 }
 
@@ -499,7 +505,7 @@ __device__ void accumulate(PoolShared<A>& shared, const Tables<A>& tables, const
 template <bool kNorm = false, class A>
 __device__ __forceinline__ void pool(const PoolSource& source, const RegionPlace& place, const BinGroup& group,
                                      PoolShared<A>& shared, Tables<A>& tables, A sign) {
-  for_each_batch(place, *source.map, group, tables, [&] {
+  for_each_batch(place, source.map, group, tables, [&] {
     if (tables.x.count == 0) return;
     const int32_t all = tables.y.count, strip = strip_rows(tables);
     for (int32_t row = 0; row < all; row += strip) {
@@ -614,12 +620,11 @@ __host__ __device__ inline int32_t channel_groups(int32_t channels) {
 
 // Which region and which of the `groups` groups of its channels this block works on.
 struct RegionBlock {
-  int64_t region;
-  int32_t group;
+  int32_t region, group;
 };
 
 __device__ __forceinline__ RegionBlock region_block(int32_t groups) {
-  return RegionBlock{int64_t(blockIdx.x / groups), int32_t(blockIdx.x % groups)};
+  return RegionBlock{int32_t(blockIdx.x / groups), int32_t(blockIdx.x % groups)};
 }
 
 // Calls body(first channel) for the chunks of a group.

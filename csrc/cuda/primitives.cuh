@@ -7,6 +7,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstring>
+#include <type_traits>
+
 #include "../core/common.h"
 #include "kernels.h"
 
@@ -179,18 +182,29 @@ struct Stored<__nv_bfloat16> {
   }
 };
 
+// One element of an input, which no block of the launch writes. Wherever the pointer comes from, the compiler then
+// knows that it leads to global memory.
+template <class T>
+__device__ __forceinline__ T read(const T* from) {
+#ifdef TARDKD_CUDA_ON_CPU
+  return *from;
+#else
+  return __ldg(from);
+#endif
+}
+
 // Element i of an array of `dtype`, for the few values of a region where a switch costs nothing.
 template <class A>
 __device__ __forceinline__ A load_any(const void* data, DType dtype, int64_t i) {
   switch (dtype) {
     case DType::float32:
-      return as<A>(static_cast<const float*>(data)[i]);
+      return as<A>(read(static_cast<const float*>(data) + i));
     case DType::float64:
-      return as<A>(static_cast<const double*>(data)[i]);
+      return as<A>(read(static_cast<const double*>(data) + i));
     case DType::float16:
-      return as<A>(static_cast<const __half*>(data)[i]);
+      return as<A>(read(static_cast<const __half*>(data) + i));
     default:
-      return as<A>(static_cast<const __nv_bfloat16*>(data)[i]);
+      return as<A>(read(static_cast<const __nv_bfloat16*>(data) + i));
   }
 }
 
@@ -201,14 +215,44 @@ struct alignas(4 * sizeof(T) > 16 ? 16 : 4 * sizeof(T)) Four {
   T at[4];
 };
 
-// One 16-byte access for float, 8 bytes for the 16-bit types; `from` is aligned to that.
+// Four elements as words. What is read stays in them until it is used: to take 16-bit elements apart at once would wait
+// for each read.
+template <class T>
+struct alignas(Four<T>) Words {
+  uint32_t at[sizeof(T)];
+};
+
+// Four elements of an input: one access of 16 bytes for float, of 8 bytes for the 16-bit types; `from` is aligned to
+// that.
+template <class T>
+__device__ __forceinline__ Words<T> read_four(const T* from) {
+#ifdef TARDKD_CUDA_ON_CPU
+  return *reinterpret_cast<const Words<T>*>(from);
+#else
+  using Access = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
+  Words<T> words;
+#pragma unroll
+  for (int k = 0; k < int(sizeof(Words<T>) / sizeof(Access)); ++k) {
+    const Access part = __ldg(reinterpret_cast<const Access*>(from) + k);
+    memcpy(words.at + k * (sizeof(Access) / 4), &part, sizeof part);
+  }
+  return words;
+#endif
+}
+
 template <class A, class T>
-__device__ __forceinline__ Four<A> load_four(const T* from) {
-  const Four<T> stored = *reinterpret_cast<const Four<T>*>(from);
+__device__ __forceinline__ Four<A> take_apart(const Words<T>& words) {
+  Four<T> stored;
+  memcpy(&stored, &words, sizeof stored);
   Four<A> values;
 #pragma unroll
   for (int k = 0; k < 4; ++k) values.at[k] = as<A>(stored.at[k]);
   return values;
+}
+
+template <class A, class T>
+__device__ __forceinline__ Four<A> load_four(const T* from) {
+  return take_apart<A, T>(read_four(from));
 }
 
 template <class T, class A>

@@ -57,7 +57,7 @@ __device__ __forceinline__ void load_row(const Table& table, int64_t row, int64_
   with_dtype(table.dtype, [&](auto stored) {
     const auto* from = static_cast<const decltype(stored)*>(table.data) + row * table.stride_row;
 #pragma unroll
-    for (int k = 0; k < N; ++k) to[k] = as<A>(from[(first + k) * table.stride_column]);
+    for (int k = 0; k < N; ++k) to[k] = as<A>(read(from + (first + k) * table.stride_column));
   });
 }
 
@@ -114,27 +114,28 @@ struct Logits {
     with_dtype(dtype, [&](auto stored) {
       const auto* from = static_cast<const decltype(stored)*>(data) + first;
 #pragma unroll kInFlight
-      for (int k = threadIdx.x % kWarp; k < columns; k += kWarp) f(as<A>(from[k * stride]));
+      for (int k = threadIdx.x % kWarp; k < columns; k += kWarp) f(as<A>(read(from + k * stride)));
     });
   }
 };
 
-// log softmax(z / temperature) of a row, by one warp.
+// log softmax(z / temperature) of a row.
 template <class A>
 struct LogSoftmax {
   A top, inverse_temperature, log_sum;
 
-  // Not inlined: it is used four times, and what it does takes longer than a call.
-  __device__ __noinline__ LogSoftmax(const Logits<A>& z, A inverse_temperature)
-      : top(z[0]), inverse_temperature(inverse_temperature) {
-    z.template each<4>([&](A value) { top = value > top ? value : top; });
-    top = warp_max(top);
-    A sum = A(0);
-    z.template each<1>([&](A value) { sum += exp((value - top) * this->inverse_temperature); });
-    log_sum = log(warp_sum(sum));
-  }
   __device__ __forceinline__ A operator()(A z) const { return (z - top) * inverse_temperature - log_sum; }
 };
+
+// By one warp. Not inlined: it is used four times, and what it does takes longer than a call.
+template <class A>
+__device__ __noinline__ LogSoftmax<A> log_softmax(Logits<A> z, A inverse_temperature) {
+  A top = z[0], sum = A(0);
+  z.template each<4>([&](A value) { top = value > top ? value : top; });
+  top = warp_max(top);
+  z.template each<1>([&](A value) { sum += exp((value - top) * inverse_temperature); });
+  return LogSoftmax<A>{top, inverse_temperature, log(warp_sum(sum))};
+}
 
 // ---- decision ------------------------------------------------------------------------------------------------------
 
@@ -145,7 +146,7 @@ __device__ A own_score(const Table& given, const Logits<A>& z, int64_t r, const 
   if (given.data) return region.state.valid ? load_any<A>(given.data, given.dtype, r * given.stride_row) : A(0);
   if (spec.activation == Activation::softmax) {
     if (!region.state.valid) return A(0);
-    const LogSoftmax<A> log_p(z, A(1));
+    const LogSoftmax<A> log_p = log_softmax(z, A(1));
     return exp(log_p(z[region.label]));
   }
   return region.state.foreground ? sigmoid(z[sigmoid_column(region.label, spec.background)]) : A(0);
@@ -174,7 +175,7 @@ __device__ void write_classification(const RegionTask<A>& task, int64_t r, bool 
     const A temperature = static_cast<A>(spec.temperature), inverse = A(1) / temperature;
     const A slope = grad ? temperature * term_factor<A>(in, 1, r) : A(0);
     if (spec.activation == Activation::softmax) {
-      const LogSoftmax<A> log_t(teacher, inverse), log_s(student, inverse);
+      const LogSoftmax<A> log_t = log_softmax(teacher, inverse), log_s = log_softmax(student, inverse);
 #pragma unroll 1
       for (int k = lane; k < columns; k += kWarp) {
         const A t = log_t(teacher[k]), s = log_s(student[k]), p = exp(t);
@@ -248,7 +249,7 @@ __device__ Decision decide_region(const RegionTask<A>& task, int64_t r, bool wri
   double proposal[5];
   load_row(in.proposals, r, 0, proposal);
   load_row(in.gt_boxes, r, 0, region.gt);
-  region.label = in.labels[r * in.label_stride];
+  region.label = read(in.labels + r * in.label_stride);
   region.state =
       with_levels(region_state(proposal, in.images, region.label, region.gt, classes, spec.background), in, r);
   region.image = region.state.valid && in.images >= 0 ? static_cast<int32_t>(proposal[0]) : 0;

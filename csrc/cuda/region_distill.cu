@@ -12,7 +12,8 @@ namespace {
 
 template <class A>
 struct RegionFeatures {
-  PyramidView student, teacher, grad;
+  PyramidView sides[2];  // student, teacher
+  PyramidView grad;
   bool want_grad;
   A* grad_pooled;  // (R, most channels of a level, pooled_h, pooled_w), or null
   int32_t tables;  // 1 if one set serves both sides: same geometry and layout
@@ -29,26 +30,26 @@ struct RegionJob : RegionFeatures<A>, RegionTask<A> {
 template <bool kNorm, class A>
 __device__ __forceinline__ void pool_difference(const RegionJob<A>& job, int32_t image, int32_t channel,
                                                 const BinGroup& group, PoolShared<A>& shared) {
-  const MapView* student = &job.student.level[shared.place[0].level];
-  const MapView* teacher = &job.teacher.level[shared.place[job.tables - 1].level];
-  const bool on_load = job.tables == 1 && job.student.dtype == job.teacher.dtype;
+  const bool on_load = job.tables == 1 && job.sides[0].dtype == job.sides[1].dtype;
   clear_bins(shared, group);
 #pragma unroll 1
-  for (int pass = 0; pass < (on_load ? 1 : 2); ++pass) {
-    const int table = pass < job.tables ? pass : 0;
-    const PoolSource source{pass == 0 ? student : teacher,
-                            on_load ? teacher : nullptr,
-                            pass == 0 ? job.student.dtype : job.teacher.dtype,
+  for (int side = 0; side < (on_load ? 1 : 2); ++side) {
+    const int table = side < job.tables ? side : 0, level = shared.place[table].level;
+    const PoolSource source{job.sides[side].level[level],
+                            job.sides[1].level[shared.place[job.tables - 1].level],
+                            on_load,
+                            job.sides[side].dtype,
                             image,
-                            student->map.channels,
+                            job.sides[0].level[shared.place[0].level].map.channels,
                             channel};
-    pool<kNorm>(source, shared.place[table], group, shared, shared.tables[table], pass == 0 ? A(1) : A(-1));
+    pool<kNorm>(source, shared.place[table], group, shared, shared.tables[table], side == 0 ? A(1) : A(-1));
   }
 }
 
 template <class A>
 struct alignas(16) FeatureShared {
   Decision decision;
+  A slope;  // of a bin whose weight and whose penalty's slope are 1
   SharedArray<A, kGroupCells> bin_weight;
   PoolShared<A> pool;  // last: its end may be missing
 };
@@ -60,20 +61,19 @@ __host__ __device__ size_t feature_shared_bytes(int32_t tables) {
 
 // This block's share of the weighted feature term, with the gradient on the way.
 template <bool kNorm, class A>
-__device__ __forceinline__ A feature_term(const RegionJob<A>& job, int64_t region, int32_t channel_group,
+__device__ __forceinline__ A feature_term(const RegionJob<A>& job, int32_t region, int32_t channel_group,
                                           FeatureShared<A>& shared, const RegionShared<A>& heads) {
   PoolShared<A>& bins = shared.pool;
   if (threadIdx.x % kWarp == 0 && threadIdx.x / kWarp < job.tables) {
     const int side = threadIdx.x / kWarp;
-    bins.place[side] = place_region(side == 0 ? job.student : job.teacher, region, shared.decision.box, job.align);
-    bins.tables[side].at[0] = -1;
+    bins.place[side] = place_region(job.sides[side], region, shared.decision.box, job.align);
+    bins.tables[side].clear();
   }
   __syncthreads();
 
-  const int32_t channels = job.student.level[bins.place[0].level].map.channels, image = shared.decision.image;
-  const A beta = static_cast<A>(job.spec.beta);
+  const int32_t channels = job.sides[0].level[bins.place[0].level].map.channels;
   const A elements = A(channels) * A(job.align.pooled_h * job.align.pooled_w);
-  const A slope = feature_factor<A>(job.in, region) / elements;
+  if (threadIdx.x == 0) shared.slope = feature_factor<A>(job.in, region) / elements;
   A sum = A(0);
   for_each_chunk<A>(channel_group, channels, [&](int32_t channel) {
     for_each_group(job.align, [&](const BinGroup& group) {
@@ -82,35 +82,28 @@ __device__ __forceinline__ A feature_term(const RegionJob<A>& job, int64_t regio
         shared.bin_weight[threadIdx.x] =
             bin_weight<A>(shared.decision, job.spec, i, j, job.align.pooled_h, job.align.pooled_w);
       }
-      pool_difference<kNorm>(job, image, channel, group, bins);
+      pool_difference<kNorm>(job, shared.decision.image, channel, group, bins);
+      const A beta = static_cast<A>(job.spec.beta);
       for_own_bins(bins, group, [&](int32_t bin, int32_t, Four<A>& values) {
         const A weight = shared.bin_weight[bin];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           sum += weight * penalty(job.spec.feature_loss, values.at[k], beta);
-          values.at[k] = slope * weight * penalty_slope(job.spec.feature_loss, values.at[k], beta);
+          values.at[k] = shared.slope * weight * penalty_slope(job.spec.feature_loss, values.at[k], beta);
         }
       });
       __syncthreads();
       if (job.want_grad)
-        scatter(job.grad.level[bins.place[0].level], image, channels, channel, bins.place[0], group, bins,
-                bins.tables[0]);
+        scatter(job.grad.level[bins.place[0].level], shared.decision.image, channels, channel, bins.place[0], group,
+                bins, bins.tables[0]);
       else if (job.grad_pooled)
-        for_pooled<A>(region * job.student.max_channels + channel, chunk_channels<A>(channels, channel), job.align,
-                      group, bins.bins, [&](int32_t, int64_t at, A gradient) { job.grad_pooled[at] = gradient; });
+        for_pooled<A>(int64_t(region) * job.sides[0].max_channels + channel, chunk_channels<A>(channels, channel),
+                      job.align, group, bins.bins,
+                      [&](int32_t, int64_t at, A gradient) { job.grad_pooled[at] = gradient; });
       __syncthreads();
     });
   });
   return block_sum(sum, heads.sums) * (region_weight<A>(job.in, region) / elements);
-}
-
-// Whether the feature gate is open. Its own function: what it needs of registers is not to weigh on the pooling.
-template <class A>
-__device__ __noinline__ bool decide(const RegionJob<A>& job, int64_t region, bool write, const RegionShared<A>& heads,
-                                    Decision& decision) {
-  const Decision own = decide_region<A>(job, region, write, heads);
-  if (threadIdx.x == 0) decision = own;
-  return own.gates.feature;
 }
 
 template <bool kNorm, class A>
@@ -121,7 +114,9 @@ __device__ __forceinline__ void run_block(const RegionJob<A>& job) {
   FeatureShared<A>& shared = *arena.rest<FeatureShared<A>>(feature_shared_bytes<A>(job.tables));
   const RegionBlock block = region_block(job.groups);
   run_region<A>(job, block.region, block.group, heads, [&] {
-    if (!decide(job, block.region, block.group == 0, heads, shared.decision)) return A(0);
+    const Decision region = decide_region<A>(job, block.region, block.group == 0, heads);
+    if (!region.gates.feature) return A(0);
+    if (threadIdx.x == 0) shared.decision = region;
     __syncthreads();
     return feature_term<kNorm>(job, block.region, block.group, shared, heads);
   });
@@ -170,12 +165,12 @@ Status region_distill(const Pyramid& student, const Pyramid& teacher, const Pyra
   if (!strides_fit(student) || !strides_fit(teacher) || (grad && !strides_fit(*grad)))
     return Status{cudaErrorInvalidValue, "region_distill"};
   RegionJob<A> job{};
-  job.student = view_of(student, level_choice(student, in.student_levels));
-  job.teacher = view_of(teacher, teacher_choice(job.student.choice, teacher, in.teacher_levels));
+  job.sides[0] = view_of(student, level_choice(student, in.student_levels));
+  job.sides[1] = view_of(teacher, teacher_choice(job.sides[0].choice, teacher, in.teacher_levels));
   job.want_grad = grad != nullptr;
   if (grad) job.grad = view_of(*grad);
   job.grad_pooled = grad_pooled;
-  job.tables = same_geometry(job.student, job.teacher) && job.student.choice == job.teacher.choice ? 1 : 2;
+  job.tables = same_geometry(job.sides[0], job.sides[1]) && job.sides[0].choice == job.sides[1].choice ? 1 : 2;
   job.in = in;
   job.out = out;
   job.scratch = scratch;

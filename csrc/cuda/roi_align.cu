@@ -51,7 +51,7 @@ __device__ bool for_region(const AlignJob<A>& job, const Body& body) {
     double box[4];
     found[0] = read_region(job.proposals, job.pyramid, block.region, box, found[1]);
     if (found[0]) shared.place[0] = place_region(job.pyramid, block.region, box, job.align);
-    shared.tables[0].at[0] = -1;
+    shared.tables[0].clear();
   }
   __syncthreads();
   if (!found[0]) return false;
@@ -69,8 +69,9 @@ __global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
                                          PoolShared<A>& shared) {
     const RegionPlace& place = shared.place[0];
     clear_bins(shared, group);
-    pool(PoolSource{&job.pyramid.level[place.level], nullptr, job.pyramid.dtype, image, channels, channel}, place,
-         group, shared, shared.tables[0], A(1));
+    const MapView& map = job.pyramid.level[place.level];
+    pool(PoolSource{map, map, false, job.pyramid.dtype, image, channels, channel}, place, group, shared,
+         shared.tables[0], A(1));
     with_stored<A>(job.pyramid.dtype, [&](auto stored) {
       using T = decltype(stored);
       for_pooled<A>(region * channels + channel, chunk_channels<A>(channels, channel), job.align, group, shared.bins,
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
     const RegionBlock block = region_block(job.groups);
     const int64_t bins = int64_t(job.align.pooled_h) * job.align.pooled_w;
     for_each_chunk<A>(block.group, channels, [&](int32_t channel) {
-      T* pooled = static_cast<T*>(job.pooled) + (block.region * channels + channel) * bins;
+      T* pooled = static_cast<T*>(job.pooled) + (int64_t(block.region) * channels + channel) * bins;
       for (int64_t k = threadIdx.x; k < chunk_channels<A>(channels, channel) * bins; k += kThreads)
         pooled[k] = Stored<T>::from(A(0));
     });

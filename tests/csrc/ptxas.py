@@ -4,10 +4,10 @@
 
 Compiles every source of csrc/cuda with the flags of a release build, for each architecture and as PTX of the newest,
 prints a Markdown table and fails if a hot kernel, or a function it calls, spills, lacks the wide accesses it is built
-on or has an addition to memory that returns what was there. (A stack frame without spills is what functions that are
-not inlined get their arguments by.) Hot are all but those that accumulate in double, which are for checks. Needs nvcc
-and c++filt; the disassembly is looked at where there is a cuobjdump: beside nvcc, on PATH, or in the package of Triton.
-MAX_JOBS sources at a time.
+on, has an addition to memory that returns what was there, or in a loop an access to local memory or a generic one, of
+which the hardware has to find out first what memory it goes to. Hot are all but those that accumulate in double, which
+are for checks. Needs nvcc and c++filt; the disassembly is looked at where there is a cuobjdump: beside nvcc, on PATH,
+or in the package of Triton. MAX_JOBS sources at a time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+import loops
 
 ROOT = Path(__file__).parents[2]
 FLAGS = ("-Xptxas", "-v", "--cudart", "static", "-std=c++17", "-O3", "-DNDEBUG", "-lineinfo")
@@ -40,9 +42,8 @@ class Usage(NamedTuple):
     spill_loads: int
 
 
-# Kinds of instructions, by what the opcode looks like. LDG and STG go to global memory; a generic LD or ST first has to
-# find out which memory it is. An addition to memory is a RED (REDG from sm_90 on), or an ATOMG, which also brings the
-# old value back and so takes longer.
+# Kinds of instructions, by what the opcode looks like. LDG and STG go to global memory; LD and ST are generic. An
+# addition to memory is a RED (REDG from sm_90 on), or an ATOMG, which also brings the old value back and takes longer.
 KINDS = {
     "16-byte loads": r"LDG\.E\.(?:\w+\.)*128\b",
     "8-byte loads": r"LDG\.E\.(?:\w+\.)*64\b",
@@ -54,9 +55,6 @@ KINDS = {
     "adds that return": r"ATOMG?\.E\.ADD\.F(?:32x4|32|64)\b",
     "local": r"(?:LDL|STL)\b",
 }
-
-# Functions that run once a block: kept apart so that what they need does not weigh on the loops.
-COLD = ("decide<",)
 
 # (kernel, oldest architecture, kind): the accesses that the kernel's speed rests on.
 EXPECTED: tuple[tuple[str, int, str], ...] = (
@@ -76,8 +74,9 @@ EXPECTED: tuple[tuple[str, int, str], ...] = (
     ("roi_align_gather_kernel<float>", 75, "16-byte stores"),
 )
 
-# Kinds that no hot kernel has: __threadfence() in the same kernel is enough for additions to return what was there.
-FORBIDDEN = ("adds that return",)
+# Kinds that no hot kernel has: __threadfence() in the same kernel is enough for additions to return what was there, a
+# structure passed by reference to a function that is not inlined for accesses to be generic or local.
+FORBIDDEN = ("adds that return", "generic accesses in loops", "local in loops")
 
 
 # --- names ---------------------------------------------------------------------------------------------------------
@@ -106,7 +105,7 @@ def short_name(name: str) -> str:
 
 
 def is_hot(kernel: str) -> bool:
-    return "double" not in kernel.partition("<")[2] and not kernel.startswith(COLD)
+    return "double" not in kernel.partition("<")[2]
 
 
 # --- ptxas ---------------------------------------------------------------------------------------------------------
@@ -170,17 +169,20 @@ Disassembly = dict[tuple[str, str], Counter]  # (kernel, architecture): how many
 
 def parse_disassembly(text: str) -> Disassembly:
     """The instructions of each kernel, with mangled names, in the output of ``cuobjdump --dump-sass``."""
-    instruction = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?(\S+)")
-    counts: Disassembly = {}
-    architecture, current = "", Counter()
+    codes: dict[tuple[str, str], list[loops.Instruction]] = {}
+    architecture, current = "", []
     for line in text.splitlines():
         if line.startswith("arch = "):
             architecture = line.removeprefix("arch = ")
         elif "Function : " in line:
-            current = counts.setdefault((line.split("Function : ")[1].strip(), architecture), Counter())
-        elif found := instruction.match(line):
-            current.update(kind for kind, pattern in KINDS.items() if re.match(pattern, found[1]))
-    return counts
+            current = codes.setdefault((line.split("Function : ")[1].strip(), architecture), [])
+        elif (instruction := loops.parse_instruction(line)) is not None:
+            current.append(instruction)
+    return {key: kinds(code) + kinds(loops.in_loops(code), " in loops") for key, code in codes.items()}
+
+
+def kinds(code: list[loops.Instruction], where: str = "") -> Counter:
+    return Counter(kind + where for i in code for kind, pattern in KINDS.items() if re.match(pattern, i.opcode))
 
 
 def narrow_accesses(disassembly: Disassembly) -> list[str]:
@@ -215,15 +217,15 @@ def table(usages: list[Usage], disassembly: Disassembly) -> str:
     """A row a kernel; where the architectures differ, their values one after the other."""
     architectures = list(dict.fromkeys(usage.architecture for usage in usages))
     columns = ["registers", "shared", "stack", "spill_stores", "spill_loads"]
-    kinds = list(KINDS) if disassembly else []
-    header = ["kernel", *(column.replace("_", " ") for column in columns), *kinds]
+    counted = list(KINDS) if disassembly else []
+    header = ["kernel", *(column.replace("_", " ") for column in columns), *counted]
     lines = [f"Architectures: {', '.join(architectures)}.", "", row(header), row(["---"] * len(header))]
     for kernel in sorted({usage.kernel for usage in usages}):
         own = {usage.architecture: usage for usage in usages if usage.kernel == kernel}
         values = [[getattr(usage, column) for usage in own.values()] for column in columns]
         # The instructions of a function are counted with the kernels that call it.
         counts = [disassembly.get((kernel, name)) for name in own]
-        values += [[None if count is None else count[kind] for count in counts] for kind in kinds]
+        values += [[None if count is None else count[kind] for count in counts] for kind in counted]
         lines.append(row([f"`{kernel}`", *map(cell, values)]))
     return "\n".join(lines) + "\n"
 

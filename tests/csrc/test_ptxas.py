@@ -5,6 +5,7 @@ ptxas_sample.txt is what nvcc 13.0 printed of kernels with registers too few for
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import ptxas
@@ -34,6 +35,8 @@ arch = sm_90
         /*01f0*/               @P1 REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU desc[UR6][R2.64], R4 ;
         /*0200*/               @P1 ATOMG.E.ADD.F32x4.FTZ.RN.STRONG.GPU PT, R4, desc[UR6][R2.64], R4 ;
         /*0210*/               @P1 ATOMG.E.ADD.F32.FTZ.RN.STRONG.GPU PT, RZ, desc[UR6][R2.64], R4 ;
+        /*0220*/               @P1 BRA 0x130 ;
+        /*0230*/                   EXIT ;
 
 Fatbin ptx code:
 ================
@@ -68,16 +71,13 @@ def test_a_report_of_another_form_is_not_taken_for_an_empty_one():
         ptxas.parse_usage(SAMPLE.replace("bytes stack frame", "B of stack"))
 
 
-def test_spills_of_hot_kernels_alone_are_complained_of(monkeypatch):
+def test_spills_of_hot_kernels_alone_are_complained_of():
     usages = named(ptxas.parse_usage(SAMPLE))
-    monkeypatch.setattr(ptxas, "COLD", ())
     assert ptxas.spills(usages) == [
         "decide<float> on sm_75: 40 and 48 bytes spilled",
         "scatter_kernel<float, (Layout)1> on sm_90: 8 and 4 bytes spilled",
         "decide<float> on sm_90: 48 and 48 bytes spilled",
     ]
-    monkeypatch.setattr(ptxas, "COLD", ("decide<",))
-    assert not any("decide" in complaint for complaint in ptxas.spills(usages))
 
 
 @pytest.mark.parametrize(
@@ -108,6 +108,9 @@ def test_disassembly():
             "local": 1,
             "vector adds": 1,
             "adds that return": 2,
+            "local in loops": 1,
+            "vector adds in loops": 1,
+            "adds that return in loops": 2,
         },
     }
 
@@ -123,12 +126,15 @@ def test_missing_vector_accesses_are_complained_of(monkeypatch):
     assert ptxas.narrow_accesses(counts) == ["gather: there is no such kernel"]
 
 
-def test_additions_that_return_are_complained_of():
+def test_forbidden_instructions_of_hot_kernels_are_complained_of():
     counts = {
-        ("scatter<float>", "sm_90"): {"adds that return": 2},
-        ("scatter<double>", "sm_90"): {"adds that return": 1},
+        (kernel, "sm_90"): Counter({"adds that return": 2, "generic accesses": 3, "local in loops": 1})
+        for kernel in ("scatter<float>", "scatter<double>")
     }
-    assert ptxas.forbidden(counts) == ["scatter<float> on sm_90: 2 adds that return"]
+    assert ptxas.forbidden(counts) == [
+        "scatter<float> on sm_90: 2 adds that return",
+        "scatter<float> on sm_90: 1 local in loops",
+    ]
 
 
 def test_table_gives_one_value_where_the_architectures_agree():
