@@ -2,6 +2,7 @@
 // CudaKernels in tardkd/ops/cuda.py, which also allocates the scratch memory.
 #include "bindings.h"
 #include "cuda/kernels.h"
+#include "cuda/runtime.h"
 
 namespace tardkd {
 namespace {
@@ -200,6 +201,7 @@ void distribution_distill_loss_backward(const py::object& student, const py::obj
 }  // namespace
 
 void bind_cuda(py::module_& m) {
+  m.def("problem_of", &cuda::problem_of);
   m.def("region_partials", &cuda::region_partials);
   m.def("region_distill", &region_distill);
   m.def("pooled_distill", &pooled_distill);

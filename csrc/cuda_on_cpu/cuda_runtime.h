@@ -123,6 +123,7 @@ struct Devices {
   int count = 1, current = 0;
   bool has_context[8] = {};  // of which device
   cudaError_t last_error = cudaSuccess;
+  cudaError_t kernel_error = cudaSuccess;  // of every kernel that is asked about
 };
 inline Devices devices;
 }  // namespace cuda_on_cpu
@@ -137,6 +138,10 @@ inline cudaError_t cudaSetDevice(int device) {
 }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = cuda_on_cpu::devices.count, cudaSuccess; }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 0, cudaSuccess; }
+struct cudaFuncAttributes {};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
+  return cuda_on_cpu::devices.last_error = cuda_on_cpu::devices.kernel_error;
+}
 inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::devices.last_error, cudaSuccess); }
 
 inline const char* cudaGetErrorString(cudaError_t error) {
@@ -149,6 +154,8 @@ inline const char* cudaGetErrorString(cudaError_t error) {
       return "invalid configuration argument";
     case cudaErrorInvalidDevice:
       return "invalid device ordinal";
+    case cudaErrorNoKernelImageForDevice:
+      return "no kernel image is available for execution on the device";
   }
   return "unrecognized error code";
 }
