@@ -110,8 +110,8 @@ PAIRS = {
 }
 FAMILIES = ["retinanet", "fcos", "ssdlite", "rt_detr", "retinanet-two-stage"]
 
-RECIPE = DistillSettings(balance="none", feature=0.2, regression=0.2)  # weights found by hand for small students
-ONES = DistillSettings(balance="none")  # for a balance of the benchmark's, which finds the weights
+RECIPE = DistillSettings(balance="none", feature_norm="none", feature=0.2, regression=0.2)  # found by hand
+ONES = DistillSettings(balance="none", feature_norm="none")  # for a balance of the benchmark's, which finds the weights
 STANDARDISED = DistillSettings(balance="none", feature_norm="channel")  # the same with standardised features
 UNGATED = {"feature_gate": "foreground", "classification_gate": "foreground", "regression_gate": "foreground"}
 CONSTANT = ScheduleSettings(kind="constant")
@@ -157,8 +157,8 @@ ABLATIONS = {
         "teacher's proposals": {"sharing": "teacher"},
         "both's proposals": {"sharing": "both"},
         "gaussian term": {"gaussian": 1.0},
-        "standardised": {"feature_norm": "channel"},
-        "weights of 0.3": {"feature": 0.3, "classification": 0.3, "regression": 0.3},
+        "raw features": {"feature_norm": "none"},
+        "weights of 3.3": {"feature": 10 / 3, "classification": 10 / 3, "regression": 10 / 3},
     }.items()
 }
 PROTOTYPES = {  # of what became tardkd's default; not run any more

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tardkd.detectors.base import Batch
 
-from .balance import pulls
+from .balance import SHARE, pulls
 from .checks import FiniteCheck
 from .distiller import Distiller
 from .findings import Finding, Findings, first, ok, problem, skipped, warning
@@ -18,9 +18,8 @@ from .inputs import batch_fault, check_types, image_range, is_well_formed, range
 from .schedule import Schedule
 from .settings import DistillSettings, ScheduleSettings
 
-SHARE = 0.3  # where we would start a term, by our own choice: its share of the detector's gradient norm
 STRONG, WEAK = 1.0, SHARE / 10  # shares beyond these are worth a warning
-BALANCED = 10.0  # where the terms are balanced a share is what the settings ask for, so that more is tolerated
+BALANCED = 3.0  # where the terms are balanced a share is what the settings ask for, so that more is tolerated
 
 
 def examine(distiller: Distiller, batch: Batch) -> Findings:

@@ -81,7 +81,7 @@ class DistillSettings:
     """
 
     # --- the terms: a term of weight 0 is left out
-    # gradient: a weight says how strongly the term pulls at the student, 1 as the detector's losses; none: a factor
+    # gradient: weight 1 pulls at the student with 0.3 of the strength of the detector's losses; none: it is a factor
     balance: Balancing = "gradient"
     feature: float = 1.0  # weight of the term that compares the pooled features of each region
     classification: float = 1.0  # weight of the term that compares the class logits of each region
@@ -103,7 +103,7 @@ class DistillSettings:
     beta: float = 1 / 9  # smooth-L1 threshold of the deltas, and of the features with feature_loss smooth_l1
     feature_loss: FeatureLoss = "squared"  # how the difference of two features is measured
     # channel: each channel of both sides is standardised first, so that models of unlike scales need no other weight
-    feature_norm: FeatureNorm = "none"
+    feature_norm: FeatureNorm = "channel"
     bin_weight: BinWeight = "uniform"  # weight of a region's bins; gaussian: those near the object's centre count more
     sigma_squared: float = 2.0  # square of the width of the gaussian term's mask, which is measured in half box sizes
 

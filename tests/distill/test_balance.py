@@ -13,13 +13,17 @@ from detectors.tiny import tiny_batch, tiny_detector
 from torch.utils.checkpoint import checkpoint
 
 from tardkd.distill import Distiller, DistillSettings, ScheduleSettings, balance
-from tardkd.distill.balance import Balance, BalanceWarning, BalanceWatch, gradient_norm, pulls
+from tardkd.distill.balance import SHARE, Balance, BalanceWarning, BalanceWatch, gradient_norm, pulls
 
 OPEN = {"feature_gate": "foreground", "classification_gate": "foreground", "regression_gate": "foreground"}
 
 
 def pair(**settings: Any) -> Distiller:
-    return Distiller(tiny_detector(), tiny_detector(seed=1), DistillSettings(**{**OPEN, "balance": "none", **settings}))
+    return Distiller(
+        tiny_detector(),
+        tiny_detector(seed=1),
+        DistillSettings(**{**OPEN, "balance": "none", "feature_norm": "none", **settings}),
+    )
 
 
 def steps(distiller: Distiller, count: int) -> list[str]:
@@ -143,14 +147,15 @@ def test_each_term_pulls_its_weight_whatever_its_values(size: float, path: str) 
     with torch.no_grad():
         distiller.teacher.roi_heads.box_predictor.cls_score.weight.mul_(size)
         distiller.teacher.roi_heads.box_predictor.bbox_pred.weight.mul_(size)
-    assert measured(distiller) == pytest.approx(weights, rel=1e-4)
+    expected = {name: SHARE * weight for name, weight in weights.items()}
+    assert measured(distiller) == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_schedule_fades_what_the_balance_has_set() -> None:
     distiller = balanced(feature=0.5, schedule=ScheduleSettings(kind="linear"))
     distiller.start(total_epochs=4, steps_per_epoch=1)
     distiller.set_progress(epoch=2, step=0)
-    assert measured(distiller)["feature"] == pytest.approx(0.5 * 0.5, rel=1e-4)
+    assert measured(distiller)["feature"] == pytest.approx(SHARE * 0.5 * 0.5, rel=1e-4)
 
 
 def of_two(term: float) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
@@ -163,19 +168,19 @@ def test_a_term_that_dwindles_is_followed() -> None:
     balance_ = Balance()
     for _ in range(200):
         factor = balance_({"feature": 0.3}, *of_two(4.0))["feature"]
-    assert factor == pytest.approx(0.15)
+    assert factor == pytest.approx(SHARE * 0.15)
     for _ in range(800):
         factor = balance_({"feature": 0.3}, *of_two(1.0))["feature"]
-    assert factor == pytest.approx(0.6, rel=0.01)
+    assert factor == pytest.approx(SHARE * 0.6, rel=0.01)
 
 
 def test_steps_in_which_a_term_does_not_pull_do_not_count() -> None:
     balance_ = Balance()
     for step in range(40):
         factor = balance_({"feature": 1.0}, *of_two(4.0 if step % 4 == 0 else 0.0))["feature"]
-    assert factor == pytest.approx(0.5)
+    assert factor == pytest.approx(SHARE * 0.5)
     nan = balance_({"feature": 1.0}, *of_two(float("nan")))["feature"]
-    assert nan == pytest.approx(0.5)
+    assert nan == pytest.approx(SHARE * 0.5)
 
 
 def test_what_never_pulls_keeps_its_weight_and_what_hardly_does_is_not_made_huge() -> None:
@@ -210,7 +215,7 @@ def test_the_balance_is_resumed() -> None:
 
 
 def test_where_the_pull_cannot_be_measured_the_weights_are_factors() -> None:
-    distiller, plain = balanced(feature=0.5), pair(feature=0.5)
+    distiller, plain = balanced(feature=0.5), pair(feature=0.5, feature_norm="channel")
     for module in (distiller, plain):
         head = module.student.roi_heads.box_head
         head.forward = partial(checkpoint, head.forward, use_reentrant=True)

@@ -45,7 +45,7 @@ def with_classes(model: nn.Module, order: list[int]) -> nn.Module:
 def pair(
     teacher: nn.Module, names: list[str], class_map: Any = None, student: nn.Module | None = None, **settings: Any
 ) -> Distiller:
-    settings = DistillSettings(**{**OPEN, "balance": "none", **settings})
+    settings = DistillSettings(**{**OPEN, "balance": "none", "feature_norm": "none", **settings})
     return Distiller(
         student or tiny_detector(), teacher, settings, student_classes=NAMES, teacher_classes=names, class_map=class_map
     )
@@ -196,7 +196,7 @@ def test_names_are_known_or_not():
 @pytest.mark.parametrize("gates", [OPEN, ADAPTIVE, ALL], ids=["open", "adaptive", "all"])
 def test_equal_names_are_as_good_as_none(gates):
     teacher = tiny_detector(seed=1)
-    settings = DistillSettings(**gates, gaussian=1.0, balance="none")
+    settings = DistillSettings(**gates, gaussian=1.0, balance="none", feature_norm="none")
     assert run(pair(teacher, NAMES, gaussian=1.0, **gates)) == run(Distiller(tiny_detector(), teacher, settings))
 
 

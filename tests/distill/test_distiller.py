@@ -74,7 +74,7 @@ def test_weights_and_lambda_multiply() -> None:
 def test_values_are_the_ops_on_both_models_own_regions() -> None:
     """Assembled by hand from the two models' parts, on the regions the student sampled."""
     gates = {"classification_gate": "teacher_better", "regression_gate": "vs_student"}
-    distiller = pair(feature_gate="either", balance="none", **gates)
+    distiller = pair(feature_gate="either", balance="none", feature_norm="none", **gates)
     student, teacher = distiller.student, distiller.teacher
     seen: dict[str, Any] = {}
     heads = student.roi_heads
@@ -166,7 +166,8 @@ def test_input_ratio() -> None:
 
 @pytest.mark.parametrize("teacher", [{}, {"channels": 12, "levels": 3}, {"size": 96}])
 def test_both_paths_agree(teacher: dict[str, Any]) -> None:
-    pooled, pyramid = pair(teacher=teacher, path="pooled"), pair(teacher=teacher, path="pyramid")
+    # Standardised, one side counts what the heads have pooled and the other the maps.
+    pooled, pyramid = (pair(teacher=teacher, path=path, feature_norm="none") for path in ("pooled", "pyramid"))
     pyramid.load_task_state(pooled.task_state())
     if pooled.adapters["feature"].state_dict():
         # A constant survives pooling only inside the map: keep the comparison to what is linear.
@@ -216,7 +217,7 @@ def test_a_copy_has_nothing_to_teach(path: str, sharing: str) -> None:
     sum(losses.values()).backward()
     for name, parameter in student.named_parameters():
         if parameter.grad is not None:
-            assert parameter.grad.abs().max() < 1e-6, name
+            assert parameter.grad.abs().max() < 2e-6, name
 
 
 def test_both_is_the_union() -> None:
@@ -246,7 +247,7 @@ def test_box_coders_may_differ() -> None:
 @pytest.mark.parametrize("path", ["pooled", "pyramid"])
 def test_foreground_alone_is_enough(sharing: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gates = {"classification_gate": "teacher_better", "regression_gate": "vs_student"}
-    distiller = pair(sharing=sharing, path=path, feature_gate="either", **gates)
+    distiller = pair(sharing=sharing, path=path, feature_gate="either", feature_norm="none", **gates)
     first = run(distiller)
     stats = dict(distiller.stats)
     monkeypatch.setattr(DistillSettings, "foreground_only", False)

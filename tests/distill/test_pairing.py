@@ -20,7 +20,11 @@ from .test_classes import NAMES, OPEN, run, with_classes
 def described(teacher: Any, **arguments: Any) -> Distiller:
     """A distiller with a student of the classes ``NAMES``."""
     return Distiller(
-        tiny_detector(), teacher, DistillSettings(**OPEN, balance="none"), student_classes=NAMES, **arguments
+        tiny_detector(),
+        teacher,
+        DistillSettings(**OPEN, balance="none", feature_norm="none"),
+        student_classes=NAMES,
+        **arguments,
     )
 
 

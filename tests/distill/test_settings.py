@@ -133,6 +133,7 @@ def test_the_ops_are_told_of_settings_and_head() -> None:
         background="last",
         activation="sigmoid",
         reduction="sum",
+        feature_norm="channel",
     )
     options = inspect.signature(ops.pooled_distill_loss).parameters
     assert set(spec._asdict()) <= set(options)

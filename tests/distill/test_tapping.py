@@ -17,7 +17,7 @@ from tardkd.distill.tapping import tapped_maps
 from .families import FAMILIES, NAMES, build, planted
 from .test_families import OwnOps
 
-SETTINGS = dict(path="pyramid", feature_gate="foreground", classification_gate="foreground")
+SETTINGS = dict(path="pyramid", feature_norm="none", feature_gate="foreground", classification_gate="foreground")
 
 
 def gradients_of(student: str, teacher: str) -> tuple[list[torch.Tensor], list[str]]:

@@ -23,7 +23,7 @@ def team(teachers: list[nn.Module], class_map: Any = (FIRST, SECOND), names: Any
     return Distiller(
         tiny_detector(),
         teachers,
-        DistillSettings(**{**OPEN, "balance": "none", **settings}),
+        DistillSettings(**{**OPEN, "balance": "none", "feature_norm": "none", **settings}),
         student_classes=NAMES,
         teacher_classes=names or [NAMES] * len(teachers),
         class_map=list(class_map),
@@ -31,7 +31,9 @@ def team(teachers: list[nn.Module], class_map: Any = (FIRST, SECOND), names: Any
 
 
 def alone(teacher: nn.Module, **settings: Any) -> Distiller:
-    return Distiller(tiny_detector(), teacher, DistillSettings(**{**OPEN, "balance": "none", **settings}))
+    return Distiller(
+        tiny_detector(), teacher, DistillSettings(**{**OPEN, "balance": "none", "feature_norm": "none", **settings})
+    )
 
 
 @pytest.mark.parametrize("path", ["pooled", "pyramid"])
