@@ -80,7 +80,9 @@ class Pair:
         return self.student(self.images, self.targets)
 
     def distiller(self, path: str) -> Distiller:
-        return Distiller(self.student, self.teacher, DistillSettings(path=path, balance="none", feature_norm="none")).train()
+        return Distiller(
+            self.student, self.teacher, DistillSettings(path=path, balance="none", feature_norm="none")
+        ).train()
 
     def with_pytorch(self, pooling: bool, whole_teacher: bool) -> dict[str, Tensor]:
         """The same losses in plain PyTorch, over the foreground, which alone can be open.
