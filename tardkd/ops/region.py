@@ -138,8 +138,8 @@ def region_distill_loss(
             correlation of the two sides, twice what PKD (arXiv 2207.02039) minimises for whole maps. The gradient goes
             through the statistics too, so that it reaches all pixels of a map. The statistics are those of this
             process, and a NaN anywhere in a map spoils them.
-        tap: what :func:`tardkd.ops.tap_features` made of ``student_features``: their gradient is added to the one that the
-            detector's own losses have for them, in place. None: autograd adds the two pyramids.
+        tap: what :func:`tardkd.ops.tap_features` made of ``student_features``: their gradient is added to the one that
+            the detector's own losses have for them, in place. None: autograd adds the two pyramids.
 
     Returns:
         :class:`RegionLosses`: the three losses, ``gates`` (R, 3) and ``scores`` (R, 4). Gradients flow into the
