@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
+import hardware
 import pytest
-
-from benchmarks import hardware
 
 MACHINE = {"device": "a GPU", "capability": "9.0"}
 
