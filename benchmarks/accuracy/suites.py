@@ -115,6 +115,7 @@ ONES = DistillSettings(balance="none", feature_norm="none")  # for a balance of 
 STANDARDISED = DistillSettings(balance="none", feature_norm="channel")  # the same with standardised features
 UNGATED = {"feature_gate": "foreground", "classification_gate": "foreground", "regression_gate": "foreground"}
 CONSTANT = ScheduleSettings(kind="constant")
+STRONG = {"feature": 10 / 3, "classification": 10 / 3, "regression": 10 / 3}  # each pulls like the detector itself
 
 BASELINES = {
     "alone": Method(),
@@ -158,7 +159,9 @@ ABLATIONS = {
         "both's proposals": {"sharing": "both"},
         "gaussian term": {"gaussian": 1.0},
         "raw features": {"feature_norm": "none"},
-        "weights of 3.3": {"feature": 10 / 3, "classification": 10 / 3, "regression": 10 / 3},
+        "weights of 3.3": STRONG,
+        "weights of 3.3, vs_student": {**STRONG, "regression_gate": "vs_student"},
+        "weights of 3.3, no classes": {**STRONG, "classification": 0.0},
     }.items()
 }
 PROTOTYPES = {  # of what became tardkd's default; not run any more
@@ -253,4 +256,5 @@ SUITES = {
     "search": list(runs(FULL, ["small-input", "pretrained"], [*OURS, *RIVALS, *BALANCED_RIVALS], 1, FACTORS)),
     "families": list(runs(["bccd"], FAMILIES, ["alone", BEST, "ours, standardised", "pkd, lasting balance"], 3)),
     "ablations": list(runs(FULL, ["small-input", "pretrained"], list(ABLATIONS), 3)),
+    "family-ablations": list(runs(["bccd"], FAMILIES, list(ABLATIONS), 3)),
 }
