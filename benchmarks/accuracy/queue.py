@@ -145,8 +145,10 @@ def evaluate_test(runs: Iterable[Run], places: Places) -> None:
 
 
 def _prepared(run: Run, places: Places) -> Path:
-    with _locked(places.work / "data"):
-        return prepare(DATA[run.data], places.data, places.work / "data")
+    data = DATA[run.data]
+    folder = places.work / "data" / data.folder  # each its own, so that one in the making keeps nobody from the others
+    with _locked(folder):
+        return prepare(data, places.data, folder)
 
 
 def _teacher(run: Run, places: Places, num_classes: int) -> nn.Module:
