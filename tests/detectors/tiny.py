@@ -14,6 +14,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.ssd import SSD
+from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 FAMILIES = {"faster": FasterRCNN, "mask": MaskRCNN, "keypoint": KeypointRCNN}
@@ -103,10 +104,12 @@ def tiny_dense(
 ) -> nn.Module:
     """A one-stage detector with random weights; ``num_classes`` includes the background, ``kind`` may be a subclass."""
     torch.manual_seed(seed)
-    if family == "ssd":
+    if family in ("ssd", "ssdlite"):
         ratios = [[2]] * levels
         scales = [0.25 * 2**level for level in range(levels)] + [1.0]
         backbone = UnevenBackbone(channels, levels)
+        if family == "ssdlite":
+            options["head"] = SSDLiteHead(backbone.out_channels, [4] * levels, num_classes, nn.BatchNorm2d)
         model = (kind or SSD)(
             backbone, DefaultBoxGenerator(ratios, scales=scales), (size, size), num_classes, **options
         )

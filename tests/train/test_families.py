@@ -9,12 +9,16 @@ import pytest
 import torch
 
 from tardkd import cli
+from tardkd.data import Scenes
 from tardkd.detectors import for_model
+from tardkd.train import checkpoint, query_models
 from tardkd.train.config import ConfigError, load_config, parse_config
+from tardkd.train.loop import train
 from tardkd.train.models import ModelSpec, build_model
 from tardkd.weights import from_content
 
-from .recipe import tree
+from .recipe import recipe, teacher_file, tree
+from .running import assert_same_weights, interrupted, rows, weights
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCENES = "data={kind: scenes, image_size: 64, train: 4, val: 2}"
@@ -25,6 +29,7 @@ HEADS = {
     "fcos": {**LIGHT, "head": "fcos"},
     "ssdlite": {"name": "ssdlite320_mobilenet_v3_large"},
 }
+QUERIES = {name: {"model": f"tardkd.train.query_models:{name}_r18"} for name in ("rt_detr_v2", "d_fine")}
 
 
 def arguments(family: str, folder: Path) -> list[str]:
@@ -65,14 +70,43 @@ def test_all_commands_take_the_family(family, tmp_path, capsys):
     assert (tmp_path / "seen" / "regions.csv").exists()
 
 
+@pytest.mark.parametrize("family", [*HEADS, *QUERIES])
+def test_a_resumed_run_is_one_that_was_not_interrupted(family, tmp_path, monkeypatch):
+    """To the bit, and so is what came before the interruption, which ran twice."""
+    if family in QUERIES:
+        pytest.importorskip("transformers")
+        monkeypatch.setattr(query_models, "SIZE", 96)
+        monkeypatch.setattr(query_models, "WIDTHS", (8, 8, 16, 16))
+    teacher = teacher_file(tmp_path / "teacher.pt", Scenes(1, 64, 0).class_names)
+    student = {**HEADS, **QUERIES}[family]
+
+    def config(name):
+        sizes = "data.train=4", "data.val=1", "data.test=1", "optimizer.lr=0.001", f"teacher.weights={teacher}"
+        return (
+            recipe(tmp_path / name, *sizes).model_copy(update={"student": ModelSpec(**student)}).for_role("distilled")
+        )
+
+    whole = train(config("whole")).folder
+    interrupted(monkeypatch, config("parts"), epoch=1)
+    before = rows(tmp_path / "parts" / "distilled")
+    parts = train(config("parts"), resume=True).folder
+    assert_same_weights(weights(whole), weights(parts))
+    one, two = (checkpoint.load(folder / "last.pt") for folder in (whole, parts))
+    for key in ("optimizer", "task"):
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=0)
+    timeless = [
+        [{k: v for k, v in row.items() if "seconds" not in k} for row in table]
+        for table in (rows(whole), rows(parts), before)
+    ]
+    assert timeless[0] == timeless[1] and timeless[0][: len(before)] == timeless[2] and len(before) > 1
+
+
 @pytest.mark.parametrize("family", HEADS)
 @pytest.mark.parametrize("suffix", ["pt", "ts", "onnx"])
 def test_export_detects_what_the_student_does(family, suffix, tmp_path):
     """The command itself runs both and compares."""
     if suffix == "onnx" and not (find_spec("onnx") and find_spec("onnxruntime")):
         pytest.skip("needs onnx and onnxruntime")
-    from tardkd.train import checkpoint
-
     config = parse_config({**tree(tmp_path), "student": HEADS[family]}, source="recipe").for_role("baseline")
     torch.manual_seed(0)
     model = build_model(config.student, 6)
