@@ -23,28 +23,33 @@ ROOT = Path(__file__).resolve().parent.parent
 @functools.cache
 def load() -> ModuleType:
     folder = Path(os.environ.get("TARDKD_CUDA_ON_CPU_BUILD") or ROOT / "build" / "cuda-on-cpu").resolve()
+    return build("cuda_on_cpu", folder)
+
+
+def build(name: str, folder: Path) -> ModuleType:
+    """The module ``_name``, which the option TARDKD_BUILD_NAME of the build is for."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of a parallel test run find everything built
-        build(folder)
+        compile_in(folder, name)
         spec = importlib.util.spec_from_file_location(
-            "_cuda_on_cpu", folder / f"_cuda_on_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+            f"_{name}", folder / f"_{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
         )
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return module
 
 
-def build(folder: Path) -> None:
+def compile_in(folder: Path, name: str) -> None:
     options = {
         "Python_EXECUTABLE": sys.executable,
-        "TARDKD_BUILD_CUDA_ON_CPU": "ON",
+        f"TARDKD_BUILD_{name.upper()}": "ON",
         "TARDKD_BUILD_CUDA": "0",
         "TARDKD_BUILD_PYTHON": "OFF",
     }
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-    _run("cmake", "-G", "Ninja", *(f"-D{name}={value}" for name, value in options.items()), "-S", ROOT, "-B", folder)
-    _run("cmake", "--build", folder, "--target", "_cuda_on_cpu", "-j", jobs)
+    _run("cmake", "-G", "Ninja", *(f"-D{key}={value}" for key, value in options.items()), "-S", ROOT, "-B", folder)
+    _run("cmake", "--build", folder, "--target", f"_{name}", "-j", jobs)
 
 
 def _run(*command: str | Path) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from types import ModuleType
 from typing import NamedTuple
 
+import cuda_on_cpu
+import ptx_on_cpu
 import pytest
 import torch
-from cuda_on_cpu import load
 
 import tardkd.ops
 import tardkd.ops.reference
@@ -26,9 +27,13 @@ BACKENDS = {
     "reference": Backend("reference", tardkd.ops.reference, torch.device("cpu")),
     "cpu": Backend("cpu", tardkd.ops, torch.device("cpu")),
     "cuda-on-cpu": Backend("cuda-on-cpu", tardkd.ops, torch.device("cpu")),
+    "ptx-75": Backend("ptx-75", tardkd.ops, torch.device("cpu")),
+    "ptx-90": Backend("ptx-90", tardkd.ops, torch.device("cpu")),
     "cuda": Backend("cuda", tardkd.ops, torch.device("cuda")),
 }
-KERNELS = ["cpu", "cuda-on-cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# The CUDA kernels without a GPU: their source run by csrc/cuda_on_cpu, and what nvcc makes of it by csrc/ptx_on_cpu.
+STAND_INS = ["cuda-on-cpu", *(pytest.param(f"ptx-{arch}", marks=pytest.mark.ptx) for arch in ptx_on_cpu.ARCHITECTURES)]
+KERNELS = ["cpu", *STAND_INS, pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(params=["reference", *KERNELS])
@@ -43,23 +48,37 @@ def kernel(request: pytest.FixtureRequest) -> Backend:
 
 
 def ready(request: pytest.FixtureRequest) -> Backend:
-    if request.param == "cuda-on-cpu":
-        request.getfixturevalue("cuda_on_cpu")
+    if request.param not in ("reference", "cpu", "cuda"):
+        take_place(request.param, request.getfixturevalue("monkeypatch"))
     if request.param == "cuda" and not ("cuda" in KERNEL_DEVICES and torch.cuda.is_available()):
         pytest.skip("no CUDA device, or no CUDA kernels in this build")
     return BACKENDS[request.param]
 
 
-@pytest.fixture
-def cuda_on_cpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """For the length of a test the CUDA kernels, run by csrc/cuda_on_cpu, take the place of the CPU's."""
-    module = load()
-    module.reset()
+def take_place(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """For the length of a test the CUDA kernels, run by the stand-in of this name, take the place of the CPU's."""
+    if name == "cuda-on-cpu":
+        module = cuda_on_cpu.load()
+        module.reset()
+    else:
+        module = ptx_on_cpu.start(int(name.removeprefix("ptx-")), monkeypatch)
     monkeypatch.setitem(IMPLEMENTATIONS, "CPU", CudaKernels(module, lambda device: 0))
     return module
 
 
-@pytest.fixture(params=["cpu", "cuda-on-cpu"])
+@pytest.fixture(name="cuda_on_cpu")
+def cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The functions of csrc/cuda_on_cpu, which are in the CPU's place."""
+    return take_place("cuda-on-cpu", monkeypatch)
+
+
+@pytest.fixture(params=STAND_INS)
+def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The same, and those that run the PTX."""
+    return take_place(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["cpu", *STAND_INS])
 def host(request: pytest.FixtureRequest) -> Backend:
     """The kernels that take CPU tensors."""
     return ready(request)

@@ -1,6 +1,6 @@
 """How many kernels an op launches, what torch launches beside them, and whether the order of their threads shows.
 
-Run by csrc/cuda_on_cpu, which counts launches and shuffles blocks and threads by a seed.
+Run by csrc/cuda_on_cpu and csrc/ptx_on_cpu, which count launches and shuffle blocks and threads by a seed.
 """
 
 from __future__ import annotations
@@ -105,22 +105,22 @@ def assert_launches(module, step, expected):
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_launches(cuda_on_cpu, name):
-    assert_launches(cuda_on_cpu, STEPS[name], LAUNCHES[name])
+def test_launches(stand_in, name):
+    assert_launches(stand_in, STEPS[name], LAUNCHES[name])
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_launches_with_deterministic_algorithms(cuda_on_cpu, deterministic, name):
-    assert_launches(cuda_on_cpu, STEPS[name], DETERMINISTIC_LAUNCHES[name])
+def test_launches_with_deterministic_algorithms(stand_in, deterministic, name):
+    assert_launches(stand_in, STEPS[name], DETERMINISTIC_LAUNCHES[name])
 
 
-def test_no_backward_pass_no_more_launches(cuda_on_cpu):
+def test_no_backward_pass_no_more_launches(stand_in):
     scene = make_scene(152).to(torch.float32)
     with torch.no_grad():
         for count, step in enumerate(STEPS.values(), 1):
             run, _ = step(scene)
             run()
-            assert len(cuda_on_cpu.launches()) == count
+            assert len(stand_in.launches()) == count
 
 
 # --- what torch launches beside them ---------------------------------------------------------------------
@@ -199,16 +199,16 @@ def results_of_orders(module, name, dtype, layout):
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", STEPS)
-def test_deterministic_algorithms_give_the_same_bits_in_any_order(cuda_on_cpu, deterministic, name, dtype, layout):
-    (outputs, gradients), *others = results_of_orders(cuda_on_cpu, name, dtype, layout)
+def test_deterministic_algorithms_give_the_same_bits_in_any_order(stand_in, deterministic, name, dtype, layout):
+    (outputs, gradients), *others = results_of_orders(stand_in, name, dtype, layout)
     for other_outputs, other_gradients in others:
         assert all(map(torch.equal, other_outputs, outputs))
         assert all(map(torch.equal, other_gradients, gradients))
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_atomics_touch_the_gradients_of_maps_alone(cuda_on_cpu, name):
-    (outputs, gradients), *others = results_of_orders(cuda_on_cpu, name, torch.float32, "nchw")
+def test_atomics_touch_the_gradients_of_maps_alone(stand_in, name):
+    (outputs, gradients), *others = results_of_orders(stand_in, name, torch.float32, "nchw")
     maps = gradients[:4] if name.startswith(("region", "align")) else ()
     for other_outputs, other_gradients in others:
         assert all(map(torch.equal, other_outputs, outputs))
@@ -221,7 +221,7 @@ def test_atomics_touch_the_gradients_of_maps_alone(cuda_on_cpu, name):
 # --- errors --------------------------------------------------------------------------------------------
 
 
-def test_a_launch_that_fails_names_its_kernel(cuda_on_cpu):
+def test_a_launch_that_fails_names_its_kernel(stand_in):
     """More bins than shared memory holds."""
     scene = make_scene(154, regions=2).to(torch.float64)
     student, teacher = make_pooled(scene, torch.float64, torch.float64, size=(200, 200), channels=1)
