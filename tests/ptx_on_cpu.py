@@ -21,8 +21,6 @@ from torch import Tensor
 
 from tardkd.ops import cuda, native
 
-ARCHITECTURES = (75, 90)  # those that CMakeLists.txt asks for
-
 
 class Bounded:
     """The functions of the module. A launch may touch what was described since the last one, and nothing else."""

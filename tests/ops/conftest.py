@@ -27,12 +27,13 @@ BACKENDS = {
     "reference": Backend("reference", tardkd.ops.reference, torch.device("cpu")),
     "cpu": Backend("cpu", tardkd.ops, torch.device("cpu")),
     "cuda-on-cpu": Backend("cuda-on-cpu", tardkd.ops, torch.device("cpu")),
-    "ptx-75": Backend("ptx-75", tardkd.ops, torch.device("cpu")),
-    "ptx-90": Backend("ptx-90", tardkd.ops, torch.device("cpu")),
+    "cuda-as-ptx-75": Backend("cuda-as-ptx-75", tardkd.ops, torch.device("cpu")),
+    "cuda-as-ptx-90": Backend("cuda-as-ptx-90", tardkd.ops, torch.device("cpu")),
     "cuda": Backend("cuda", tardkd.ops, torch.device("cuda")),
 }
 # The CUDA kernels without a GPU: their source run by csrc/cuda_on_cpu, and what nvcc makes of it by csrc/ptx_on_cpu.
-STAND_INS = ["cuda-on-cpu", *(pytest.param(f"ptx-{arch}", marks=pytest.mark.ptx) for arch in ptx_on_cpu.ARCHITECTURES)]
+STAND_INS = ["cuda-on-cpu"]
+STAND_INS += [pytest.param(name, marks=pytest.mark.ptx) for name in ("cuda-as-ptx-75", "cuda-as-ptx-90")]
 KERNELS = ["cpu", *STAND_INS, pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -61,7 +62,7 @@ def take_place(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         module = cuda_on_cpu.load()
         module.reset()
     else:
-        module = ptx_on_cpu.start(int(name.removeprefix("ptx-")), monkeypatch)
+        module = ptx_on_cpu.start(int(name.removeprefix("cuda-as-ptx-")), monkeypatch)
     monkeypatch.setitem(IMPLEMENTATIONS, "CPU", CudaKernels(module, lambda device: 0))
     return module
 
