@@ -1,8 +1,4 @@
-"""A detector of your own, complete: LibreYOLO's YOLOv9 as student and as teacher.
-
-distiller = Distiller(YOLO9Detector(student), YOLO9Detector(teacher))
-losses = distiller(images, targets)  # called as the model is; losses["total_loss"].backward()
-"""
+"""A detector of your own, complete: LibreYOLO's YOLOv9 as student and as teacher."""
 
 import torch
 
@@ -19,7 +15,8 @@ class YOLO9Detector(dense.DenseDetector):  # its head answers for all cells; `mo
 
     @property
     def head(self):  # a sigmoid for each class, counted from 0, and a box in pixels; its regions are the objects
-        return HeadSettings("last", "sigmoid", (10, 10, 5, 5), (self.model.nc, 4), "boxes", "objects")
+        bins = self.model.head.reg_max  # of the distribution over each side of a box
+        return HeadSettings("last", "sigmoid", (10, 10, 5, 5), (self.model.nc, 4), "boxes", "objects", bins)
 
     # --- as a student
     def read_call(self, x, targets):  # (N, 3, H, W); (N, G, 5): class or -1, corners as shares of the image
@@ -43,18 +40,21 @@ class YOLO9Detector(dense.DenseDetector):  # its head answers for all cells; `mo
             output, losses = self.call(batch)
         features, scales = calls[head][0][0], [1 / stride for stride in self.strides]
         maps = [torch.cat([calls[tower][1] for tower in towers], 1) for towers in zip(head.cv2, head.cv3)]
-        logits, _, boxes = criterion.vec2box(maps)  # (N, A, K); the distributions, (N, A, 4, bins); (N, A, 4)
+        logits, bins, boxes = criterion.vec2box(maps)  # (N, A, K); the distributions, (N, A, 4, bins); (N, A, 4)
         assigned, found = matched[0][1]  # (N, A, K + 4) and (N, A)
         scores, gt_boxes = assigned.split([self.model.nc, 4], dim=2)  # the scores are 0 but for the object's class
         weights, labels = scores.max(2)
         place = dict(levels=dense.level_of_place(maps), grid=dense.cells(maps, scales))
-        regions = dense.matched_regions(logits, boxes, found, labels, gt_boxes, weights=weights, **place)
+        more = dict(weights=weights, sides=dense.sides_of_cells(bins, maps, scales))
+        regions = dense.matched_regions(logits, boxes, found, labels, gt_boxes, **more, **place)
         return StudentPass(losses, inputs, list(batch.targets), features, scales, regions, output)
 
     # --- as a teacher
     def teacher_pass(self, images, inputs, ratio):
         output = self.model(dense.resized_batch(images, inputs, ratio, next(self.model.parameters()).dtype).tensor)
         features, scales = [output[f"x{side}"]["features"] for side in (8, 16, 32)], [ratio / s for s in self.strides]
-        logits = dense.flatten_maps(output["raw_outputs"])[..., -self.model.nc :].flatten(0, 1)
+        bins, logits = dense.flatten_maps(output["raw_outputs"]).tensor_split([-self.model.nc], dim=2)
         boxes = output["predictions"][:, :4].transpose(1, 2).flatten(0, 1) / ratio
-        return TeacherPass(features, scales, HeadOutputs(logits, boxes), dense.cells(features, scales))
+        sides = dense.sides_of_cells(bins.unflatten(2, (4, -1)), features, scales)
+        said = HeadOutputs(logits.flatten(0, 1), boxes, sides=sides)
+        return TeacherPass(features, scales, said, dense.cells(features, scales))

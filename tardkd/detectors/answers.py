@@ -40,21 +40,29 @@ def best_for(outputs: HeadOutputs, regions: Regions, classes: Tensor, head: Head
     questions = torch.cat([wanted, classes[:, None].float()], dim=1).split(regions.counts)
     count = len(outputs.logits) // max(1, len(questions))
     chosen = [
-        _best_rows(outputs[torch.arange(image * count, (image + 1) * count, device=classes.device)], asked, head)
-        + image * count
-        for image, asked in enumerate(questions)
+        _best_rows(logits, boxes, asked, head) + image * count
+        for image, (logits, boxes, asked) in enumerate(
+            zip(outputs.logits.split(count), outputs.boxes.split(count), questions)
+        )
     ]
     return outputs[torch.cat(chosen)]
 
 
-def _best_rows(outputs: HeadOutputs, questions: Tensor, head: HeadSettings) -> Tensor:
-    """(R_n,) int64: the best of one image's A rows for each of the ``questions``, (R_n, 5) xyxy and class or -1."""
+def _best_rows(logits: Tensor, offered: Tensor, questions: Tensor, head: HeadSettings) -> Tensor:
+    """(R_n,) int64: the best of one image's A rows for each of the ``questions``.
+
+    Args:
+        logits: (A, K') of the image.
+        offered: (A, 4) xyxy, the boxes of the same rows.
+        questions: (R_n, 5) xyxy and class or -1.
+        head: how the outputs are to be read.
+    """
     asked, question_of_row = questions.unique(dim=0, return_inverse=True)  # many regions are of one object
     boxes, classes = asked[:, :4], asked[:, 4].long()
-    logits = outputs.logits.float()
+    logits = logits.float()
     scores = logits.softmax(1) if head.activation == "softmax" else logits.sigmoid()
     first = first_class_label(head.background) if head.activation == "softmax" else 0
     probability = scores[:, first + classes.clamp(min=0)].T  # (Q, A)
-    overlap = box_iou(boxes, outputs.boxes.float()).nan_to_num()  # (Q, A); boxes without an area overlap nothing
+    overlap = box_iou(boxes, offered.float()).nan_to_num()  # (Q, A); boxes without an area overlap nothing
     merit = torch.where(classes[:, None] >= 0, probability * overlap**2, overlap)
     return merit.argmax(1)[question_of_row]

@@ -44,11 +44,29 @@ class HeadSettings:
     # What the regions of a student of this family are: boxes that were there before the head spoke, such as proposals
     # or anchors; or, for points and queries, which have no box, the objects that they were assigned to.
     regions: RegionKind = "proposals"
+    bins: int | None = None  # of its distribution over where each side of a box is; None: it has no distributions
 
     @property
     def num_classes(self) -> int | None:
         """K, without the background; None where only a pass can tell."""
         return None if self.widths is None else class_count(self.widths[0], self.activation)
+
+
+@dataclass
+class Sides:
+    """Distributions over where the four sides of R boxes are, of a head that says more of a box than its corners.
+
+    Heads with a distribution focal loss have them, such as YOLOv8's and YOLOv9's, and D-FINE's.
+    """
+
+    logits: Tensor  # (R, 4, bins) of the left, top, right and bottom side
+    # (R, 4, bins) where each bin has the side: student-input pixels, rising outwards: -x of the left side, -y of the
+    # top, x of the right, y of the bottom. Two heads may have their bins in other places.
+    places: Tensor
+
+    def __getitem__(self, index: Tensor) -> Sides:
+        """Those of the regions that ``index``, (R',) int64, names, in its order."""
+        return Sides(self.logits[index], self.places[index])
 
 
 @dataclass
@@ -61,6 +79,7 @@ class HeadOutputs:
     boxes: Tensor
     pooled: Tensor | None = None  # (R, C, p_h, p_w), what a box head was given; None of a head that pools nothing
     quality: Tensor | None = None  # (R,) in [0, 1], what else the head thinks of its box, such as FCOS's centerness
+    sides: Sides | None = None  # of a head that has distributions
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -71,7 +90,8 @@ class HeadOutputs:
         """The outputs of the regions that ``index``, (R',) int64, names, in its order."""
         pooled = None if self.pooled is None else self.pooled[index]
         quality = None if self.quality is None else self.quality[index]
-        return HeadOutputs(self.logits[index], self.boxes[index], pooled, quality)
+        sides = None if self.sides is None else self.sides[index]
+        return HeadOutputs(self.logits[index], self.boxes[index], pooled, quality, sides)
 
     def cat(self, other: HeadOutputs) -> HeadOutputs:
         """These regions, then the other's."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .answers import best_for, rows_of
-from .base import Detector, HeadOutputs, InputBatch, Regions, TeacherPass
+from .base import Detector, HeadOutputs, InputBatch, Regions, Sides, TeacherPass
 
 
 def flatten_maps(maps: Sequence[Tensor]) -> Tensor:
@@ -36,6 +36,26 @@ def cells(maps: Sequence[Tensor], scales: Sequence[float]) -> tuple[tuple[int, i
     return tuple((level.shape[-2], level.shape[-1], scale) for level, scale in zip(maps, scales))
 
 
+def sides_of_cells(logits: Tensor, maps: Sequence[Tensor], scales: Sequence[float]) -> Sides:
+    """What a head with a distribution focal loss says of its boxes' sides; rows of all images are one dimension.
+
+    Bin n has a side n map pixels away from the centre of the cell, as YOLOv8's head and those after it have it.
+
+    Args:
+        logits: (N, A, 4, bins) of the left, top, right and bottom side.
+        maps: L x (N, D, H_l, W_l), each position of which is a cell.
+        scales: of each level: map pixels per student-input pixel.
+    """
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    bins = torch.arange(logits.shape[3], dtype=exact, device=logits.device)
+    places = []
+    for level, scale in zip(maps, scales):
+        rows, columns = (torch.arange(side, dtype=exact, device=logits.device) + 0.5 for side in level.shape[-2:])
+        y, x = (centre.flatten() for centre in torch.meshgrid(rows, columns, indexing="ij"))
+        places.append((torch.stack([-x, -y, x, y], dim=1)[:, :, None] + bins) / scale)
+    return Sides(logits.flatten(0, 1), torch.cat(places).repeat(len(logits), 1, 1))
+
+
 def matched_regions(
     logits: Tensor,
     boxes: Tensor,
@@ -48,6 +68,7 @@ def matched_regions(
     weights: Tensor | None = None,
     levels: Tensor | None = None,
     grid: object = None,
+    sides: Sides | None = None,
 ) -> Regions:
     """The regions that a dense student names: the places to which its own assigner has given an object.
 
@@ -62,6 +83,7 @@ def matched_regions(
         weights: (N, A), how much a region counts.
         levels: (A,) int64, see :func:`level_of_place`.
         grid: what the places are counted in; see :class:`Regions`.
+        sides: of N x A rows, image after image.
     """
     image, rows = matched.nonzero(as_tuple=True)
     counts = matched.sum(1).tolist()
@@ -72,7 +94,10 @@ def matched_regions(
         labels=labels[image, rows],
         gt_boxes=gt_boxes[image, rows].to(exact),
         head=HeadOutputs(
-            logits[image, rows], boxes[image, rows], quality=None if quality is None else quality[image, rows]
+            logits[image, rows],
+            boxes[image, rows],
+            quality=None if quality is None else quality[image, rows],
+            sides=None if sides is None else sides[image * matched.shape[1] + rows],
         ),
         levels=None if levels is None else levels[rows],
         weights=None if weights is None else weights[image, rows],

@@ -77,6 +77,16 @@ def check_sharing(sharing: str, student: Detector, teacher: Detector) -> None:
             )
 
 
+def check_bins(student: Detector, teacher: Detector) -> None:
+    """To compare distributions, both heads must have some."""
+    for side, detector in (("student", student), ("teacher", teacher)):
+        if detector.head.bins is None:
+            raise ValueError(
+                f"the term 'distribution' needs two heads with distributions over the sides of a box; the {side}, a "
+                f"{type(detector.model).__name__}, has none: distribution=0"
+            )
+
+
 def check_head_widths(student: tuple[int, int] | None, teacher: tuple[int, int] | None) -> None:
     """The numbers of columns of (logits, deltas) must agree, so that column k means the same class on both sides.
 

@@ -9,6 +9,10 @@ class:
   this softmax.
 
 Boxes are compared as deltas where both heads write deltas to the same boxes, else as boxes.
+
+Distributions over the sides of a box are compared bin by bin. Where the teacher has its bins in other places, or
+another number of them, each of them is shared between the two of the student's bins around it, as the distribution
+focal loss shares an object's side. That keeps the mean, except beyond the student's first and last bin.
 """
 
 from __future__ import annotations
@@ -16,9 +20,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tardkd.detectors.base import HeadOutputs, HeadSettings, Regions
+from tardkd.detectors.base import HeadOutputs, HeadSettings, Regions, Sides
 from tardkd.ops.spec import BoxCoding, background_label, first_class_label
 
 LEAST = 1e-30  # of a probability whose logarithm is taken in float64
@@ -100,6 +105,30 @@ def decode(deltas: Tensor, boxes: Tensor, weights: tuple[float, ...]) -> Tensor:
     centre = boxes[:, :2] + size * (0.5 + deltas[:, :2])
     half = 0.5 * size * deltas[:, 2:].clamp(max=MAX_GROWTH).exp()
     return torch.cat([centre - half, centre + half], dim=1)
+
+
+# --- distributions ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def in_students_bins(teacher: Sides, student: Sides, temperature: float) -> Tensor:
+    """(R, 4, bins) logits over the student's bins of what a teacher says, in float32 at least.
+
+    Args:
+        teacher: of R regions.
+        student: of the same, with bins of its own.
+        temperature: what logits are divided by before the softmax, here and by the loss.
+    """
+    exact = torch.promote_types(student.logits.dtype, torch.float32)
+    likely = (teacher.logits.to(exact) / temperature).softmax(2)
+    own, theirs = student.places.to(exact), teacher.places.to(exact)
+    lower, upper = own[:, :, :-1, None], own[:, :, 1:, None]
+    # (R, 4, bins - 1, their bins): how far each of theirs is on its way from one of the student's to the next
+    passed = ((theirs[:, :, None] - lower) / (upper - lower).clamp(min=LEAST)).clamp(0, 1)
+    begun = F.pad(passed, (0, 0, 1, 0), value=1.0)
+    ended = F.pad(passed, (0, 0, 0, 1), value=0.0)
+    shared = ((begun - ended) * likely[:, :, None]).sum(3)
+    return temperature * shared.clamp(min=LEAST).log()
 
 
 # --- scores -------------------------------------------------------------------------------------------------

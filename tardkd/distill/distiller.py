@@ -18,7 +18,7 @@ from . import checks
 from .balance import Balance, BalanceWatch
 from .findings import Findings
 from .inputs import InputCheck
-from .means import joint_gaussian_loss, joint_region_losses, share_of_all
+from .means import joint_gaussian_loss, joint_mean, joint_region_losses, share_of_all
 from .pairing import ClassesArgument, ClassMapArgument, TeacherArgument, as_teachers, pair_teachers
 from .schedule import Schedule
 from .settings import DistillSettings
@@ -26,7 +26,8 @@ from .sharing import region_stats, share_regions
 from .tapping import tapped_maps
 from .teachers import FrozenTeacher, Lesson
 
-REGION_TERMS = ("feature", "classification", "regression")
+REGION_TERMS = ("feature", "classification", "regression", "distribution")
+GATES = dict(zip(REGION_TERMS, (0, 1, 2, 2)))  # the column of the gate of each term: a box teaches as a whole
 
 
 class Distiller(nn.Module):
@@ -363,13 +364,24 @@ class Distiller(nn.Module):
     ) -> dict[str, Tensor]:
         """The terms over shared regions that have weight, each a mean over the open gates of all teachers."""
         reduction: Reduction = "mean" if len(lessons) == 1 else "sum"
-        losses = joint_region_losses(self._region_losses(student_pass, teacher_passes, lessons, reduction))
+        by_teacher = self._region_losses(student_pass, teacher_passes, lessons, reduction)
+        losses = joint_region_losses(by_teacher)
         foregrounds = [lesson.regions.foreground(self.detector.head) for lesson in lessons]
         self.stats.update(region_stats(losses, foregrounds[0] if len(foregrounds) == 1 else torch.cat(foregrounds)))
-        terms = {name: getattr(losses, name) for name in REGION_TERMS if self.settings.weights[name]}
+        terms = {
+            name: getattr(losses, name)
+            for name in REGION_TERMS
+            if name != "distribution" and self.settings.weights[name]
+        }
+        if self.settings.distribution:
+            parts = [
+                teacher.distribution_loss(lesson, of_teacher.gates[:, GATES["distribution"]], reduction)
+                for teacher, lesson, of_teacher in zip(self._teachers, lessons, by_teacher)
+            ]
+            terms["distribution"] = joint_mean(parts, losses.gates[:, GATES["distribution"]])
         share = share_of_all(losses.gates)
         if share is not None:
-            terms = {name: value * share[REGION_TERMS.index(name)] for name, value in terms.items()}
+            terms = {name: value * share[GATES[name]] for name, value in terms.items()}
         return terms
 
     def _gaussian_term(self, student_pass: StudentPass, teacher_passes: Sequence[TeacherPass]) -> Tensor:

@@ -23,6 +23,16 @@ def joint_region_losses(parts: Sequence[RegionLosses]) -> RegionLosses:
     return RegionLosses(feature, classification, regression, gates, scores)
 
 
+def joint_mean(parts: Sequence[Tensor], gates: Tensor) -> Tensor:
+    """Sums () over the regions of several teachers as one mean over the open gates of all; of one, what it is.
+
+    Args:
+        parts: a scalar () of each teacher.
+        gates: (R,) bool, of the regions of all teachers.
+    """
+    return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum() / gates.sum().clamp(min=1)
+
+
 def joint_gaussian_loss(losses: Sequence[Tensor], objects: Sequence[Sequence[Tensor]]) -> Tensor:
     """The mean of the teachers' losses, weighted by their numbers of objects; of one teacher, what it is.
 

@@ -87,6 +87,8 @@ class DistillSettings:
     classification: float = 1.0  # weight of the term that compares the class logits of each region
     regression: float = 1.0  # weight of the term that compares the box deltas of each region
     gaussian: float = 0.0  # weight of the term that compares whole feature maps, under a Gaussian at every object
+    # weight of the term that compares distributions over each side of a box, of two heads that have them, as D-FINE's
+    distribution: float = field(default=0.0, kw_only=True)
 
     # --- the regions that both models are asked about, and which of them transfer
     # whose proposals become the shared regions
@@ -99,7 +101,7 @@ class DistillSettings:
     regression_gate: RegressionGate = "vs_proposal"
 
     # --- the losses
-    temperature: float = 1.0  # what the class term divides logits by before the softmax
+    temperature: float = 1.0  # what the class and the distribution term divide logits by before the softmax
     beta: float = 1 / 9  # smooth-L1 threshold of the deltas, and of the features with feature_loss smooth_l1
     feature_loss: FeatureLoss = "squared"  # how the difference of two features is measured
     # channel: each channel of both sides is standardised first, so that models of unlike scales need no other weight
@@ -116,7 +118,7 @@ class DistillSettings:
     check_finite: bool = True  # stop at a loss that is not finite; on a GPU one step later, so that nothing waits
 
     def __post_init__(self) -> None:
-        for key in ("feature", "classification", "regression", "gaussian", "beta"):
+        for key in (*self.weights, "beta"):
             _check_number(self, key, 0.0)
         for key in ("temperature", "sigma_squared"):
             _check_number(self, key, 0.0, open_low=True)
@@ -133,7 +135,8 @@ class DistillSettings:
     @property
     def weights(self) -> dict[str, float]:
         """Weight of every term by its name."""
-        return {key: getattr(self, key) for key in ("feature", "classification", "regression", "gaussian")}
+        terms = ("feature", "classification", "regression", "gaussian", "distribution")
+        return {key: getattr(self, key) for key in terms}
 
     @property
     def compares_features(self) -> bool:

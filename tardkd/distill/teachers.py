@@ -21,7 +21,7 @@ from tardkd.ops.spec import Reduction
 from . import checks
 from .adapters import make_adapter, make_adapters, pair_levels
 from .classes import ClassMap
-from .conventions import common_coding, in_students_terms, scores
+from .conventions import common_coding, in_students_bins, in_students_terms, scores
 from .settings import DistillSettings
 from .sharing import nearest_proposals, rescale_deltas
 
@@ -64,6 +64,8 @@ class FrozenTeacher:
         checks.check_separate(student.model, self.detector.model)
         checks.check_conventions(student.head, self.detector.head, named=classes.is_named)
         checks.check_sharing(settings.sharing, student, self.detector)
+        if settings.distribution:
+            checks.check_bins(student, self.detector)
         classes.check_widths(student.head, self.detector.head)
         self.model.eval().requires_grad_(False)
         self.seconds = 0.0  # of the host's time that it has taken so far: on a CPU all of its time
@@ -225,6 +227,27 @@ class FrozenTeacher:
             teacher_levels=teacher_levels,
             tap=tap if tap is not None and tap.holds(maps) else None,
             **(self.student.roi._asdict() | options),
+        )
+
+    def distribution_loss(self, lesson: Lesson, gates: Tensor, reduction: Reduction) -> Tensor:
+        """The term over distributions of boxes' sides, a scalar ().
+
+        Args:
+            lesson: R regions.
+            gates: (R,) bool, open where the teacher's box may teach.
+            reduction: "mean" or "sum" over the open gates.
+        """
+        own, theirs = lesson.regions.head.sides, lesson.head.sides
+        assert own is not None and theirs is not None, "heads with bins say where each side is"
+        temperature = self.settings.temperature
+        taught = in_students_bins(theirs, own, temperature)
+        return ops.distribution_distill_loss(
+            own.logits.to(taught.dtype),
+            taught,
+            gates,
+            temperature=temperature,
+            region_weights=lesson.regions.weights,
+            reduction=reduction,
         )
 
     def _levels(self, regions: Regions, teacher_pass: TeacherPass) -> tuple[Tensor | None, Tensor | None]:

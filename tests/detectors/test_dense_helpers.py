@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tardkd.detectors import dense
-from tardkd.detectors.base import InputBatch
+from tardkd.detectors.base import InputBatch, Sides
 
 SHAPES = [(2, 3), (1, 2)]
 
@@ -46,7 +46,8 @@ def test_regions_are_the_matched_places():
     places = [(0, 1), (0, 6), (1, 7)]
     for place in places:
         matched[place] = True
-    more = dict(weights=weights, quality=quality, levels=dense.level_of_place(maps()), grid="a grid")
+    sides = Sides(torch.rand(16, 4, 5, generator=generator), torch.rand(16, 4, 5, generator=generator))
+    more = dict(sides=sides, weights=weights, quality=quality, levels=dense.level_of_place(maps()), grid="a grid")
     for given in (anchors, None):
         regions = dense.matched_regions(logits, boxes, matched, labels, gt_boxes, anchors=given, **more)
         assert regions.counts == [2, 1] and regions.grid == "a grid"
@@ -56,6 +57,18 @@ def test_regions_are_the_matched_places():
         source = [gt_boxes if given is None else given, labels, gt_boxes, logits, boxes, weights, quality]
         for values, everything in zip(found, source):
             assert torch.equal(values, torch.stack([everything[place] for place in places]))
+        for values, everything in zip(vars(regions.head.sides).values(), vars(sides).values()):
+            assert torch.equal(values, torch.stack([everything[8 * image + row] for image, row in places]))
+
+
+def test_bins_stand_a_map_pixel_apart_from_the_cell_outwards():
+    logits = torch.rand(2, 8, 4, 3)
+    sides = dense.sides_of_cells(logits, maps(), [1 / 8, 1 / 20])
+    assert torch.equal(sides.logits, torch.cat([*logits]))
+    cells = [(8 * column + 4, 8 * row + 4, 8) for row in range(2) for column in range(3)]
+    cells += [(20 * column + 10, 10, 20) for column in range(2)]
+    expected = [[[edge + n * stride for n in range(3)] for edge in (-x, -y, x, y)] for x, y, stride in cells]
+    torch.testing.assert_close(sides.places, torch.tensor(expected * 2, dtype=torch.float32))
 
 
 def test_no_match_is_no_region():

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tardkd.detectors import Detector, for_model
-from tardkd.detectors.transformers import RTDetrDetector
 from tardkd.distill import Distiller, DistillSettings, ScheduleSettings, Teacher
 from tardkd.train.models import freeze_norm
 
@@ -38,12 +37,19 @@ def model(family: str, seed: int = 0, **options: Any) -> nn.Module:
 
 def detector(model: nn.Module, size: int = 64) -> Detector:
     """As it sees images of 64 pixels when they are resized to ``size``."""
-    return RTDetrDetector(model, min_size=size) if hasattr(model, "config") else for_model(model)
+    if not hasattr(model, "config"):
+        return for_model(model)
+    return type(for_model(model))(model, min_size=size)
 
 
 def pair(family: str, **settings: Any) -> Distiller:
     student, teacher = (detector(model(family, seed)) for seed in (0, 1))
-    return Distiller(student, teacher, DistillSettings(**{**OPEN, **settings})).train()
+    return Distiller(student, teacher, DistillSettings(**OPEN, **of(family), **settings)).train()
+
+
+def of(family: str) -> dict[str, float]:
+    """The settings of terms that only some families have."""
+    return {"distribution": 1.0} if family == "d_fine" else {}
 
 
 def step(distiller: nn.Module, batch: families.Batch | None = None) -> dict[str, Tensor]:
@@ -117,16 +123,18 @@ def test_two_teachers_are_each_as_alone_weighted_by_their_open_gates(family: str
         Teacher(detector(model(family, 1)), NAMES, {"box": None}),
         Teacher(detector(other), NAMES, {"disc": None, "bar": None}),
     ]
-    settings = DistillSettings(**OPEN, feature_norm="none", balance="none")
+    shared = of(family) if second == "alike" else {}
+    settings = DistillSettings(**OPEN, **shared, feature_norm="none", balance="none")
+    terms = [f"distill_{name}" for name, weight in settings.weights.items() if weight]
     found = []
     for chosen in (teachers, teachers[:1], teachers[1:]):
         distiller = Distiller(detector(model(family)), chosen, settings, student_classes=NAMES).train()
         losses = step(distiller)
-        found.append({name: losses[name].item() for name in TERMS} | {"count": distiller.stats["foreground"].item()})
+        found.append({name: losses[name].item() for name in terms} | {"count": distiller.stats["foreground"].item()})
     both, *alone = found
     counts = [one["count"] for one in alone]  # all gates of the foreground are open
     assert all(counts) and both["count"] == sum(counts)
-    for name in TERMS:
+    for name in terms:
         expected = sum(one[name] * count for one, count in zip(alone, counts)) / sum(counts)
         assert both[name] == pytest.approx(expected, rel=1e-4), name
 
@@ -174,7 +182,8 @@ def shared_step(family: str, kind: str, processes: int = 1, rank: int = 0) -> di
             balanced, with the same objects in both.
     """
     models = [detector(alike(family, seed)) for seed in (0, 1)]
-    settings = DistillSettings(**OPEN, feature_norm="none", balance="gradient" if kind == "all" else "none")
+    balance = "gradient" if kind == "all" else "none"
+    settings = DistillSettings(**OPEN, **of(family), feature_norm="none", balance=balance)
     distiller: nn.Module = Distiller(*models, settings).train()
     images, targets = planted()
     if kind == "all":

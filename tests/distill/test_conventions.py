@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 
-from tardkd.detectors.base import HeadOutputs, HeadSettings, Regions
+from tardkd.detectors.base import HeadOutputs, HeadSettings, Regions, Sides
 from tardkd.distill.classes import ClassMap
-from tardkd.distill.conventions import common_coding, decode, in_students_terms, scores, to_sigmoid, to_softmax
+from tardkd.distill.conventions import (
+    common_coding,
+    decode,
+    in_students_bins,
+    in_students_terms,
+    scores,
+    to_sigmoid,
+    to_softmax,
+)
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 COLUMNS = pytest.mark.parametrize("background", [0, 3], ids=["first", "last"])
@@ -146,6 +154,44 @@ def test_the_teachers_count_of_its_classes(background: str, labels: list[int]) -
     regions = regions_of(labels, torch.zeros(3, 3), torch.zeros(3, 4))  # pairs a, c and the background
     assert named.teacher_places(regions, convention).tolist() == [1, -1, 3]
     assert ClassMap().teacher_places(regions, convention).tolist() == [1, -1, 0]
+
+
+# --- distributions ----------------------------------------------------------------------------------------------------
+
+
+def random_sides(rows: int, bins: int, seed: int, low: float = 0.0, high: float = 30.0) -> Sides:
+    """Bins at random places between two."""
+    generator = torch.Generator().manual_seed(seed)
+    places = low + (high - low) * torch.rand(rows, 4, bins, generator=generator)
+    return Sides(3 * torch.randn(rows, 4, bins, generator=generator), places.sort(dim=2).values)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 5.0])
+def test_bins_in_the_same_places_stay_as_they_are(temperature: float) -> None:
+    teacher = random_sides(6, 9, 0)
+    found = in_students_bins(teacher, Sides(torch.zeros(6, 4, 9), teacher.places), temperature)
+    torch.testing.assert_close((found / temperature).softmax(2), (teacher.logits / temperature).softmax(2))
+
+
+def test_a_bin_is_shared_between_the_two_around_it() -> None:
+    """Bin by bin, in plain Python; what is beyond the student's bins goes to the outermost."""
+    student, teacher = random_sides(3, 5, 1, 5.0, 25.0), random_sides(3, 7, 2)
+    found = in_students_bins(teacher, student, 1.0).softmax(2)
+    for row, side in itertools.product(range(3), range(4)):
+        places, expected = student.places[row, side].tolist(), [0.0] * 5
+        for p, x in zip(teacher.logits[row, side].softmax(0).tolist(), teacher.places[row, side].tolist()):
+            x = min(max(x, places[0]), places[-1])
+            left = max(n for n in range(4) if n == 0 or places[n] <= x)
+            share = (x - places[left]) / (places[left + 1] - places[left])
+            expected[left] += p * (1 - share)
+            expected[left + 1] += p * share
+        assert found[row, side].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_bins_that_all_stand_in_one_place_give_finite_logits() -> None:
+    """Those of a first box without extent."""
+    student = Sides(torch.zeros(2, 4, 5), torch.full((2, 4, 5), 3.0))
+    assert in_students_bins(random_sides(2, 5, 0), student, 1.0).isfinite().all()
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from tardkd.ops.spec import CHOICES, LossSpec
         ("classification", math.nan),
         ("regression", math.inf),
         ("gaussian", -0.1),
+        ("distribution", -0.1),
         ("beta", -1.0),
         ("temperature", 0.0),
         ("sigma_squared", 0.0),
@@ -73,7 +74,7 @@ def test_wrong_type(owner: type, key: str, value: object) -> None:
 
 
 def test_nothing_to_distil() -> None:
-    with pytest.raises(ValueError, match=r"feature, classification, regression, gaussian are all 0"):
+    with pytest.raises(ValueError, match=r"feature, classification, regression, gaussian, distribution are all 0"):
         DistillSettings(feature=0, classification=0, regression=0)
 
 

@@ -11,6 +11,7 @@ import torch
 from detectors.tiny import tiny_detector
 from torch import Tensor, nn
 
+from tardkd.detectors.base import HeadOutputs
 from tardkd.distill import Distiller, DistillSettings
 
 yolo9 = pytest.importorskip("libreyolo.models.yolo9.nn", exc_type=ImportError)
@@ -44,6 +45,11 @@ def batch(second: bool = True) -> tuple[Tensor, Tensor]:
     return torch.rand(2, 3, 64, 96, generator=generator), targets
 
 
+def means(head: HeadOutputs) -> Tensor:
+    """(R, 4) xyxy: of the distributions over the boxes' sides."""
+    return (head.sides.logits.softmax(2) * head.sides.places).sum(2) * torch.tensor([-1, -1, 1, 1])
+
+
 def test_the_losses_are_the_models_and_nothing_is_left_on_it(module):
     model, plain = yolo(), yolo()
     detector, (images, targets) = module.YOLO9Detector(model), batch()
@@ -64,7 +70,7 @@ def test_the_regions_are_the_assigners(module):
     raw = plain(images)
     criterion = plain.head._get_loss_fn(images.device)
     criterion.update_anchors([96, 64])
-    logits, _, boxes = criterion.vec2box(raw)
+    logits, bins, boxes = criterion.vec2box(raw)
     pixels = targets * torch.tensor([1, 96, 64, 96, 64])
     _, positive, which = criterion.matcher(pixels, (logits.detach(), boxes.detach()), return_indices=True)
     assert positive.sum() > 10
@@ -76,6 +82,8 @@ def test_the_regions_are_the_assigners(module):
     assert torch.equal(regions.labels, objects[:, 0].long()) and torch.equal(regions.gt_boxes, objects[:, 1:])
     assert torch.equal(regions.boxes, regions.gt_boxes)
     assert torch.equal(2.0 ** (3 + regions.levels), criterion.vec2box.scaler[regions.rows])
+    assert torch.equal(regions.head.sides.logits, bins[positive])
+    torch.testing.assert_close(means(regions.head), regions.head.boxes, rtol=1e-4, atol=1e-3)
     assert (regions.weights > 0).all() and (regions.weights <= 1).all() and regions.weights.std() > 0
 
 
@@ -91,6 +99,7 @@ def test_a_teacher_answers_with_its_own_outputs(module):
         predictions = teacher.model(images)["predictions"]
         asked = predictions[result.regions.image_of_row(), :, result.regions.rows]
     torch.testing.assert_close(answers.boxes, asked[:, :4])
+    torch.testing.assert_close(means(answers), answers.boxes, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(answers.logits.sigmoid(), asked[:, 4:])
 
 
@@ -104,6 +113,7 @@ def test_a_teacher_of_another_size_answers_in_the_students_pixels(module):
         answers = teacher.answers(seen, result.regions, result.regions.labels)
         doubled = nn.functional.interpolate(images, scale_factor=2, mode="bilinear", align_corners=False)
         boxes = teacher.model(doubled)["predictions"][:, :4] / 2
+    torch.testing.assert_close(means(answers), answers.boxes, rtol=1e-4, atol=1e-3)
     for box, image in zip(answers.boxes, result.regions.image_of_row()):
         assert (boxes[image] - box[:, None]).abs().amax(0).min() < 1e-4
 
@@ -113,7 +123,7 @@ def test_it_trains(module, kind):
     """A few steps on one batch: with equal channels, and with an adapter a level."""
     student, teacher = yolo(), yolo(1, kind=kind)
     untouched = copy.deepcopy(teacher.state_dict())
-    settings = DistillSettings(feature=0.05, classification=1.0, regression=0.05, **OPEN)
+    settings = DistillSettings(feature=0.05, classification=1.0, regression=0.05, distribution=1.0, **OPEN)
     distiller = Distiller(module.YOLO9Detector(student), module.YOLO9Detector(teacher), settings).train()
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.002)
     history: list[dict[str, Any]] = []
@@ -123,7 +133,7 @@ def test_it_trains(module, kind):
         losses["total_loss"].backward()
         optimizer.step()
         history.append({name: value.item() for name, value in losses.items()})
-    terms = ["distill_feature", "distill_classification", "distill_regression"]
+    terms = ["distill_feature", "distill_classification", "distill_regression", "distill_distribution"]
     assert all(history[0][name] > 0 for name in terms)
     own = sum(history[0][name] for name in ("box_loss", "dfl_loss", "cls_loss"))
     assert history[0]["total_loss"] == pytest.approx(own + sum(history[0][name] for name in terms))

@@ -9,15 +9,16 @@ from torch import nn
 
 from tardkd.detectors.base import Detector
 
+from .d_fine import DFineDetector
 from .queries import QueryDetector
 from .rt_detr import RTDetrDetector
 
-__all__ = ["QueryDetector", "RTDetrDetector", "detector_of"]
+__all__ = ["DFineDetector", "QueryDetector", "RTDetrDetector", "detector_of"]
 
 FAMILIES: dict[str, type[QueryDetector]] = {
     "RTDetrForObjectDetection": RTDetrDetector,
     "RTDetrV2ForObjectDetection": RTDetrDetector,
-    "DFineForObjectDetection": RTDetrDetector,
+    "DFineForObjectDetection": DFineDetector,
 }
 
 

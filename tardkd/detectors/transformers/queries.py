@@ -18,6 +18,7 @@ from tardkd.detectors.base import (
     HeadSettings,
     InputBatch,
     Regions,
+    Sides,
     StudentPass,
 )
 
@@ -106,6 +107,16 @@ class QueryDetector(Detector):
     def first_query(self, output: Any) -> int:
         """How many queries of an output come before those that are matched."""
         return 0
+
+    def sides(self, output: Any, height: float, width: float) -> Sides | None:
+        """Distributions of the boxes of all matched N x Q queries, in an input of this size; None: it has none."""
+        return None
+
+    def said(self, output: Any, height: float, width: float) -> HeadOutputs:
+        """What all N x Q queries that are matched say, image after image; boxes in an input of this size."""
+        first = self.first_query(output)
+        logits, boxes = output.logits[:, first:].flatten(0, 1), output.pred_boxes[:, first:].flatten(0, 1)
+        return HeadOutputs(logits, to_pixels(boxes, height, width), sides=self.sides(output, height, width))
 
     def parts(self, output: Any) -> dict[str, Tensor]:
         """The losses () that add up to the model's, under names that are the same in every step."""
@@ -205,7 +216,7 @@ class QueryDetector(Detector):
         image_of_row = torch.arange(len(queries), device=device).repeat_interleave(counts, output_size=len(rows))
         flat = image_of_row * logits.shape[1] + rows
         # An index into all rows, where two indices would need a sum over repeated ones backwards.
-        head = HeadOutputs(logits.flatten(0, 1)[flat], to_pixels(boxes.flatten(0, 1)[flat], *inputs.tensor.shape[-2:]))
+        head = self.said(output, *inputs.tensor.shape[-2:])[flat]
         return Regions(
             objects_of,
             torch.cat([target["labels"][chosen] for target, chosen in zip(targets, objects)]),

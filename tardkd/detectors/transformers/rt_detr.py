@@ -1,4 +1,4 @@
-"""RT-DETR, RT-DETRv2 and D-FINE: their encoder's own detections become the queries of the decoder."""
+"""RT-DETR, RT-DETRv2 and most of D-FINE: their encoder's own detections become the queries of the decoder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tardkd.detectors.answers import best_for
 from tardkd.detectors.base import HeadOutputs, InputBatch, Regions, TeacherPass
 
-from .inputs import UNCHANGED, mask_of, to_pixels
+from .inputs import UNCHANGED, mask_of
 from .queries import QueryDetector
 
 
@@ -77,7 +77,7 @@ class RTDetrDetector(QueryDetector):
         return TeacherPass(
             features=self.maps(output),
             scales=[ratio / stride for stride in self.strides],
-            state=HeadOutputs(output.logits.flatten(0, 1), to_pixels(output.pred_boxes.flatten(0, 1), height, width)),
+            state=self.said(output, height, width),
         )
 
     def answers(self, teacher_pass: TeacherPass, regions: Regions, classes: Tensor) -> HeadOutputs:
