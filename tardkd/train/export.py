@@ -126,7 +126,8 @@ def _settings(spec: ModelSpec) -> dict[str, Any]:
 def constructor(spec: ModelSpec, num_classes: int) -> str:
     """The Python expression whose module takes the state dict."""
     if spec.model is not None:
-        return f"{spec.model.replace(':', '.')}({num_classes + 1})"
+        backbone = f", backbone={spec.backbone!r}" if spec.backbone else ""
+        return f"{spec.model.replace(':', '.')}({num_classes + 1}{backbone})"
     if spec.is_light:
         return f"tardkd.train.models.build_model(ModelSpec(**{_settings(spec)}), {num_classes})"
     options = "".join(f", {key}={value!r}" for key, value in spec.options.items())

@@ -24,10 +24,12 @@ from tardkd.detectors import for_model
 from tardkd.ops import MultiScaleRoIAlign
 from tardkd.train.bounds import Channels, Factor, Layers, Pixels, Regions, Share, Text
 from tardkd.train.own_models import REFERENCE, build_own
+from tardkd.train.query_models import fill_backbone
 from tardkd.weights import MisfitError, Weights, fill, from_content, read
 
 LIGHT = "resnet_fpn"
-OWN = ("model", "weights", "new_head", "freeze_norm", "norm_eps")  # what goes with a detector of one's own
+# What goes with a detector of one's own.
+OWN = ("model", "weights", "new_head", "backbone", "backbone_weights", "freeze_norm", "norm_eps")
 LIGHT_ONLY = ("head", "blocks", "width", "fpn_channels", "head_dim", "norm", "anchor_sizes", "canonical_scale")
 # The keys that go to the constructors of torchvision, by family.
 ONE_STAGE = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
@@ -56,7 +58,8 @@ STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
 class ModelSpec(BaseModel):
     """What detector to build. Settings left at None are torchvision's.
 
-    With ``model`` only ``weights``, ``new_head``, ``freeze_norm`` and ``norm_eps`` go. The second group goes to
+    With ``model`` only ``weights``, ``new_head``, ``freeze_norm`` and ``norm_eps`` go, and with the models of
+    ``tardkd.train.query_models`` also ``backbone`` and ``backbone_weights``. The second group goes to
     torchvision's ``FasterRCNN``, the third to its one-stage detectors, under the names that they have there; the last
     is for ``resnet_fpn`` alone.
     """
@@ -81,6 +84,8 @@ class ModelSpec(BaseModel):
     ] = LIGHT
     weights: Text | None = None  # a file to start the whole detector from; DEFAULT: torchvision downloads its own
     new_head: bool = False  # take all but the class and box predictor from weights that are not of the same classes
+    # a model of timm's in the place of their ResNet, for tardkd.train.query_models (pip install timm)
+    backbone: Annotated[str, Field(pattern=r"^\w+(\.\w+)?$")] | None = None
     backbone_weights: Text | None = None  # a file of a classifier to start the backbone from, or DEFAULT
     freeze_norm: bool = False  # keep BatchNorm constant, as is usual where small batches fine-tune a detector
     norm_eps: NonNegativeFloat | None = None  # BatchNorm's epsilon; torchvision's COCO_V1 files were trained with 0
@@ -124,9 +129,18 @@ class ModelSpec(BaseModel):
             given = [key for key in type(self).model_fields if key not in OWN and self._is_given(key)]
             if given:
                 raise ValueError(f"{', '.join(given)}: {self.model} builds the detector, so that it decides these")
-            if self.weights == "DEFAULT":
+            if "DEFAULT" in (self.weights, self.backbone_weights):
                 raise ValueError(f"torchvision has no DEFAULT weights for {self.model}")
+            if self.backbone_weights and not self.backbone:
+                raise ValueError(
+                    f"backbone_weights: with {self.model} they are those of a backbone; give backbone, too"
+                )
+            self._check_weights()
             return self
+        if self.backbone:
+            raise ValueError(
+                f"backbone: {self.name} has its own; only detectors of a function, see model, take another"
+            )
         if self.name != LIGHT:
             foreign = [key for key in LIGHT_ONLY if self._is_given(key)]
             if foreign:
@@ -147,11 +161,14 @@ class ModelSpec(BaseModel):
             raise ValueError("freeze_norm and norm_eps need norm batch, found group")
         if self.frozen_stages and self.norm == "batch" and not self.freeze_norm:
             raise ValueError("frozen_stages needs freeze_norm: true, else their BatchNorm statistics still move")
-        if self.weights and self.backbone_weights:
-            raise ValueError("weights already holds the backbone; leave backbone_weights out")
+        self._check_weights()
         if "DEFAULT" in (self.weights, self.backbone_weights) and self.name == LIGHT:
             raise ValueError(f"torchvision has no DEFAULT weights for {LIGHT}")
         return self
+
+    def _check_weights(self) -> None:
+        if self.weights and self.backbone_weights:
+            raise ValueError("weights already holds the backbone; leave backbone_weights out")
 
     def _check_light(self) -> None:
         """Raises ValueError where the light family's keys do not go together."""
@@ -218,14 +235,16 @@ def build_model(spec: ModelSpec, num_classes: int, weights: Weights | None = Non
         ValueError: weights that do not fit tensor by tensor.
     """
     if spec.model is not None:
-        model = build_own(spec.model, num_classes)
+        model = build_own(spec.model, num_classes, **({"backbone": spec.backbone} if spec.backbone else {}))
     else:
         model = _build_bare(spec, num_classes)
         if isinstance(model, FasterRCNN):
             _use_our_pool(model, spec)
     if weights is not None or spec.weights:
         load(model, weights or _read(spec.name, spec.weights), new_head=spec.new_head)
-    if spec.backbone_weights:
+    if spec.backbone_weights and spec.model is not None:
+        fill_backbone(model, read(spec.backbone_weights))
+    elif spec.backbone_weights:
         _load_backbone(model, spec)
     if spec.norm_eps is not None:
         for module in model.modules():
@@ -374,11 +393,20 @@ def _classifier(name: str) -> str:
 
 
 def freeze_norm(model: nn.Module) -> None:
-    """Replace every BatchNorm2d of ``model`` by a FrozenBatchNorm2d with the same statistics, scale and shift."""
+    """Replace every BatchNorm2d of ``model`` by a frozen one with the same statistics, scale and shift."""
     for name, child in model.named_children():
-        if isinstance(child, nn.BatchNorm2d):
+        if isinstance(child, nn.BatchNorm2d) and hasattr(child, "act"):
+            setattr(model, name, _frozen_by_timm(child))
+        elif isinstance(child, nn.BatchNorm2d):
             frozen = FrozenBatchNorm2d(child.num_features, eps=child.eps)
             frozen.load_state_dict(child.state_dict(), strict=False)
             setattr(model, name, frozen)
         else:
             freeze_norm(child)
+
+
+def _frozen_by_timm(norm: nn.BatchNorm2d) -> nn.Module:
+    """A frozen copy of a norm of timm's, which is an activation, too."""
+    from timm.utils.model import freeze_batch_norm_2d
+
+    return freeze_batch_norm_2d(norm)

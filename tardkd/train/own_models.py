@@ -27,17 +27,18 @@ class OwnModelError(ValueError):
     """A function that a recipe or checkpoint names cannot be called, or does not build what it should."""
 
 
-def build_own(reference: str, num_classes: int) -> nn.Module:
+def build_own(reference: str, num_classes: int, **options: Any) -> nn.Module:
     """The detector of that function for ``num_classes`` classes without the background.
 
-    The function is called with the number that torchvision's constructors take: one more, for the background.
+    The function is called with the number that torchvision's constructors take: one more, for the background. It is
+    given the ``options`` by their names.
 
     Raises:
         OwnModelError: there is no such function, it fails, or its detector is for other classes; says which.
     """
     function = _find(reference)
     try:
-        model = function(num_classes + 1)
+        model = function(num_classes + 1, **options)
     except Exception as error:
         raise OwnModelError(f"{reference}({num_classes + 1}) failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
