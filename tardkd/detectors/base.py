@@ -324,7 +324,10 @@ class Detector(ABC):
         return self.model(images)
 
     def deployable(self) -> nn.Module:
-        """A copy in eval mode that needs no op of tardkd: it can be scripted, or traced with a list of one image."""
+        """A copy in eval mode that needs no op of tardkd: it can be traced with a list of one image.
+
+        That of one of torchvision's detectors can be scripted, too.
+        """
         return copy.deepcopy(self.model).eval()
 
     # --- its parts, for those who time, compile, examine or load them

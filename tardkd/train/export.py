@@ -4,7 +4,7 @@
 |---|---|---|---|
 | state_dict | .pt, .pth | torchvision, and the constructor that ``export`` reports | |
 | safetensors | .safetensors | the same; classes and settings are in its metadata | |
-| torchscript | .ts | torch, with torchvision imported for its ops | a list of images of any size |
+| torchscript | .ts | torch, with torchvision imported for its ops; torchvision's detectors | a list of images |
 | onnx | .onnx | onnxruntime or another runtime | one image of a fixed size |
 
 Images are (3, H, W) with values in 0..1, as everywhere in torchvision. A state dict holds weights alone: input sizes
@@ -38,7 +38,8 @@ OUTPUTS = ("boxes", "labels", "scores")
 CHECKPOINTS = (checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST)
 
 Detections = dict[str, Tensor]  # OUTPUTS: (n, 4) xyxy in pixels, (n,) from 1, (n,)
-Detect = Callable[[Tensor], Detections]
+Detect = Callable[[Tensor], Detections]  # of one image
+DetectAll = Callable[[list[Tensor]], list[Detections]]
 
 
 class ExportError(RuntimeError):
@@ -89,7 +90,7 @@ def export(
             side = int(detector.input_size)
             detect = write(detector.deployable(), metadata(spec, classes), file, size or (side, side))
             sizes = [size or (side, side)] if kind == "onnx" else [(side, side), (side * 4 // 5, side * 7 // 6)]
-            count = sum(check_detections(student, detect, size) for size in sizes)
+            count = sum(check_detections(detector.detect, detect, size) for size in sizes)
             notes = f"its {count} detections in test images are the student's"
     return f"{out}: {kind}, {len(classes)} classes ({', '.join(classes)}), {notes}"
 
@@ -161,8 +162,15 @@ def _check_tensors(written: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 def _write_torchscript(model: nn.Module, notes: dict[str, str], file: Path, size: tuple[int, int]) -> Detect:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls TorchScript deprecated
+        try:
+            scripted = torch.jit.script(model)
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ExportError(
+                f"TorchScript cannot be made of this detector; a file .onnx, .pt or .safetensors can ({reason})"
+            ) from error
         with open(file, "wb") as opened:
-            torch.jit.save(torch.jit.script(model), opened, _extra_files={"tardkd.json": json.dumps(notes)})
+            torch.jit.save(scripted, opened, _extra_files={"tardkd.json": json.dumps(notes)})
         loaded = torch.jit.load(str(file))
 
     def detect(image: Tensor) -> Detections:
@@ -218,12 +226,12 @@ class _OneImage(nn.Module):
 # ---- comparison ----------------------------------------------------------------------------------------------------
 
 
-def check_detections(model: nn.Module, detect: Detect, size: tuple[int, int]) -> int:
-    """Compare `detect` with `model` on an image of `size`; the number of detections, or an ExportError."""
-    image = picture(model, size)
+def check_detections(student: DetectAll, detect: Detect, size: tuple[int, int]) -> int:
+    """Compare `detect` with the `student` on an image of `size`; the number of detections, or an ExportError."""
+    image = picture(student, size)
     rounding = 1e-5 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected, written, rounded = model([image])[0], detect(image), model([image + rounding])[0]
+        expected, written, rounded = student([image])[0], detect(image), student([image + rounding])[0]
     lost = _differing(expected, written, size)
     # Rounding may move what is just at a threshold, or among the last that are kept; more of it in a raw student.
     if lost > 0.02 * (len(expected["boxes"]) + len(written["boxes"])) + 2 * _differing(expected, rounded, size):
@@ -235,13 +243,13 @@ def check_detections(model: nn.Module, detect: Detect, size: tuple[int, int]) ->
     return len(expected["boxes"])
 
 
-def picture(model: nn.Module, size: tuple[int, int]) -> Tensor:
-    """The image (3, *size) in which `model` finds most, out of noise and some of the built-in scenes."""
+def picture(detect: DetectAll, size: tuple[int, int]) -> Tensor:
+    """The image (3, *size) in which a detector finds most, out of noise and some of the built-in scenes."""
     images = [torch.rand(3, *size, generator=torch.Generator().manual_seed(0))]
     for scene, _ in Scenes(2, 192, 0, split="test"):
         images.append(functional.interpolate(scene[None] / 255, size, mode="bilinear")[0])
     with torch.no_grad():
-        return max(images, key=lambda image: len(model([image])[0]["boxes"]))
+        return max(images, key=lambda image: len(detect([image])[0]["boxes"]))
 
 
 def _differing(left: Detections, right: Detections, size: tuple[int, int]) -> int:

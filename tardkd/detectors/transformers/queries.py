@@ -22,6 +22,7 @@ from tardkd.detectors.base import (
     StudentPass,
 )
 
+from .deploy import OneImageDetector
 from .inputs import Preparation, ReadCall, labels_from_zero, mask_of, sizes_in, to_pixels, to_shares
 
 
@@ -262,6 +263,10 @@ class QueryDetector(Detector):
             limits = detections["boxes"].new_tensor([image.shape[-1], image.shape[-2]]).repeat(2)
             detections["boxes"] = detections["boxes"].clamp(min=0).minimum(limits)
         return found
+
+    def deployable(self) -> nn.Module:
+        """A copy that is called with a list of one image; it can be traced, but not scripted."""
+        return OneImageDetector(self.model, self.preparation)
 
     def post_process(self, output: Any, spans: list[tuple[float, float]]) -> list[Detections]:
         """The model's own detections, with labels from 0, in inputs of these (height, width)."""

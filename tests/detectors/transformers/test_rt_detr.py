@@ -337,3 +337,18 @@ def test_a_step_is_deterministic():
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(losses[0][0], losses[1][0]) and torch.equal(losses[0][1], losses[1][1])
+
+
+@pytest.mark.parametrize("size", [(64, 64), (50, 90)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_deployed_detects_the_same(kind, size):
+    model = tiny_query_detector(kind, anchor_image_size=[32, 32]).eval()
+    detector = type(for_model(model))(model, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), min_size=64)
+    image = torch.rand(3, *size)
+    with torch.no_grad():
+        [expected] = detector.detect([image])
+        [found] = detector.deployable()([image])
+    assert found.keys() == expected.keys() and len(expected["scores"]) == 12
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+    assert model.config.anchor_image_size == [32, 32]
