@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .late import LateReader
 
@@ -60,13 +60,53 @@ def pulls(losses: Mapping[str, Tensor], features: Sequence[Tensor]) -> dict[str,
     }
 
 
+def joint_pulls(losses: Mapping[str, Tensor], features: Sequence[Tensor], heads: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The gradient norms (2,) at the student's features and in its heads, of the batch of all processes together.
+
+    Args:
+        losses: scalars (), as a distiller returns them.
+        features: L x (N, C, H_l, W_l).
+        heads: parameters.
+    """
+    detector, terms = split_losses(losses)
+    tensors = [tensor for tensor in (*features, *heads) if tensor.requires_grad]
+    count = sum(level.requires_grad for level in features)
+    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    nothing = detector.new_zeros((), dtype=torch.float32)
+
+    def length(gradients: Sequence[Tensor]) -> Tensor:
+        return torch.stack([gradient.float().norm() for gradient in gradients] or [nothing]).norm()
+
+    def norms(value: Tensor) -> Tensor:
+        if value.requires_grad:
+            gradients = torch.autograd.grad(
+                value, tensors, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+        else:
+            gradients = tuple(torch.zeros_like(tensor) for tensor in tensors)
+        at_features, of_heads = length(gradients[:count]), gradients[count:]
+        if processes > 1:
+            # Each process has maps of its own, which are a part of all, and the same parameters as the others.
+            square = (at_features / processes).square()
+            dist.all_reduce(square)
+            at_features = square.sqrt()
+            if of_heads:
+                of_heads = (torch.cat([gradient.float().flatten() for gradient in of_heads]) / processes,)
+                dist.all_reduce(of_heads[0])
+        return torch.stack([at_features, length(of_heads)])
+
+    return {name: norms(value) for name, value in {"detector": detector, **terms}.items()}
+
+
 class Balance:
-    """Factors that give each term a pull at the student's features of its weight times ``SHARE`` of the detector's.
+    """Factors that give each term a pull at the student of its weight times ``SHARE`` of the detector's.
 
     Losses of unlike pairs, heads and images differ by orders of magnitude; their pulls say what a step would do to the
-    student. They are measured in each of the first steps and seldom from then on, as means that forget, and so follow
+    student. They are measured at its features, by which they reach backbone and pyramid, and in its heads, and the
+    place where a term is stronger counts: the class term of a head with sigmoids pulls four times as strongly there.
+    They are measured in each of the first steps and seldom from then on, as means that forget, and so follow
     a term whose gradient dwindles: only the schedule's lambda lets the help fade. Measured steps of several processes
-    are averaged, so that all have the same factors.
+    are those of all together, so that all have the same factors.
     """
 
     FIRST = 64  # steps that are all measured
@@ -78,17 +118,23 @@ class Balance:
         self._step = 0
         self._measured = 0  # the step that was measured last
         self._has_failed = False
-        self._sums: dict[str, Tensor] = {}  # (2,) of the detector and of each term: weighted sum of norms, of weights
+        # of the detector and of each term, (2, 2): at the features and in the heads, weighted sum of norms, of weights
+        self._sums: dict[str, Tensor] = {}
 
     def __call__(
-        self, weights: Mapping[str, float], losses: Mapping[str, Tensor], features: Sequence[Tensor]
+        self,
+        weights: Mapping[str, float],
+        losses: Mapping[str, Tensor],
+        features: Sequence[Tensor],
+        heads: Sequence[nn.Module] = (),
     ) -> dict[str, Tensor | float]:
-        """A factor () of each term for this step; the weight itself where nothing pulls at the features.
+        """A factor () of each term for this step; the weight itself where nothing pulls at the student.
 
         Args:
             weights: of the terms: the pull that each shall have, where 1 is ``SHARE`` of that of the detector's losses.
             losses: scalars (), the detector's under its own names and the terms as ``distill_<term>``, unweighted.
             features: L x (N, C, H_l, W_l), the student's.
+            heads: what runs behind these.
 
         Warns:
             BalanceWarning: once, where the graph of the losses can be walked only once, as that of a reentrant
@@ -98,7 +144,7 @@ class Balance:
         is_due = self._step <= self.FIRST or self._step % self.SELDOM == 0
         has_graph = torch.is_grad_enabled() and any(level.requires_grad for level in features)
         if is_due and has_graph and not self._has_failed:
-            self._measure(losses, features)
+            self._measure(losses, features, [weight for head in heads for weight in head.parameters()])
         return {name: weight * self._relief(name) for name, weight in weights.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -109,45 +155,40 @@ class Balance:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
         self._step, self._measured = state["step"], state["measured"]
-        self._sums = {name: value.clone() for name, value in state["sums"].items()}
+        # A state from before heads were looked at has (2,) of each; these are measured anew.
+        self._sums = {name: value.clone() for name, value in state["sums"].items() if value.dim() == 2}
 
     @torch.compiler.disable
-    def _measure(self, losses: Mapping[str, Tensor], features: Sequence[Tensor]) -> None:
+    def _measure(self, losses: Mapping[str, Tensor], features: Sequence[Tensor], heads: Sequence[Tensor]) -> None:
         try:
-            norms = pulls(losses, features)
+            found = joint_pulls(losses, features, heads)
         except RuntimeError as error:
             self._has_failed = True
             warnings.warn(
-                "the terms cannot be balanced, because their pull at the student's features cannot be measured, and "
+                "the terms cannot be balanced, because their pull at the student cannot be measured, and "
                 "DistillSettings' weights are taken as plain factors: is there a checkpoint with use_reentrant=True? "
                 f"({error})",
                 BalanceWarning,
                 stacklevel=2,
             )
             return
-        if not norms:
-            return
-        found = torch.stack(list(norms.values()))
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            # Each process has other images, so that its maps are a part of all, and its losses count for a part.
-            squares = (found / dist.get_world_size()).square()
-            dist.all_reduce(squares)
-            found = squares.sqrt()
         kept = self.MEMORY ** (self._step - self._measured)
         self._measured = self._step
-        for name, norm in zip(norms, found):
+        for name, norms in found.items():
             # A step in which no gate is open says nothing of how strongly an open one pulls.
-            observation = torch.stack([norm, torch.ones_like(norm)]) * ((norm > 0) & norm.isfinite())
-            past = self._sums[name].to(norm.device) if name in self._sums else torch.zeros_like(observation)
-            self._sums[name] = kept * past + observation.nan_to_num()
+            counts = (norms > 0) & norms.isfinite()
+            observation = torch.stack([norms.where(counts, 0.0), counts.to(norms)], dim=1)
+            past = self._sums[name].to(norms.device) if name in self._sums else torch.zeros_like(observation)
+            self._sums[name] = kept * past + observation
 
     def _relief(self, name: str) -> Tensor | float:
         """What a term of weight 1 is to be multiplied by."""
         if name not in self._sums or "detector" not in self._sums:
             return 1.0
-        detector, term = (self._sums[key][0] / self._sums[key][1] for key in ("detector", name))
-        ratio = (SHARE * detector / term).clamp(max=self.MOST)
-        return torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+        detector, term = (self._sums[key][:, 0] / self._sums[key][:, 1] for key in ("detector", name))
+        ratios = SHARE * detector / term
+        ratio = ratios.where(ratios.isfinite() & (ratios > 0), float("inf")).min()  # where the term is the stronger one
+        return torch.where(ratio.isfinite(), ratio.clamp(max=self.MOST), 1.0)
 
 
 class BalanceWatch:

@@ -250,7 +250,7 @@ class Distiller(nn.Module):
         if self.settings.balance == "none":
             return dict(weights)
         named = {f"distill_{name}": value for name, value in terms.items()}
-        return self._balance(weights, {**student_pass.losses, **named}, student_pass.features)
+        return self._balance(weights, {**student_pass.losses, **named}, student_pass.features, self.detector.heads)
 
     def check(self, *args: Any, **kwargs: Any) -> Findings:
         """Look at one batch as a training would, before it begins; nothing is changed.

@@ -13,7 +13,7 @@ from detectors.tiny import tiny_batch, tiny_detector
 from torch.utils.checkpoint import checkpoint
 
 from tardkd.distill import Distiller, DistillSettings, ScheduleSettings, balance
-from tardkd.distill.balance import SHARE, Balance, BalanceWarning, BalanceWatch, gradient_norm, pulls
+from tardkd.distill.balance import SHARE, Balance, BalanceWarning, BalanceWatch, gradient_norm, joint_pulls, pulls
 
 OPEN = {"feature_gate": "foreground", "classification_gate": "foreground", "regression_gate": "foreground"}
 
@@ -131,12 +131,13 @@ def balanced(**settings: Any) -> Distiller:
 
 
 def measured(distiller: Distiller) -> dict[str, float]:
-    """What each term pulls in a step, over the detector's own losses."""
+    """What each term pulls in a step, over the detector's losses, at features or in heads: where it is the stronger."""
     batch = distiller.detector.read_call(*tiny_batch())
     torch.manual_seed(0)
     student_pass, losses = distiller.step(batch)
-    norms = {name: norm.item() for name, norm in pulls(losses, student_pass.features).items()}
-    return {name: norm / norms["detector"] for name, norm in norms.items() if name != "detector"}
+    heads = [weight for head in distiller.detector.heads for weight in head.parameters()]
+    norms = joint_pulls(losses, student_pass.features, heads)
+    return {name: (norm / norms["detector"]).max().item() for name, norm in norms.items() if name != "detector"}
 
 
 @pytest.mark.parametrize("path", ["pooled", "pyramid"])
@@ -174,6 +175,28 @@ def test_a_term_that_dwindles_is_followed() -> None:
     assert factor == pytest.approx(SHARE * 0.6, rel=0.01)
 
 
+def in_a_head(term: float) -> tuple[dict[str, torch.Tensor], list[torch.Tensor], list[torch.nn.Module]]:
+    """Losses that pull equally at a map, and whose gradients in the head behind it have the norms 2 and ``term``."""
+    feature, head = torch.ones(1, 1, 1, 1, requires_grad=True), torch.nn.Linear(1, 1)
+    losses = {"loss": feature.sum() + 2 * head.bias.sum(), "distill_feature": feature.sum() + term * head.bias.sum()}
+    return losses, [feature], [head]
+
+
+@pytest.mark.parametrize("term, expected", [(8.0, 0.25), (0.5, 1.0)])
+def test_a_term_counts_where_it_is_the_stronger(term: float, expected: float) -> None:
+    balance_ = Balance()
+    for _ in range(3):
+        factor = balance_({"feature": 1.0}, *in_a_head(term))["feature"]
+    assert factor == pytest.approx(SHARE * expected)
+
+
+def test_a_term_that_features_do_not_see_is_balanced_by_heads() -> None:
+    """As that of boxes where a first layer of a decoder starts at zero."""
+    _, features, heads = in_a_head(1.0)
+    losses = {"loss": features[0].sum() + 2 * heads[0].bias.sum(), "distill_regression": 8 * heads[0].bias.sum()}
+    assert Balance()({"regression": 1.0}, losses, features, heads)["regression"] == pytest.approx(SHARE / 4)
+
+
 def test_steps_in_which_a_term_does_not_pull_do_not_count() -> None:
     balance_ = Balance()
     for step in range(40):
@@ -190,8 +213,8 @@ def test_what_never_pulls_keeps_its_weight_and_what_hardly_does_is_not_made_huge
 
 def test_most_steps_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    measure = balance.pulls
-    monkeypatch.setattr(balance, "pulls", lambda *args: seen.append(balance_._step) or measure(*args))
+    measure = balance.joint_pulls
+    monkeypatch.setattr(balance, "joint_pulls", lambda *args: seen.append(balance_._step) or measure(*args))
     balance_ = Balance()
     for _ in range(100):
         balance_({"feature": 0.3}, *of_two(4.0))
@@ -210,6 +233,9 @@ def test_the_balance_is_resumed() -> None:
         results.append(distiller.step(batch)[1])
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
     old = left.task_state()
+    old["balance"]["sums"] = {name: torch.ones(2) for name in old["balance"]["sums"]}  # of features alone
+    right.load_task_state(old)
+    measured(right)
     del old["balance"]
     right.load_task_state(old)
 
