@@ -57,8 +57,8 @@ def for_model(model: nn.Module | Detector) -> Detector:
 # --- the families -------------------------------------------------------------------------------------------
 
 SUPPORTED = (
-    "torchvision's GeneralizedRCNN (Faster, Mask and Keypoint R-CNN), RetinaNet, FCOS and SSD, transformers' RT-DETR, "
-    "RT-DETRv2 and D-FINE, Detectron2's R-CNNs with FPN and RetinaNet"
+    "torchvision's GeneralizedRCNN (Faster, Mask and Keypoint R-CNN), RetinaNet, FCOS and SSD, transformers' DETR, "
+    "Deformable DETR, RT-DETR, RT-DETRv2 and D-FINE, Detectron2's R-CNNs with FPN and RetinaNet"
 )
 
 

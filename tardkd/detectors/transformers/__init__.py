@@ -1,4 +1,4 @@
-"""transformers' RT-DETR, RT-DETRv2 and D-FINE as student or teacher; the models themselves are never changed.
+"""transformers' DETR and what came of it as student or teacher; the models themselves are never changed.
 
 Nothing of transformers is imported before a method needs it.
 """
@@ -10,15 +10,18 @@ from torch import nn
 from tardkd.detectors.base import Detector
 
 from .d_fine import DFineDetector
+from .detr import DeformableDetrDetector, DetrDetector
 from .queries import QueryDetector
 from .rt_detr import RTDetrDetector
 
-__all__ = ["DFineDetector", "QueryDetector", "RTDetrDetector", "detector_of"]
+__all__ = ["DFineDetector", "DeformableDetrDetector", "DetrDetector", "QueryDetector", "RTDetrDetector", "detector_of"]
 
 FAMILIES: dict[str, type[QueryDetector]] = {
     "RTDetrForObjectDetection": RTDetrDetector,
     "RTDetrV2ForObjectDetection": RTDetrDetector,
     "DFineForObjectDetection": DFineDetector,
+    "DetrForObjectDetection": DetrDetector,
+    "DeformableDetrForObjectDetection": DeformableDetrDetector,
 }
 
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tardkd.ops.spec import Activation
+
 from .inputs import Preparation, to_pixels
 
 
@@ -18,12 +20,14 @@ class OneImageDetector(nn.Module):
     In a trace the image's size is a constant, and so is all that follows from it.
 
     Args:
-        model: one of transformers', which answers with "logits" (N, Q, K) of sigmoids and "pred_boxes" (N, Q, 4).
+        model: one of transformers', which answers with "logits" (N, Q, columns) and "pred_boxes" (N, Q, 4).
         preparation: how the image becomes its input.
+        activation: what turns logits into probabilities; of a softmax the last column is for no object.
     """
 
-    def __init__(self, model: Any, preparation: Preparation) -> None:
+    def __init__(self, model: Any, preparation: Preparation, activation: Activation) -> None:
         super().__init__()
+        self.is_softmax = activation == "softmax"
         self.model = copy.deepcopy(model).eval()
         self.preparation = preparation
         # Else it would take anchors of that size for an image of any other.
@@ -43,8 +47,10 @@ class OneImageDetector(nn.Module):
         output = self.model(pixel_values=F.pad((inner - mean) / std, padding), pixel_mask=mask, return_dict=True)
         # The padded input is that many pixels of the image as it was given.
         boxes = to_pixels(output.pred_boxes[0], rows * height / size[0], columns * width / size[1])
+        boxes = torch.minimum(boxes.clamp(min=0), torch.tensor([width, height, width, height]))
+        if self.is_softmax:
+            scores, labels = output.logits[0].softmax(1)[:, :-1].max(1)
+            return [{"boxes": boxes, "labels": labels + 1, "scores": scores}]
         queries, classes = output.logits.shape[1:]
         scores, places = output.logits[0].sigmoid().flatten().topk(int(queries))
-        limits = torch.tensor([width, height, width, height])
-        found = torch.minimum(boxes[places // classes].clamp(min=0), limits)
-        return [{"boxes": found, "labels": places % classes + 1, "scores": scores}]
+        return [{"boxes": boxes[places // classes], "labels": places % classes + 1, "scores": scores}]

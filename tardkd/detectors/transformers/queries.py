@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tardkd.detectors.answers import best_for
 from tardkd.detectors.base import (
     Batch,
     Detections,
@@ -20,6 +21,7 @@ from tardkd.detectors.base import (
     Regions,
     Sides,
     StudentPass,
+    TeacherPass,
 )
 
 from .deploy import OneImageDetector
@@ -28,6 +30,12 @@ from .inputs import Preparation, ReadCall, labels_from_zero, mask_of, sizes_in, 
 
 class QueryDetector(Detector):
     """Its regions are the objects, each with the query of the last decoder layer that the model's matcher gave it.
+
+    As a teacher it answers with its own queries, each object with the best of them. It could be given the student's
+    queries in its own decoder, where both have the same grid. We tried that with RT-DETR: their first boxes are what
+    the student has refined already, so that a teacher with random weights looks as good as the student; and of several
+    queries near an object a trained decoder lets one win, seldom the one that the student's matcher chose. With planted
+    objects the gates then told nothing of a teacher; with its own queries they do.
 
     It is called by the keywords of the model's own ``forward``, or with images and targets as torchvision's detectors
     are. What transformers reads and returns counts labels from 0. What is called as torchvision's models are is in
@@ -102,8 +110,8 @@ class QueryDetector(Detector):
         """
 
     @abstractmethod
-    def maps(self, output: Any) -> list[Tensor]:
-        """The encoder's pyramid, L x (N, C, H_l, W_l), in what the model returned."""
+    def maps(self, output: Any, inputs: InputBatch) -> list[Tensor]:
+        """The encoder's pyramid, L x (N, C, H_l, W_l), in what the model returned for these inputs."""
 
     def first_query(self, output: Any) -> int:
         """How many queries of an output come before those that are matched."""
@@ -190,7 +198,7 @@ class QueryDetector(Detector):
             losses=losses,
             inputs=inputs,
             targets=targets,
-            features=self.maps(output),
+            features=self.maps(output, inputs),
             scales=[1 / stride for stride in self.strides],
             regions=self._regions(output, inputs, labels, targets),
             output=output,
@@ -236,7 +244,43 @@ class QueryDetector(Detector):
             )
         return output.to_tuple() if batch.wants_tuple else output
 
+    # --- as a teacher
+
+    def teacher_pass(self, images: Sequence[Tensor], inputs: InputBatch, ratio: float) -> TeacherPass:
+        batch = self._batch(images, inputs, ratio)
+        output = self.run(batch)
+        height, width = (side / ratio for side in batch.tensor.shape[-2:])
+        return TeacherPass(
+            features=self.maps(output, batch),
+            scales=[ratio / stride for stride in self.strides],
+            state=self.said(output, height, width),
+        )
+
+    def answers(self, teacher_pass: TeacherPass, regions: Regions, classes: Tensor) -> HeadOutputs:
+        return best_for(teacher_pass.state, regions, classes, self.head)
+
+    def run(self, inputs: InputBatch) -> Any:
+        """The model's output for a batch, without objects to learn from."""
+        return self.model(pixel_values=inputs.tensor, pixel_mask=mask_of(inputs), return_dict=True)
+
+    def _batch(self, images: Sequence[Tensor], inputs: InputBatch, ratio: float) -> InputBatch:
+        """The student's own batch where this model would have made the same, else one of its own."""
+        dtype = _dtype(self.model)
+        if ratio == 1 and self.preparation.fits(inputs):
+            return InputBatch(inputs.tensor.to(dtype), inputs.sizes, inputs.mean, inputs.std)
+        sizes = [(round(height * ratio), round(width * ratio)) for height, width in inputs.sizes]
+        padded = self.preparation.padded(*(side * ratio for side in inputs.tensor.shape[-2:]))
+        return self.preparation.batch(images, dtype, sizes, padded)
+
     # --- its parts
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.model.model.backbone
+
+    @property
+    def pyramid(self) -> nn.Module:
+        return self.model.model.encoder
 
     @property
     def longest_aspect(self) -> float:
@@ -250,7 +294,7 @@ class QueryDetector(Detector):
 
     def detect(self, images: Sequence[Tensor]) -> list[Detections]:
         inputs = self.preparation.batch(images, _dtype(self.model))
-        output = self.model(pixel_values=inputs.tensor, pixel_mask=mask_of(inputs), return_dict=True)
+        output = self.run(inputs)
         height, width = inputs.tensor.shape[-2:]
         # Boxes are shares of the padded input, which is that many pixels of the image as it was given.
         spans = [
@@ -266,7 +310,7 @@ class QueryDetector(Detector):
 
     def deployable(self) -> nn.Module:
         """A copy that is called with a list of one image; it can be traced, but not scripted."""
-        return OneImageDetector(self.model, self.preparation)
+        return OneImageDetector(self.model, self.preparation, self.head.activation)
 
     def post_process(self, output: Any, spans: list[tuple[float, float]]) -> list[Detections]:
         """The model's own detections, with labels from 0, in inputs of these (height, width)."""

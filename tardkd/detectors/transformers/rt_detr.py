@@ -8,21 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tardkd.detectors.answers import best_for
-from tardkd.detectors.base import HeadOutputs, InputBatch, Regions, TeacherPass
+from tardkd.detectors.base import InputBatch
 
-from .inputs import UNCHANGED, mask_of
+from .inputs import UNCHANGED
 from .queries import QueryDetector
 
 
 class RTDetrDetector(QueryDetector):
-    """A teacher answers with its own queries, each object with the best of them.
-
-    It could be given the student's queries in its own decoder, where both have the same grid. We tried that: their
-    first boxes are what the student has refined already, so that a teacher with random weights looks as good as the
-    student; and of several queries near an object a trained decoder lets one win, seldom the one that the student's
-    matcher chose. With planted objects the gates then told nothing of a teacher; with its own queries they do.
-    """
+    """Its matcher, the maps of its encoder, and where the queries begin that are no noise."""
 
     normalisation = UNCHANGED
 
@@ -49,7 +42,7 @@ class RTDetrDetector(QueryDetector):
         # D-FINE's loss matches boxes that are clamped; RT-DETR's are between 0 and 1 by a sigmoid.
         return RTDetrHungarianMatcher(self.config)({"logits": logits, "pred_boxes": boxes.clamp(0, 1)}, labels)
 
-    def maps(self, output: Any) -> list[Tensor]:
+    def maps(self, output: Any, inputs: InputBatch) -> list[Tensor]:
         return list(output.encoder_last_hidden_state)
 
     def first_query(self, output: Any) -> int:
@@ -67,40 +60,11 @@ class RTDetrDetector(QueryDetector):
             parts["loss_vfl"] = parts["loss_vfl"] + 0 * classes.weight.sum()
         return parts
 
-    # --- as a teacher
-
-    def teacher_pass(self, images: Sequence[Tensor], inputs: InputBatch, ratio: float) -> TeacherPass:
-        batch = self._batch(images, inputs, ratio)
+    def run(self, inputs: InputBatch) -> Any:
         with any_size(self.model.model):
-            output = self.model(pixel_values=batch.tensor, pixel_mask=mask_of(batch), return_dict=True)
-        height, width = (side / ratio for side in batch.tensor.shape[-2:])
-        return TeacherPass(
-            features=self.maps(output),
-            scales=[ratio / stride for stride in self.strides],
-            state=self.said(output, height, width),
-        )
-
-    def answers(self, teacher_pass: TeacherPass, regions: Regions, classes: Tensor) -> HeadOutputs:
-        return best_for(teacher_pass.state, regions, classes, self.head)
-
-    def _batch(self, images: Sequence[Tensor], inputs: InputBatch, ratio: float) -> InputBatch:
-        """The student's own batch where this model would have made the same, else one of its own."""
-        dtype = next(self.model.parameters()).dtype
-        if ratio == 1 and self.preparation.fits(inputs):
-            return InputBatch(inputs.tensor.to(dtype), inputs.sizes, inputs.mean, inputs.std)
-        sizes = [(round(height * ratio), round(width * ratio)) for height, width in inputs.sizes]
-        padded = self.preparation.padded(*(side * ratio for side in inputs.tensor.shape[-2:]))
-        return self.preparation.batch(images, dtype, sizes, padded)
+            return super().run(inputs)
 
     # --- its parts
-
-    @property
-    def backbone(self) -> nn.Module:
-        return self.model.model.backbone
-
-    @property
-    def pyramid(self) -> nn.Module:
-        return self.model.model.encoder
 
     @property
     def heads(self) -> tuple[nn.Module, ...]:
@@ -111,12 +75,6 @@ class RTDetrDetector(QueryDetector):
     def class_tensors(self) -> tuple[str, ...]:
         trunk = ("model.denoising_class_embed.", "model.enc_score_head.", "model.decoder.class_embed.")
         return (*trunk, "class_embed.")  # of D-FINE under two names
-
-    # --- in use
-
-    def detect(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        with any_size(self.model.model):
-            return super().detect(images)
 
 
 @contextmanager

@@ -42,6 +42,33 @@ def tiny_query_detector(kind: str = "rt_detr", *, seed: int = 0, channels: int =
     return getattr(transformers, f"{name}ForObjectDetection")(getattr(transformers, f"{name}Config")(**settings))
 
 
+def tiny_detr(kind: str = "detr", *, seed: int = 0, **options: Any) -> nn.Module:
+    """A DETR ("detr") of three classes with a map of stride 32, or one ("deformable_detr") with four from stride 8."""
+    import transformers
+
+    torch.manual_seed(seed)
+    stages = ["stage4"] if kind == "detr" else ["stage2", "stage3", "stage4"]
+    settings = {
+        "backbone_config": transformers.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, layer_type="basic", out_features=stages
+        ),
+        "d_model": 32,
+        "encoder_layers": 1,
+        "encoder_ffn_dim": 16,
+        "encoder_attention_heads": 2,
+        "decoder_layers": 2,
+        "decoder_ffn_dim": 16,
+        "decoder_attention_heads": 2,
+        "num_queries": 12,
+        "num_labels": 3,
+        "dropout": 0.0,
+        **({} if kind == "detr" else {"num_feature_levels": 4}),
+        **options,
+    }
+    name = {"detr": "Detr", "deformable_detr": "DeformableDetr"}[kind]
+    return getattr(transformers, f"{name}ForObjectDetection")(getattr(transformers, f"{name}Config")(**settings))
+
+
 def tiny_call(seed: int = 0, empty: bool = False, size: tuple[int, int] = (64, 96)) -> dict[str, Any]:
     """Two images of one size with two boxes and one; with ``empty`` the second image has none."""
     generator = torch.Generator().manual_seed(seed)
@@ -57,4 +84,4 @@ def tiny_call(seed: int = 0, empty: bool = False, size: tuple[int, int] = (64, 9
     return {"pixel_values": torch.rand(2, 3, *size, generator=generator), "labels": labels}
 
 
-__all__ = ["KINDS", "tiny_batch", "tiny_call", "tiny_query_detector"]
+__all__ = ["KINDS", "tiny_batch", "tiny_call", "tiny_detr", "tiny_query_detector"]
