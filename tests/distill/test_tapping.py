@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tardkd import ops
-from tardkd.distill import Distiller, DistillSettings
+from tardkd.distill import Distiller, DistillSettings, Teacher
 from tardkd.distill import distiller as distiller_module
 from tardkd.distill.tapping import tapped_maps
 
@@ -20,11 +20,18 @@ from .test_families import OwnOps
 SETTINGS = dict(path="pyramid", feature_norm="none", feature_gate="foreground", classification_gate="foreground")
 
 
-def gradients_of(student: str, teacher: str) -> tuple[list[torch.Tensor], list[str]]:
+# Of two teachers the first teaches one class, the second the other two.
+SHARES: dict[int, list[dict[str, None]]] = {1: [{}], 2: [{"disc": None, "bar": None}, {"box": None}]}
+
+
+def gradients_of(student: str, *teachers: str) -> tuple[list[torch.Tensor], list[str]]:
     """Of the student's parameters in one step, and our ops of its backward pass."""
-    pupil, master = build(student), build(teacher, seed=1)
-    names = dict(student_classes=NAMES, teacher_classes=NAMES)
-    distiller = Distiller(pupil, master, DistillSettings(**SETTINGS), **names).train()
+    pupil = build(student)
+    masters = [
+        Teacher(build(family, seed), NAMES, class_map)
+        for seed, (family, class_map) in enumerate(zip(teachers, SHARES[len(teachers)]), start=1)
+    ]
+    distiller = Distiller(pupil, masters, DistillSettings(**SETTINGS), student_classes=NAMES).train()
     distiller._watch_balance = lambda *_: None  # it makes gradients of its own
     torch.manual_seed(5)
     losses = distiller(*planted())
@@ -33,9 +40,9 @@ def gradients_of(student: str, teacher: str) -> tuple[list[torch.Tensor], list[s
     return [weight.grad for weight in pupil.parameters() if weight.grad is not None], called.names
 
 
-def assert_same_without_a_tap(monkeypatch, tapped: list[torch.Tensor], student: str, teacher: str) -> None:
+def assert_same_without_a_tap(monkeypatch, tapped: list[torch.Tensor], student: str, *teachers: str) -> None:
     monkeypatch.setattr(distiller_module, "tapped_maps", lambda module, losses: nullcontext([]))
-    plain, called = gradients_of(student, teacher)
+    plain, called = gradients_of(student, *teachers)
     assert "region_distill_add" not in called
     largest = max(float(gradient.abs().max()) for gradient in plain)  # some, such as a bias's before a norm, are noise
     for one, other in zip(tapped, plain, strict=True):
@@ -53,6 +60,21 @@ def test_maps_that_an_adapter_has_made_are_none_of_the_tap_s(monkeypatch):
     tapped, called = gradients_of("ssd", "retinanet")
     assert "region_distill_add" not in called
     assert_same_without_a_tap(monkeypatch, tapped, "ssd", "retinanet")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_teachers_add_to_one_tap(monkeypatch, family):
+    tapped, called = gradients_of(family, family, family)
+    assert called.count("region_distill_add") == 2 and "region_distill" not in called
+    assert_same_without_a_tap(monkeypatch, tapped, family, family, family)
+
+
+@pytest.mark.parametrize("teachers", [("fcos", "retinanet"), ("retinanet", "fcos")])
+def test_of_two_teachers_one_may_need_an_adapter(monkeypatch, teachers):
+    """The tap then waits for one loss that never comes; FCOS's maps have 32 channels, RetinaNet's 8."""
+    tapped, called = gradients_of("retinanet", *teachers)
+    assert called.count("region_distill_add") == 1
+    assert_same_without_a_tap(monkeypatch, tapped, "retinanet", *teachers)
 
 
 # --- the hook ---------------------------------------------------------------------------------------------------------
