@@ -54,8 +54,7 @@ def _examine(distiller: Distiller, batch: Batch) -> Iterator[Finding]:
     values = {name: value.item() for name, value in losses.items()}
     listed = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
     yield ok(f"all losses are finite: {listed}", "", **values)
-    weights = distiller.settings.weights
-    yield from gates({name: value.item() for name, value in distiller.stats.items()}, weights)
+    yield from gates({name: value.item() for name, value in distiller.stats.items()}, distiller.settings.gate_weights)
     if any(level.requires_grad for level in student_pass.features):
         norms = {name: norm.item() for name, norm in pulls(losses, student_pass.features).items()}
         yield from balance(norms, distiller.settings, where="at the student's features")
@@ -184,7 +183,7 @@ def gates(stats: Mapping[str, float], weights: Mapping[str, float]) -> Iterator[
 
     Args:
         stats: the distiller's, of a step or as means over several.
-        weights: of the terms, in the settings.
+        weights: of the terms that each gate opens, in the settings.
     """
     if "foreground" not in stats:  # the gaussian term alone has no gates
         return

@@ -139,6 +139,11 @@ class DistillSettings:
         return {key: getattr(self, key) for key in terms}
 
     @property
+    def gate_weights(self) -> dict[str, float]:
+        """Of each gate, by its name, the weight of the terms that it opens."""
+        return {**self.weights, "regression": self.regression + self.distribution}
+
+    @property
     def compares_features(self) -> bool:
         """Whether a term with weight looks at features, so that both models need the same channels."""
         return bool(self.feature or self.gaussian)

@@ -58,9 +58,8 @@ def check_gradients(subject: Subject) -> Iterator[Finding]:
     )
     yield from reach(distiller, trained, measured.unreached, measured.unmoved)
     if distiller.teachers:
-        weights = distiller.settings.weights
         stats, norms = ({name: mean(values) for name, values in of.items()} for of in (measured.stats, measured.norms))
-        yield from gates(stats, weights)
+        yield from gates(stats, distiller.settings.gate_weights)
         yield from balance(norms, distiller.settings, where="in the student's backbone", prefix="distill.")
 
 

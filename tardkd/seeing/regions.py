@@ -111,7 +111,7 @@ def look_at(distiller: Distiller, image: Tensor, target: dict[str, Any], *, seed
         student, found = distiller.look([image.to(device)], [target])
     (height, width), (input_height, input_width) = image.shape[-2:], student.inputs.sizes[0]
     scale = torch.tensor([width / input_width, height / input_height] * 2)
-    weights = distiller.settings.weights
+    weights = distiller.settings.gate_weights
     weighted = torch.tensor([weights[name] > 0 for name in ("feature", "classification", "regression")])
     parts = []  # for each teacher: boxes, labels, objects, gates, scores
     for teacher, regions, losses in found:

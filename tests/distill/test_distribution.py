@@ -73,3 +73,10 @@ def test_a_head_without_distributions_is_named(student: str, teacher: str, which
             student_classes=NAMES,
             teacher_classes=NAMES,
         )
+
+
+def test_what_is_said_of_its_gate_is_said_of_the_boxes() -> None:
+    settings = DistillSettings(**ONLY)
+    distiller = Distiller(begun("d_fine"), trained("d_fine"), settings).train()
+    told = str(distiller.check(*planted()))
+    assert "for regression" in told and "for feature" not in told, told
