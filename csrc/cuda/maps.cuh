@@ -29,8 +29,9 @@ __device__ __forceinline__ void with_stored(DType dtype, const F& f) {
 // A feature or gradient map with what the launcher found out about its memory.
 struct MapView {
   FeatureMap map;
-  bool planar;  // pixels of a row are neighbours in memory, else (taken to be) channels
-  bool vector;  // whole quads of these neighbours can be accessed at once
+  int32_t stride_c, stride_h, stride_w;  // the map's, for loops
+  bool planar;                           // pixels of a row are neighbours in memory, else (taken to be) channels
+  bool vector;                           // whole quads of these neighbours can be accessed at once
 };
 
 struct PyramidView {
@@ -45,7 +46,7 @@ __host__ __device__ inline int32_t bytes_of(DType dtype) {
 }
 
 inline MapView view_of(const FeatureMap& map, DType dtype) {
-  MapView view{map, map.stride_c != 1, false};
+  MapView view{map, int32_t(map.stride_c), int32_t(map.stride_h), int32_t(map.stride_w), map.stride_c != 1, false};
   const int64_t unit = 4 * bytes_of(dtype), aligned_to = unit < 16 ? unit : 16;
   const int64_t inner = view.planar ? map.stride_w : map.stride_c, other = view.planar ? map.stride_c : map.stride_w;
   view.vector = reinterpret_cast<uintptr_t>(map.data) % aligned_to == 0 && inner == 1 && other % 4 == 0 &&
@@ -63,7 +64,19 @@ inline bool strides_fit(const Pyramid& pyramid) {
   return true;
 }
 
-__device__ __forceinline__ int64_t steps(int32_t count, int32_t stride) { return int64_t(count) * stride; }
+// What lies `count` strides on from `from`. In a loop the compiler would widen a stride beforehand, and then multiply
+// 64 bits, which takes four instructions. (By way of an integer it would not know any more that the memory is global.)
+template <class T>
+__device__ __forceinline__ T* advance(T* from, int32_t count, int32_t stride) {
+#ifdef TARDKD_CUDA_ON_CPU
+  return from + int64_t(count) * stride;
+#else
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  int64_t bytes;
+  asm("mul.wide.s32 %0, %1, %2;" : "=l"(bytes) : "r"(count * int32_t(sizeof(T))), "r"(stride));
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(from) + bytes);
+#endif
+}
 
 inline PyramidView view_of(const Pyramid& pyramid, const LevelChoice& choice) {
   PyramidView view{};

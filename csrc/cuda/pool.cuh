@@ -77,6 +77,11 @@ struct Batch {
   int32_t first, count, bin, bins;
 };
 
+// Bins or staged pixels [begin, end).
+struct alignas(8) Range {
+  int32_t begin, end;
+};
+
 // One axis of a batch of samples. `staged` pixels are counted along the rows or columns that are copied.
 template <class A>
 struct AxisTable {
@@ -84,8 +89,8 @@ struct AxisTable {
   int32_t count;                                    // staged pixels
   SharedArray<int32_t, kPixels> pixel;              // map coordinate of a staged pixel
   SharedArray<A, kGroupBins * kPixels> weight;      // [bin][staged]
-  SharedArray<int32_t, 2 * kGroupBins> bin_range;   // staged pixels that a bin reads
-  SharedArray<int32_t, 2 * kPixels> pixel_range;    // bins that read a staged pixel
+  SharedArray<Range, kGroupBins> bin_range;         // staged pixels that a bin reads
+  SharedArray<Range, kPixels> pixel_range;          // bins that read a staged pixel
   SharedArray<int32_t, 2 * kSamples> sample_pixel;  // staged pixels of a sample, -1: none
   SharedArray<A, 2 * kSamples> sample_weight;
 };
@@ -173,10 +178,7 @@ __device__ inline void fill_weights(AxisTable<A>& table) {
       }
     }
     table.weight[bin * kPixels + staged] = weight;
-    if (staged == 0) {
-      table.bin_range[2 * bin] = low < high ? low : 0;
-      table.bin_range[2 * bin + 1] = high;
-    }
+    if (staged == 0) table.bin_range[bin] = Range{low < high ? low : 0, high};
   }
 }
 
@@ -184,14 +186,13 @@ __device__ inline void fill_weights(AxisTable<A>& table) {
 template <class A>
 __device__ inline void fill_pixel_ranges(int32_t bins, AxisTable<A>& table, int32_t thread) {
   if (thread < 0 || thread >= table.count) return;
-  int32_t begin = 0, end = 0;
+  Range range{0, 0};
   for (int32_t bin = bins - 1; bin >= 0; --bin)
     if (table.weight[bin * kPixels + thread] != A(0)) {
-      if (end == 0) end = bin + 1;
-      begin = bin;
+      if (range.end == 0) range.end = bin + 1;
+      range.begin = bin;
     }
-  table.pixel_range[2 * thread] = begin;
-  table.pixel_range[2 * thread + 1] = end;
+  table.pixel_range[thread] = range;
 }
 
 // Bins [y, y + rows) x [x, x + columns) of the output.
@@ -210,7 +211,8 @@ __host__ __device__ inline int32_t group_size(int32_t pooled) {
 template <class A>
 struct Tables {
   AxisTable<A> y, x;
-  bool planar;  // the order of memory that they were made for
+  Divider by_columns;  // takes a staged pixel's number apart
+  bool planar;         // the order of memory that they were made for
 
   // Before they hold anything.
   __device__ __forceinline__ void clear() { y.batch.bin = -1; }
@@ -228,6 +230,7 @@ __device__ __noinline__ void build_tables(bool vector, Tables<A>& tables) {
   if (warp == 0) place_samples(false, false, tables.y);
   if (warp == 1) place_samples(tables.planar && vector, tables.planar, tables.x);
   __syncthreads();
+  if (threadIdx.x == 0 && tables.x.count > 0) tables.by_columns = Divider::in_block(tables.x.count);
   fill_weights(tables.y);
   fill_weights(tables.x);
   __syncthreads();
@@ -312,9 +315,9 @@ struct Source {
 
   __device__ Source(const MapView& view, int32_t image, int32_t all_channels, int32_t channel)
       : data(static_cast<const T*>(view.map.data) + image * view.map.stride_n + channel * view.map.stride_c),
-        stride_c(int32_t(view.map.stride_c)),
-        stride_h(int32_t(view.map.stride_h)),
-        stride_w(int32_t(view.map.stride_w)),
+        stride_c(view.stride_c),
+        stride_h(view.stride_h),
+        stride_w(view.stride_w),
         channels(all_channels - channel),
         vector(view.vector) {}
 
@@ -323,22 +326,22 @@ struct Source {
                                             int32_t staged) const {
     Four<A> values{};
     if (channel >= channels) return values;
-    const T* row = data + steps(channel, stride_c) + steps(y, stride_h);
+    const T* row = advance(advance(data, channel, stride_c), y, stride_h);
     const int32_t x = columns.pixel[staged];
     if (vector && (x & 3) == 0 && columns.pixel[staged + 3] == x + 3) return load_four<A>(row + x);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) values.at[k] = as<A>(read(row + steps(columns.pixel[staged + k], stride_w)));
+    for (int k = 0; k < 4; ++k) values.at[k] = as<A>(read(advance(row, columns.pixel[staged + k], stride_w)));
     return values;
   }
 
   // Four channels of one pixel.
   __device__ __forceinline__ Four<A> quad(int32_t quad, int32_t y, int32_t x) const {
-    const T* pixel = data + steps(y, stride_h) + steps(x, stride_w);
+    const T* pixel = advance(advance(data, y, stride_h), x, stride_w);
     if (vector && 4 * quad + 4 <= channels) return load_four<A>(pixel + 4 * quad);
     Four<A> values{};
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      if (4 * quad + k < channels) values.at[k] = as<A>(read(pixel + steps(4 * quad + k, stride_c)));
+      if (4 * quad + k < channels) values.at[k] = as<A>(read(advance(pixel, 4 * quad + k, stride_c)));
     return values;
   }
 };
@@ -416,7 +419,7 @@ __device__ __forceinline__ void stage(const From& from, bool planar, PoolShared<
       for (int k = 0; k < 4; ++k) shared.tile[tile_at<A>(4 * quad + k, group) + lane / 8] = values.at[k];
     }
   } else {
-    const Divider by_row = Divider::in_block(columns);
+    const Divider by_row = tables.by_columns;
 #pragma unroll 1
     for (int32_t task = threadIdx.x; task < rows * columns * kQuads<A>; task += kThreads) {
       const int32_t pixel = task / kQuads<A>, quad = task % kQuads<A>;
@@ -476,15 +479,15 @@ __device__ void accumulate(PoolShared<A>& shared, const Tables<A>& tables, const
   const int32_t columns = tables.x.count;
   for_own_bins(shared, group, [&](int32_t bin, int32_t quad, Four<A>& values) {
     const int32_t i = bin / group.columns, j = bin - i * group.columns;
-    const int32_t x0 = tables.x.bin_range[2 * j], x1 = tables.x.bin_range[2 * j + 1];
-    int32_t y0 = tables.y.bin_range[2 * i], y1 = tables.y.bin_range[2 * i + 1];
-    y0 = y0 > row ? y0 : row;
-    y1 = y1 < row + rows ? y1 : row + rows;
-    if (y0 >= y1 || x0 >= x1) return;
+    const Range along_x = tables.x.bin_range[j];
+    Range along_y = tables.y.bin_range[i];
+    along_y.begin = along_y.begin > row ? along_y.begin : row;
+    along_y.end = along_y.end < row + rows ? along_y.end : row + rows;
+    if (along_y.begin >= along_y.end || along_x.begin >= along_x.end) return;
     Four<A> sum{};
-    for (int32_t y = y0; y < y1; ++y) {
+    for (int32_t y = along_y.begin; y < along_y.end; ++y) {
       Four<A> line{};
-      for (int32_t x = x0; x < x1; ++x) {
+      for (int32_t x = along_x.begin; x < along_x.end; ++x) {
         const A weight = tables.x.weight[j * kPixels + x];
         const Four<A> pixel =
             *reinterpret_cast<const Four<A>*>(shared.tile.four(tile_at<A>((y - row) * columns + x, quad)));
@@ -522,74 +525,112 @@ __device__ __forceinline__ void pool(const PoolSource& source, const RegionPlace
 // ---- gradient ------------------------------------------------------------------------------------------------------
 
 // grad += RoIAlign^T(bins): one atomic for every touched pixel and channel, four at once where channels are neighbours.
+//
+// kParts threads share a pixel, each has every kParts-th quad of its channels: bins are found once for several quads.
+// In the order of memory, the lanes of a warp have neighbouring pixels, or neighbouring quads of few pixels.
 template <class A>
 __device__ void scatter(const MapView& view, int32_t image, int32_t all_channels, int32_t channel,
                         const RegionPlace& place, const BinGroup& group, PoolShared<A>& shared, Tables<A>& tables) {
-  A* data = static_cast<A*>(view.map.data) + image * view.map.stride_n + channel * view.map.stride_c;
-  const int32_t stride_c = int32_t(view.map.stride_c), stride_h = int32_t(view.map.stride_h),
-                stride_w = int32_t(view.map.stride_w);
-  const int32_t channels = all_channels - channel;
+  constexpr int kParts = 4, kOwn = kQuads<A> / kParts, kAtOnce = kThreads / kParts;
+  const int32_t part = view.planar ? threadIdx.x / kAtOnce : threadIdx.x % kParts;
+  const int32_t first_pixel = view.planar ? threadIdx.x % kAtOnce : threadIdx.x / kParts;
+
+  const bool fours = !view.planar && view.vector && all_channels % 4 == 0, whole = all_channels - channel >= kChunk<A>;
+  const int32_t first_channel = channel + 4 * part, channels = all_channels - first_channel;
+  A* data = static_cast<A*>(view.map.data) + image * view.map.stride_n + first_channel * view.map.stride_c;
+  const int32_t stride_c = view.stride_c, stride_h = view.stride_h, stride_w = view.stride_w;
+
   for_each_batch(place, view, group, tables, [&] {
-    const int32_t columns = tables.x.count, pixels = tables.y.count * columns;
-    if (pixels == 0) return;
-    const Divider by_columns = Divider::in_block(columns);
-    const auto scatter_quad = [&](int32_t pixel, int32_t quad) {
-      const Split at_pixel = by_columns.split(pixel);
-      const int32_t y = at_pixel.quotient, x = at_pixel.remainder;
-      const int32_t i0 = tables.y.pixel_range[2 * y], i1 = tables.y.pixel_range[2 * y + 1];
-      const int32_t j0 = tables.x.pixel_range[2 * x], j1 = tables.x.pixel_range[2 * x + 1];
-      if (i0 >= i1 || j0 >= j1 || 4 * quad >= channels) return;
-      Four<A> sum{};
-      for (int32_t i = i0; i < i1; ++i)
-        for (int32_t j = j0; j < j1; ++j) {
-          const A weight = tables.y.weight[i * kPixels + y] * tables.x.weight[j * kPixels + x];
-          const Four<A> bin =
-              *reinterpret_cast<const Four<A>*>(shared.bins.four(bin_at<A>(i * group.columns + j, quad)));
+    const int32_t pixels = tables.y.count * tables.x.count;
+#pragma unroll 1
+    for (int32_t pixel = first_pixel; pixel < pixels; pixel += kAtOnce) {
+      const Split split = tables.by_columns.split(pixel);
+      const int32_t y = split.quotient, x = split.remainder;
+      const Range along_y = tables.y.pixel_range[y], along_x = tables.x.pixel_range[x];
+      if (along_y.begin >= along_y.end || along_x.begin >= along_x.end) continue;
+
+      Four<A> sum[kOwn] = {};
+#pragma unroll 1
+      for (int32_t i = along_y.begin; i < along_y.end; ++i) {
+        const A weight_y = tables.y.weight[i * kPixels + y];
+#pragma unroll 1
+        for (int32_t j = along_x.begin; j < along_x.end; ++j) {
+          const A weight = weight_y * tables.x.weight[j * kPixels + x];
+          const int32_t bin_quad = bin_at<A>(i * group.columns + j, part);
 #pragma unroll
-          for (int k = 0; k < 4; ++k) sum.at[k] += weight * bin.at[k];
+          for (int q = 0; q < kOwn; ++q) {
+            const Four<A> bin = *reinterpret_cast<const Four<A>*>(shared.bins.four(bin_quad ^ (4 * kParts * q)));
+#pragma unroll
+            for (int k = 0; k < 4; ++k) sum[q].at[k] += weight * bin.at[k];
+          }
         }
-      A* at =
-          data + steps(4 * quad, stride_c) + steps(tables.y.pixel[y], stride_h) + steps(tables.x.pixel[x], stride_w);
-      if (!view.planar && view.vector && 4 * quad + 4 <= channels) {
-        add_four(at, sum);
-      } else {
+      }
+
+      A* to = advance(advance(data, tables.y.pixel[y], stride_h), tables.x.pixel[x], stride_w);
+      if (fours) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k)
-          if (4 * quad + k < channels) add(at + steps(k, stride_c), sum.at[k]);
+        for (int q = 0; q < kOwn; ++q)
+          if (4 * kParts * q < channels) add_four(to + 4 * kParts * q, sum[q]);
+      } else {
+        const auto add_each = [&](const auto& exists) {
+#pragma unroll
+          for (int q = 0; q < kOwn; ++q) {
+#pragma unroll
+            for (int k = 0; k < 4; ++k)
+              if (exists(4 * kParts * q + k)) add(advance(to, 4 * kParts * q + k, stride_c), sum[q].at[k]);
+          }
+        };
+        if (whole)
+          add_each([](int32_t) { return true; });
+        else
+          add_each([&](int32_t later) { return later < channels; });
       }
-    };
-    if (view.planar) {
-      const Divider by_pixels = Divider::in_block(pixels);
-#pragma unroll 1
-      for (int32_t task = threadIdx.x; task < pixels * kQuads<A>; task += kThreads) {
-        const Split at = by_pixels.split(task);
-        scatter_quad(at.remainder, at.quotient);
-      }
-    } else {
-#pragma unroll 1
-      for (int32_t task = threadIdx.x; task < pixels * kQuads<A>; task += kThreads)
-        scatter_quad(task / kQuads<A>, task % kQuads<A>);
     }
   });
 }
 
 // ---- pooled tensors ------------------------------------------------------------------------------------------------
 
-// Calls body(channel, index, bin) for the group's bins of channels [0, channels) of the chunk, in the order of memory:
-// `index` is where that element lies in a tensor (R, C, pooled_h, pooled_w), `bin` where in `bins`, shared memory.
-// `first` is the chunk's first channel, counted over all regions.
-template <class A, class Body>
-__device__ __forceinline__ void for_pooled(int64_t first, int32_t channels, const RoiAlignSpec& align,
-                                           const BinGroup& group, Bins<A>& bins, const Body& body) {
+// Calls body(quad, bin, index, step) for the group's bins and `quads` quads of the chunk's channels, neighbouring lanes
+// with neighbouring bins: `index` is where the quad's first channel lies in a tensor (R, C, pooled_h, pooled_w), `step`
+// how far apart its channels are there. `first` is the chunk's first channel, counted over all regions.
+template <class Body>
+__device__ __forceinline__ void for_pooled(int64_t first, int32_t quads, const RoiAlignSpec& align,
+                                           const BinGroup& group, const Body& body) {
   const Divider by_bins = Divider::in_block(group.bins()), by_columns = Divider::in_block(group.columns);
-  for (int32_t task = threadIdx.x; task < channels * group.bins(); task += kThreads) {
-    const Split at = by_bins.split(task);
-    const int32_t channel = at.quotient, bin = at.remainder;
-    const Split cell = by_columns.split(bin);
-    const int32_t i = group.y + cell.quotient, j = group.x + cell.remainder;
-    body(channel, ((first + channel) * align.pooled_h + i) * align.pooled_w + j,
-         bins[bin_at<A>(bin, channel / 4) + channel % 4]);
+  const int32_t step = align.pooled_h * align.pooled_w;
+  const int64_t begin = first * step + group.y * align.pooled_w + group.x;
+#pragma unroll 1
+  for (int32_t task = threadIdx.x; task < quads * group.bins(); task += kThreads) {
+    const Split at = by_bins.split(task), bin = by_columns.split(at.remainder);
+    body(at.quotient, at.remainder, begin + (4 * at.quotient * step + bin.quotient * align.pooled_w + bin.remainder),
+         step);
   }
+}
+
+// Calls store(index, value) for the bins of the chunk's `channels` channels.
+template <class A, class Store>
+__device__ __forceinline__ void write_pooled(int64_t first, int32_t channels, const RoiAlignSpec& align,
+                                             const BinGroup& group, Bins<A>& bins, const Store& store) {
+  for_pooled(first, (channels + 3) / 4, align, group, [&](int32_t quad, int32_t bin, int64_t index, int32_t step) {
+    const Four<A> values = *reinterpret_cast<const Four<A>*>(bins.four(bin_at<A>(bin, quad)));
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (4 * quad + k < channels) store(index + k * step, values.at[k]);
+  });
+}
+
+// Fills the bins with load(index); zeros for channels that do not exist.
+template <class A, class Load>
+__device__ __forceinline__ void read_pooled(int64_t first, int32_t channels, const RoiAlignSpec& align,
+                                            const BinGroup& group, Bins<A>& bins, const Load& load) {
+  for_pooled(first, kQuads<A>, align, group, [&](int32_t quad, int32_t bin, int64_t index, int32_t step) {
+    Four<A> values{};
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (4 * quad + k < channels) values.at[k] = load(index + k * step);
+    put_four(bins.four(bin_at<A>(bin, quad)), values);
+  });
 }
 
 // Of the chunk that begins with `channel`, the channels that exist.

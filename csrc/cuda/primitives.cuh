@@ -263,6 +263,22 @@ __device__ __forceinline__ void store_four(T* to, const Four<A>& values) {
   *reinterpret_cast<Four<T>*>(to) = stored;
 }
 
+// Four elements into shared memory, in one access, which the compiler does not make of values that it chose from.
+template <class A>
+__device__ __forceinline__ void put_four(A* to, const Four<A>& values) {
+#ifndef TARDKD_CUDA_ON_CPU
+  if constexpr (sizeof(A) == 4) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "r"(uint32_t(__cvta_generic_to_shared(to))), "f"(values.at[0]), "f"(values.at[1]), "f"(values.at[2]),
+                   "f"(values.at[3])
+                 : "memory");
+    return;
+  }
+#endif
+  *reinterpret_cast<Four<A>*>(to) = values;
+}
+
 // ---- atomics -------------------------------------------------------------------------------------------------------
 
 template <class A>

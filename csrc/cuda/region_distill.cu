@@ -86,20 +86,21 @@ __device__ __forceinline__ A feature_term(const RegionJob<A>& job, int32_t regio
       const A beta = static_cast<A>(job.spec.beta);
       for_own_bins(bins, group, [&](int32_t bin, int32_t, Four<A>& values) {
         const A weight = shared.bin_weight[bin];
+        Four<A> gradient;
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           sum += weight * penalty(job.spec.feature_loss, values.at[k], beta);
-          values.at[k] = shared.slope * weight * penalty_slope(job.spec.feature_loss, values.at[k], beta);
+          gradient.at[k] = shared.slope * weight * penalty_slope(job.spec.feature_loss, values.at[k], beta);
         }
+        put_four(values.at, gradient);
       });
       __syncthreads();
       if (job.want_grad)
         scatter(job.grad.level[bins.place[0].level], shared.decision.image, channels, channel, bins.place[0], group,
                 bins, bins.tables[0]);
       else if (job.grad_pooled)
-        for_pooled<A>(int64_t(region) * job.sides[0].max_channels + channel, chunk_channels<A>(channels, channel),
-                      job.align, group, bins.bins,
-                      [&](int32_t, int64_t at, A gradient) { job.grad_pooled[at] = gradient; });
+        write_pooled(int64_t(region) * job.sides[0].max_channels + channel, chunk_channels<A>(channels, channel),
+                     job.align, group, bins.bins, [&](int64_t at, A gradient) { job.grad_pooled[at] = gradient; });
       __syncthreads();
     });
   });

@@ -65,20 +65,20 @@ template <class A>
 __global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
     roi_align_kernel(const __grid_constant__ AlignJob<A> job) {
   const int32_t channels = job.pyramid.max_channels;
-  const bool valid = for_region(job, [&](int64_t region, int32_t image, int32_t channel, const BinGroup& group,
-                                         PoolShared<A>& shared) {
-    const RegionPlace& place = shared.place[0];
-    clear_bins(shared, group);
-    const MapView& map = job.pyramid.level[place.level];
-    pool(PoolSource{map, map, false, job.pyramid.dtype, image, channels, channel}, place, group, shared,
-         shared.tables[0], A(1));
-    with_stored<A>(job.pyramid.dtype, [&](auto stored) {
-      using T = decltype(stored);
-      for_pooled<A>(region * channels + channel, chunk_channels<A>(channels, channel), job.align, group, shared.bins,
-                    [&](int32_t, int64_t at, A value) { static_cast<T*>(job.pooled)[at] = Stored<T>::from(value); });
-    });
-    __syncthreads();
-  });
+  const bool valid = for_region(
+      job, [&](int64_t region, int32_t image, int32_t channel, const BinGroup& group, PoolShared<A>& shared) {
+        const RegionPlace& place = shared.place[0];
+        clear_bins(shared, group);
+        const MapView& map = job.pyramid.level[place.level];
+        pool(PoolSource{map, map, false, job.pyramid.dtype, image, channels, channel}, place, group, shared,
+             shared.tables[0], A(1));
+        with_stored<A>(job.pyramid.dtype, [&](auto stored) {
+          using T = decltype(stored);
+          write_pooled(region * channels + channel, chunk_channels<A>(channels, channel), job.align, group, shared.bins,
+                       [&](int64_t at, A value) { static_cast<T*>(job.pooled)[at] = Stored<T>::from(value); });
+        });
+        __syncthreads();
+      });
   if (valid) return;
   with_stored<A>(job.pyramid.dtype, [&](auto stored) {
     using T = decltype(stored);
@@ -97,10 +97,8 @@ __global__ void __launch_bounds__(kThreads, TARDKD_BLOCKS(3))
     roi_align_scatter_kernel(const __grid_constant__ AlignJob<A> job) {
   const int32_t channels = job.pyramid.max_channels;
   for_region(job, [&](int64_t region, int32_t image, int32_t channel, const BinGroup& group, PoolShared<A>& shared) {
-    clear_bins(shared, group);  // of channels that do not exist
-    __syncthreads();
-    for_pooled<A>(region * channels + channel, chunk_channels<A>(channels, channel), job.align, group, shared.bins,
-                  [&](int32_t, int64_t at, A& bin) { bin = load_any<A>(job.pooled, job.pooled_dtype, at); });
+    read_pooled(region * channels + channel, chunk_channels<A>(channels, channel), job.align, group, shared.bins,
+                [&](int64_t at) { return load_any<A>(job.pooled, job.pooled_dtype, at); });
     __syncthreads();
     const RegionPlace& place = shared.place[0];
     scatter(job.pyramid.level[place.level], image, channels, channel, place, group, shared, shared.tables[0]);
@@ -205,9 +203,8 @@ __device__ void gather_region(const GatherJob& job, const Tile& tile, int64_t re
   const int32_t channels = chunk_channels<A>(job.grad.level[tile.level].map.channels, tile.channel);
   const int64_t first = region * job.grad.max_channels + tile.channel;
   for_each_group(job.align, [&](const BinGroup& group) {
-    for_pooled<A>(first, kChunk<A>, job.align, group, shared.bins, [&](int32_t channel, int64_t at, A& bin) {
-      bin = channel < channels ? load_any<A>(job.pooled, job.pooled_dtype, at) : A(0);
-    });
+    read_pooled(first, channels, job.align, group, shared.bins,
+                [&](int64_t at) { return load_any<A>(job.pooled, job.pooled_dtype, at); });
     __syncthreads();  // the place is known
     const AxisPlace &along_y = shared.place.y, &along_x = shared.place.x;
     for (int32_t task = threadIdx.x; task < (group.rows + group.columns) * kTile; task += kThreads) {
