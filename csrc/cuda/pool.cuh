@@ -305,9 +305,12 @@ __host__ __device__ size_t pool_shared_bytes(int sides) {
 
 // ---- staging -------------------------------------------------------------------------------------------------------
 
-// One image and chunk of a map; `channels` of the kChunk exist, the others read as zero.
+// One image and chunk of a map; `channels` of the kChunk exist, the others read as zero. What is read stays as it is
+// stored until both sides are read: to take 16-bit elements apart at once would wait for each read.
 template <class A, class T>
 struct Source {
+  using Element = T;
+
   const T* data;
   int32_t stride_c, stride_h, stride_w;  // see strides_fit
   int32_t channels;
@@ -322,28 +325,30 @@ struct Source {
         vector(view.vector) {}
 
   // Four staged pixels in a row, of one channel.
-  __device__ __forceinline__ Four<A> pixels(const AxisTable<A>& columns, int32_t channel, int32_t y,
-                                            int32_t staged) const {
-    Four<A> values{};
-    if (channel >= channels) return values;
+  __device__ __forceinline__ Words<T> read_pixels(const AxisTable<A>& columns, int32_t channel, int32_t y,
+                                                  int32_t staged) const {
+    if (channel >= channels) return Words<T>{};
     const T* row = advance(advance(data, channel, stride_c), y, stride_h);
     const int32_t x = columns.pixel[staged];
-    if (vector && (x & 3) == 0 && columns.pixel[staged + 3] == x + 3) return load_four<A>(row + x);
+    if (vector && (x & 3) == 0 && columns.pixel[staged + 3] == x + 3) return read_four(row + x);
+    Four<T> elements;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) values.at[k] = as<A>(read(advance(row, columns.pixel[staged + k], stride_w)));
-    return values;
+    for (int k = 0; k < 4; ++k) elements.at[k] = read(advance(row, columns.pixel[staged + k], stride_w));
+    return as_words(elements);
   }
+  __device__ __forceinline__ Four<A> pixels(const Words<T>& words, int32_t) const { return take_apart<A, T>(words); }
 
   // Four channels of one pixel.
-  __device__ __forceinline__ Four<A> quad(int32_t quad, int32_t y, int32_t x) const {
+  __device__ __forceinline__ Words<T> read_quad(int32_t quad, int32_t y, int32_t x) const {
     const T* pixel = advance(advance(data, y, stride_h), x, stride_w);
-    if (vector && 4 * quad + 4 <= channels) return load_four<A>(pixel + 4 * quad);
-    Four<A> values{};
+    if (vector && 4 * quad + 4 <= channels) return read_four(pixel + 4 * quad);
+    Four<T> elements{};
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      if (4 * quad + k < channels) values.at[k] = as<A>(read(advance(pixel, 4 * quad + k, stride_c)));
-    return values;
+      if (4 * quad + k < channels) elements.at[k] = read(advance(pixel, 4 * quad + k, stride_c));
+    return as_words(elements);
   }
+  __device__ __forceinline__ Four<A> quad(const Words<T>& words, int32_t) const { return take_apart<A, T>(words); }
 };
 
 template <class A>
@@ -361,17 +366,16 @@ struct StandardSource : Source<A, T> {
   __device__ StandardSource(const MapView& view, int32_t image, int32_t all_channels, int32_t channel)
       : Source<A, T>(view, image, all_channels, channel), norm(view.map.norm, all_channels, channel) {}
 
-  __device__ __forceinline__ Four<A> pixels(const AxisTable<A>& columns, int32_t channel, int32_t y,
-                                            int32_t staged) const {
-    Four<A> values = Source<A, T>::pixels(columns, channel, y, staged);
+  __device__ __forceinline__ Four<A> pixels(const Words<T>& words, int32_t channel) const {
+    Four<A> values = take_apart<A, T>(words);
     if (channel >= this->channels) return values;
     const A scale = read(norm.scale + channel), mean = read(norm.mean + channel);
 #pragma unroll
     for (int k = 0; k < 4; ++k) values.at[k] = scale * (values.at[k] - mean);
     return values;
   }
-  __device__ __forceinline__ Four<A> quad(int32_t quad, int32_t y, int32_t x) const {
-    Four<A> values = Source<A, T>::quad(quad, y, x);
+  __device__ __forceinline__ Four<A> quad(const Words<T>& words, int32_t quad) const {
+    Four<A> values = take_apart<A, T>(words);
 #pragma unroll
     for (int k = 0; k < 4; ++k)
       if (4 * quad + k < this->channels)
@@ -386,14 +390,28 @@ struct Difference {
   From map, other;
   bool subtract;
 
-  __device__ __forceinline__ Four<A> pixels(const AxisTable<A>& columns, int32_t channel, int32_t y,
-                                            int32_t staged) const {
-    const Four<A> values = map.pixels(columns, channel, y, staged);
-    return subtract ? minus(values, other.pixels(columns, channel, y, staged)) : values;
+  struct Read {
+    Words<typename From::Element> map, other;
+  };
+
+  __device__ __forceinline__ Read read_pixels(const AxisTable<A>& columns, int32_t channel, int32_t y,
+                                              int32_t staged) const {
+    Read read{map.read_pixels(columns, channel, y, staged), {}};
+    if (subtract) read.other = other.read_pixels(columns, channel, y, staged);
+    return read;
   }
-  __device__ __forceinline__ Four<A> quad(int32_t quad, int32_t y, int32_t x) const {
-    const Four<A> values = map.quad(quad, y, x);
-    return subtract ? minus(values, other.quad(quad, y, x)) : values;
+  __device__ __forceinline__ Four<A> pixels(const Read& read, int32_t channel) const {
+    const Four<A> values = map.pixels(read.map, channel);
+    return subtract ? minus(values, other.pixels(read.other, channel)) : values;
+  }
+  __device__ __forceinline__ Read read_quad(int32_t quad, int32_t y, int32_t x) const {
+    Read read{map.read_quad(quad, y, x), {}};
+    if (subtract) read.other = other.read_quad(quad, y, x);
+    return read;
+  }
+  __device__ __forceinline__ Four<A> quad(const Read& read, int32_t quad) const {
+    const Four<A> values = map.quad(read.map, quad);
+    return subtract ? minus(values, other.quad(read.other, quad)) : values;
   }
 };
 
@@ -414,7 +432,8 @@ __device__ __forceinline__ void stage(const From& from, bool planar, PoolShared<
       const int32_t quad = task / kQuads<A> * 8 + lane % 8, group = task % kQuads<A>, channel = 4 * group + lane / 8;
       if (quad >= quads) continue;
       const Split at = by_row.split(quad);
-      const Four<A> values = from.pixels(tables.x, channel, tables.y.pixel[row + at.quotient], 4 * at.remainder);
+      const auto read = from.read_pixels(tables.x, channel, tables.y.pixel[row + at.quotient], 4 * at.remainder);
+      const Four<A> values = from.pixels(read, channel);
 #pragma unroll
       for (int k = 0; k < 4; ++k) shared.tile[tile_at<A>(4 * quad + k, group) + lane / 8] = values.at[k];
     }
@@ -424,8 +443,8 @@ __device__ __forceinline__ void stage(const From& from, bool planar, PoolShared<
     for (int32_t task = threadIdx.x; task < rows * columns * kQuads<A>; task += kThreads) {
       const int32_t pixel = task / kQuads<A>, quad = task % kQuads<A>;
       const Split at = by_row.split(pixel);
-      *reinterpret_cast<Four<A>*>(shared.tile.four(tile_at<A>(pixel, quad))) =
-          from.quad(quad, tables.y.pixel[row + at.quotient], tables.x.pixel[at.remainder]);
+      const auto read = from.read_quad(quad, tables.y.pixel[row + at.quotient], tables.x.pixel[at.remainder]);
+      *reinterpret_cast<Four<A>*>(shared.tile.four(tile_at<A>(pixel, quad))) = from.quad(read, quad);
     }
   }
 }

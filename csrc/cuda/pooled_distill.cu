@@ -94,21 +94,22 @@ __device__ __forceinline__ void penalise_dense(const PooledJob<A>& job, const T*
   constexpr int32_t kStep = 4 * kThreads;
   const int32_t count = job.count();
   for (int32_t begin = 4 * threadIdx.x; begin < count; begin += kBatch * kStep) {
-    Four<A> s[kBatch], t[kBatch];
+    Words<T> s[kBatch], t[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b)
       if (begin + b * kStep < count) {
-        s[b] = load_four<A>(student + begin + b * kStep);
-        t[b] = load_four<A>(teacher + begin + b * kStep);
+        s[b] = read_four(student + begin + b * kStep);
+        t[b] = read_four(teacher + begin + b * kStep);
       }
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       if (begin + b * kStep < count) {
+        const Four<A> own = take_apart<A, T>(s[b]), other = take_apart<A, T>(t[b]);
         Four<A> gradient;
         Position at(job.inner, begin + b * kStep);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          gradient.at[k] = element(difference<kNorm>(job, s[b].at[k], t[b].at[k], at),
+          gradient.at[k] = element(difference<kNorm>(job, own.at[k], other.at[k], at),
                                    weights[job.bins_inside ? at.inner : at.outer]);
           at.next(job.inner);
         }

@@ -240,6 +240,13 @@ __device__ __forceinline__ Words<T> read_four(const T* from) {
 #endif
 }
 
+template <class T>
+__device__ __forceinline__ Words<T> as_words(const Four<T>& elements) {
+  Words<T> words;
+  memcpy(&words, &elements, sizeof words);
+  return words;
+}
+
 template <class A, class T>
 __device__ __forceinline__ Four<A> take_apart(const Words<T>& words) {
   Four<T> stored;
@@ -248,11 +255,6 @@ __device__ __forceinline__ Four<A> take_apart(const Words<T>& words) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) values.at[k] = as<A>(stored.at[k]);
   return values;
-}
-
-template <class A, class T>
-__device__ __forceinline__ Four<A> load_four(const T* from) {
-  return take_apart<A, T>(read_four(from));
 }
 
 template <class T, class A>
