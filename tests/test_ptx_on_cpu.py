@@ -207,6 +207,12 @@ def test_what_is_not_known_is_named(module, instruction):
         run(module, instruction + ";")
 
 
+def test_findings_name_the_source_and_the_instruction(module):
+    load = ".loc 1 12 3\nld.global.u32 %r9, [%rd2+4];"
+    run_with_source = f'{load} ret; }}\n.file\t1 "/some/where/pool.cuh"\n.func (.param .b32 x) unused() {{'
+    assert "out of bounds | pool.cuh:12 | ld.global.u32 %r9, [%rd2+4]" in finding(module, run_with_source)
+
+
 # --- rules ---------------------------------------------------------------------------------------------
 
 
@@ -355,3 +361,40 @@ def test_counts_of_an_access(module, access, units, fewest):
     assert (kernel["launches"], kernel["blocks"], kernel["threads"]) == (1, 1, 32)
     module.reset_counts()
     assert module.kernels() == []
+
+
+WALK = """
+    mov.u32 %r7, 0;
+    mov.u64 %rd5, %rd1;
+    shl.b32 %r8, %r1, 2;
+    cvt.u64.u32 %rd6, %r8;
+    add.s64 %rd5, %rd5, %rd6;
+    LOOP:
+    {access}
+    add.s64 %rd5, %rd5, 128;
+    add.s32 %r7, %r7, 1;
+    setp.lt.u32 %p2, %r7, 8;
+    @%p2 bra LOOP;
+"""
+
+
+@pytest.mark.parametrize(
+    "access, blocks, lines, expected",
+    [
+        ("ld.global.u32 %r9, [%rd5];", 1, 8, (1024, 0)),
+        ("st.global.u32 [%rd5], %r1;", 1, 8, (0, 1024)),
+        ("st.global.u32 [%rd5], %r1;", 1, 2, (0, 1024)),
+        ("red.global.add.u32 [%rd5], %r1;", 1, 8, (1024, 1024)),
+        ("ld.global.u32 %r9, [%rd5];", 3, 8, (1024, 0)),  # the first block's lines are there for the others
+        ("ld.global.u32 %r9, [%rd5];", 3, 7, (3072, 0)),  # gone again before the next block comes by
+        ("red.global.add.u32 [%rd5], %r1;", 3, 7, (3072, 3072)),
+        ("setp.lt.u32 %p3, %r1, 8; @%p3 ld.global.u32 %r9, [%rd5];", 1, 8, (256, 0)),  # a sector of each line
+    ],
+)
+def test_traffic_behind_a_cache(module, access, blocks, lines, expected):
+    """Blocks of a warp that walk over 1024 bytes, one block at a time."""
+    storage = torch.zeros(288, dtype=torch.int32)
+    begin = -storage.data_ptr() % 128 // 4
+    module.set_cache(lines * 128, 1)
+    run(module, WALK.format(access=access), storage[begin : begin + 256], blocks=blocks)
+    assert module.traffic() == expected

@@ -15,7 +15,9 @@ uint64_t distinct(std::array<uint64_t, n>& values, size_t count) {
   return uint64_t(std::unique(values.begin(), values.begin() + long(count)) - values.begin());
 }
 
-void count_sectors(Count& count, const uint64_t* addresses, uint32_t mask, uint32_t bytes) {
+// A lane's bytes are within one sector. `trace`: what the block asks for; or null.
+void count_sectors(const Instruction& i, Trace* trace, const uint64_t* addresses, uint32_t mask, uint32_t bytes) {
+  Count& count = i.count;
   std::array<uint64_t, kLanes> sectors, own;
   size_t lanes = 0;
   for_lanes(mask, [&](int lane) {
@@ -23,7 +25,10 @@ void count_sectors(Count& count, const uint64_t* addresses, uint32_t mask, uint3
     own[lanes++] = addresses[lane];
   });
   const uint64_t places = distinct(own, lanes);
-  count.units += distinct(sectors, lanes);
+  const uint64_t asked = distinct(sectors, lanes);
+  const Touch touch = i.is_atomic ? Touch::atomic : i.is_store ? Touch::store : Touch::load;
+  for (size_t k = 0; trace && k < asked; ++k) trace->add(sectors[k], touch);
+  count.units += asked;
   count.fewest += (places * bytes + kSector - 1) / kSector;
   count.shared_addresses += lanes - places;
 }
@@ -48,9 +53,11 @@ void count_wavefronts(Count& count, const uint64_t* addresses, uint32_t mask, ui
 
 }  // namespace
 
-void count_access(const Instruction& i, Space space, const uint64_t* addresses, uint32_t mask, uint32_t bytes) {
+void count_access(Launch& launch, const Instruction& i, Space space, const uint64_t* addresses, uint32_t mask,
+                  uint32_t bytes) {
   if (!mask) return;
-  if (space == Space::global) count_sectors(i.count, addresses, mask, bytes);
+  Trace* const trace = launch.traces.empty() ? nullptr : &launch.traces[launch.block];
+  if (space == Space::global) count_sectors(i, trace, addresses, mask, bytes);
   if (space == Space::shared) count_wavefronts(i.count, addresses, mask, bytes);
 }
 

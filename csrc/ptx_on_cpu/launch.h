@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 
+#include "cache.h"
 #include "program.h"
 
 namespace ptx_on_cpu {
@@ -53,6 +54,7 @@ struct Launch {
   uint64_t launch_stamp = 0;
   std::map<std::string, uint64_t> findings;
   std::vector<uint8_t> params;
+  std::vector<Trace> traces;  // by block; or none
 
   // Of the block that runs.
   uint64_t block = 0, block_stamp = 0;
@@ -93,7 +95,7 @@ void run(Launch& launch, const Dim& grid, const Dim& block, size_t shared_bytes,
 void track(Launch&, const Instruction&, Shadow& shadow, uint64_t stamp, int32_t thread, bool writes);
 
 // counters.cpp. Counts the access of the lanes of `mask` to `bytes` bytes each.
-void count_access(const Instruction&, Space space, const uint64_t* addresses, uint32_t mask, uint32_t bytes);
+void count_access(Launch&, const Instruction&, Space space, const uint64_t* addresses, uint32_t mask, uint32_t bytes);
 
 // Actions. memory.cpp:
 void access(Launch&, const Instruction&, uint32_t mask);  // loads and stores

@@ -73,8 +73,8 @@ void for_each_access(Launch& launch, const Instruction& i, uint32_t mask, Use us
     shared |= uint32_t(space == Space::shared) << lane;
     use(lane, at, space);
   });
-  count_access(i, Space::global, addresses, global, bytes);
-  count_access(i, Space::shared, addresses, shared, bytes);
+  count_access(launch, i, Space::global, addresses, global, bytes);
+  count_access(launch, i, Space::shared, addresses, shared, bytes);
 }
 
 template <class T>

@@ -14,9 +14,9 @@ py::dict described(const ptx_on_cpu::Kernel& kernel) {
                                count.shared_addresses));
   }
   using namespace py::literals;
-  return py::dict("name"_a = kernel.name, "launches"_a = kernel.launches, "blocks"_a = kernel.blocks,
-                  "threads"_a = kernel.threads, "barriers"_a = kernel.barriers, "shared"_a = kernel.shared_bytes,
-                  "local"_a = kernel.local_bytes, "code"_a = code);
+  return py::dict("name"_a = kernel.name, "entry"_a = kernel.entry, "launches"_a = kernel.launches,
+                  "blocks"_a = kernel.blocks, "threads"_a = kernel.threads, "barriers"_a = kernel.barriers,
+                  "shared"_a = kernel.shared_bytes, "local"_a = kernel.local_bytes, "code"_a = code);
 }
 
 }  // namespace
@@ -40,5 +40,7 @@ PYBIND11_MODULE(_ptx_on_cpu, m) {
     for (const ptx_on_cpu::Kernel* kernel : ptx_on_cpu::kernels()) all.append(described(*kernel));
     return all;
   });
+  m.def("set_cache", &ptx_on_cpu::set_cache, "Bytes of the second-level cache, blocks that run at a time");
+  m.def("traffic", &ptx_on_cpu::traffic, "Bytes read and written behind the cache, which is taken away");
   m.def("reset_counts", &ptx_on_cpu::reset_counts);
 }

@@ -60,7 +60,7 @@ struct Instruction {
 };
 
 struct Kernel {
-  std::string name;  // without namespaces
+  std::string name, entry;  // without namespaces; as the PTX spells it
   std::vector<Instruction> code;
   std::vector<uint64_t> constants;  // kLanes of each
   int registers = 0;

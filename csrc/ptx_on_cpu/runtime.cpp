@@ -17,8 +17,10 @@ struct Runtime {
   std::vector<std::string> compiled;           // PTX of all architectures
   std::map<const void*, std::string> names;    // of kernels, by the host's functions that launch them
   std::map<int, std::vector<Module>> modules;  // parsed, by architecture
+  std::vector<Module> replacements;
   std::map<std::pair<int, std::string>, std::unique_ptr<Kernel>> kernels;
   Ranges ranges;
+  std::unique_ptr<Cache> cache;
   std::vector<std::string> launches;
   int architecture = 90, last_error = kSuccess;
   uint64_t seed = 0, stamps = 0;
@@ -41,11 +43,13 @@ Kernel& kernel_of(const std::string& name) {
   Runtime& now = runtime();
   std::unique_ptr<Kernel>& kernel = now.kernels[{now.architecture, name}];
   if (kernel) return *kernel;
-  for (const Module& module : modules()) {
-    const auto entry = module.functions.find(name);
-    if (entry == module.functions.end()) continue;
-    kernel = translate(module, entry->second);
-    return *kernel;
+  for (const std::vector<Module>* parsed : {&now.replacements, &modules()}) {
+    for (const Module& module : *parsed) {
+      const auto entry = module.functions.find(name);
+      if (entry == module.functions.end()) continue;
+      kernel = translate(module, entry->second);
+      return *kernel;
+    }
   }
   fail("no kernel " + name + " was compiled for sm_" + std::to_string(now.architecture));
 }
@@ -64,7 +68,9 @@ int launch(Kernel& kernel, const Dim& grid, const Dim& block, size_t shared_byte
   Launch launch(kernel, now.ranges, now.stamps);
   launch.launch_stamp = ++now.stamps;
   launch.params = params;
+  if (now.cache) launch.traces.resize(grid.count());
   run(launch, grid, block, shared_bytes, now.seed ? now.seed * 7919 + now.launches.size() : 0);
+  if (now.cache) now.cache->run(launch.traces);
   if (launch.findings.empty()) return kSuccess;
   std::string all = kernel.name + " breaks rules:";
   for (const auto& [finding, count] : launch.findings) all += "\n  " + std::to_string(count) + " times " + finding;
@@ -127,12 +133,12 @@ std::vector<std::string> texts() {
   return found;
 }
 
-void restore() {
-  runtime().modules.clear();
+void replace(const std::string& ptx) {
+  runtime().replacements = {parse(ptx)};
   runtime().kernels.clear();
 }
-void replace(const std::string& ptx) {
-  modules().insert(modules().begin(), parse(ptx));  // the first that has a name is taken
+void restore() {
+  runtime().replacements.clear();
   runtime().kernels.clear();
 }
 
@@ -146,6 +152,12 @@ std::vector<const Kernel*> kernels() {
   for (const auto& [key, kernel] : runtime().kernels)
     if (kernel && kernel->launches) launched.push_back(kernel.get());
   return launched;
+}
+void set_cache(uint64_t bytes, uint64_t resident) { runtime().cache = std::make_unique<Cache>(bytes, resident); }
+std::pair<uint64_t, uint64_t> traffic() {
+  const std::unique_ptr<Cache> cache = std::move(runtime().cache);
+  cache->flush();
+  return {cache->read, cache->written};
 }
 void reset_counts() {
   for (auto& [key, kernel] : runtime().kernels) {

@@ -3,6 +3,8 @@
 // tests/ptx_on_cpu.py.
 #pragma once
 
+#include <utility>
+
 #include "program.h"
 
 namespace ptx_on_cpu {
@@ -18,8 +20,8 @@ std::vector<std::string> launches();  // kernels launched since the start or res
 void reset();                         // forgets launches and seed
 
 std::vector<std::string> texts();      // the PTX of the architecture that runs
-void replace(const std::string& ptx);  // its functions take the place of those of the same names
-void restore();                        // to what was compiled
+void replace(const std::string& ptx);  // its functions take the place of those of the same names, until restore()
+void restore();
 
 // Launches `name` as the PTX spells it: `blocks` of `threads`, with the bytes of its parameters.
 void launch(const std::string& name, unsigned blocks, unsigned threads, uint64_t shared_bytes,
@@ -27,5 +29,10 @@ void launch(const std::string& name, unsigned blocks, unsigned threads, uint64_t
 
 std::vector<const Kernel*> kernels();  // launched so far, with their counts
 void reset_counts();
+
+// From here on a cache of so many bytes stands before global memory, with so many blocks at a time; traffic() says
+// which bytes were read and written behind it until then, and takes it away.
+void set_cache(uint64_t bytes, uint64_t resident);
+std::pair<uint64_t, uint64_t> traffic();
 
 }  // namespace ptx_on_cpu

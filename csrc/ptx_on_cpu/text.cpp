@@ -68,7 +68,7 @@ std::vector<Variable> parse_variables(const std::string& list) {
 }
 
 // After ".entry" or ".func": results, name, parameters, directives, body. Of a declaration only the first three.
-Function parse_function(Cursor& in, const std::string& head, std::map<int, std::string>& files) {
+Function parse_function(Cursor& in, const std::string& head, const std::map<int, std::string>& files) {
   Function function;
   function.name = words(head).back();
   if (function.name == ".func") {
@@ -85,7 +85,7 @@ Function parse_function(Cursor& in, const std::string& head, std::map<int, std::
       in.take("{}");
     } else if (in.sees(".loc\t") || in.sees(".loc ")) {
       const auto place = words(in.take("\n"));
-      if (place[2] != "0") source = files[std::stoi(place[1])] + ":" + place[2];
+      if (place[2] != "0") source = files.at(std::stoi(place[1])) + ":" + place[2];
     } else if (const std::string label = in.take_label(); !label.empty()) {
       function.body.push_back({label, line, source, true});
     } else {
@@ -148,18 +148,25 @@ Variable parse_variable(const std::string& declaration) {
   return variable;
 }
 
+// The names of the source files by their numbers, which are at the end: `.file 1 "csrc/cuda/pool.cuh"`.
+static std::map<int, std::string> file_names(const std::string& text) {
+  std::map<int, std::string> names;
+  for (size_t at = 0; (at = text.find(".file\t", at)) != std::string::npos; ++at) {
+    const std::string line = text.substr(at, text.find('\n', at) - at), path = line.substr(0, line.rfind('"'));
+    names[std::stoi(words(line)[1])] = path.substr(path.find_last_of("/\"") + 1);
+  }
+  return names;
+}
+
 Module parse(const std::string& ptx) {
   const std::string text = without_comments(ptx);
   Module module;
-  std::map<int, std::string> files;
+  const std::map<int, std::string> files = file_names(text);
   for (Cursor in(text); !in.at_end();) {
     const auto directive = [&](const char* name) { return in.sees(std::string(".") + name); };
     if (directive("target")) {
       module.architecture = std::stoi(in.take("\n").substr(std::string(".target sm_").size()));
-    } else if (directive("file")) {
-      const std::string line = in.take("\n"), path = line.substr(0, line.rfind('"'));
-      files[std::stoi(words(line)[1])] = path.substr(path.find_last_of("/\"") + 1);
-    } else if (directive("version") || directive("address_size")) {
+    } else if (directive("version") || directive("address_size") || directive("file")) {
       in.take("\n");
     } else if (directive("section")) {
       in.take("}");

@@ -243,6 +243,7 @@ class Translator {
 std::unique_ptr<Kernel> translate(const Module& module, const Function& entry) {
   auto kernel = std::make_unique<Kernel>();
   kernel->name = readable(entry.name);
+  kernel->entry = entry.name;
   Translator(module, *kernel).translate(entry);
   return kernel;
 }
