@@ -46,7 +46,7 @@ class Balance:
         self, losses: Mapping[str, Tensor], features: Sequence[Tensor], schedule: float, memory: float
     ) -> None:
         for name, norm in pulls(losses, features).items():
-            found = norm.item() / (1.0 if name == "detector" else schedule)
+            found = norm[0].item() / (1.0 if name == "detector" else schedule)
             self._means[name] = memory * self._means.get(name, 0.0) + (1 - memory) * found
         if self.share is not None:
             self.factors = {

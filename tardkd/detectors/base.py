@@ -27,7 +27,7 @@ from tardkd.ops.spec import Activation, Background, BoxCoding, RoIAlignSpec, cla
 # The name that detectors' pooling had before the ops and the detectors shared one description of it.
 RoISettings = RoIAlignSpec
 
-RegionKind = Literal["proposals", "objects"]
+RegionKind = Literal["proposals", "objects", "anchors"]
 
 Detections = dict[str, Tensor]  # of one image: "boxes" (D, 4) xyxy in its pixels, "labels" (D,) int64, "scores" (D,)
 
@@ -41,8 +41,8 @@ class HeadSettings:
     box_weights: tuple[float, float, float, float]  # of the box coder: dx, dy, dw, dh
     widths: tuple[int, int] | None  # columns of (logits, boxes); None where only a pass can tell
     box_coding: BoxCoding = "deltas"  # what the head says of a box: deltas to the region, or a box of its own
-    # What the regions of a student of this family are: boxes that were there before the head spoke, such as proposals
-    # or anchors; or, for points and queries, which have no box, the objects that they were assigned to.
+    # What the regions of a student of this family are: its own proposals; anchors, which stood there before it looked;
+    # or, for points and queries, which have no box, the objects that they were assigned to.
     regions: RegionKind = "proposals"
     bins: int | None = None  # of its distribution over where each side of a box is; None: it has no distributions
 

@@ -243,6 +243,7 @@ class Detectron2RetinaNet(Detectron2Detector, DenseDetector):
             box_weights=(10.0, 10.0, 5.0, 5.0),
             widths=(self.model.num_classes, 4),
             box_coding="boxes",
+            regions="anchors",
         )
 
     def student_pass(self, batch: Batch, on_inputs: Callable[[InputBatch], None] = lambda inputs: None) -> StudentPass:

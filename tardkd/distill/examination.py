@@ -18,8 +18,7 @@ from .inputs import batch_fault, check_types, image_range, is_well_formed, range
 from .schedule import Schedule
 from .settings import DistillSettings, ScheduleSettings
 
-STRONG, WEAK = 1.0, SHARE / 10  # shares beyond these are worth a warning
-BALANCED = 3.0  # where the terms are balanced a share is what the settings ask for, so that more is tolerated
+STRONG, WEAK = 3 * SHARE, SHARE / 10  # shares beyond these are worth a warning
 
 
 def examine(distiller: Distiller, batch: Batch) -> Findings:
@@ -56,8 +55,14 @@ def _examine(distiller: Distiller, batch: Batch) -> Iterator[Finding]:
     yield ok(f"all losses are finite: {listed}", "", **values)
     yield from gates({name: value.item() for name, value in distiller.stats.items()}, distiller.settings.gate_weights)
     if any(level.requires_grad for level in student_pass.features):
-        norms = {name: norm.item() for name, norm in pulls(losses, student_pass.features).items()}
-        yield from balance(norms, distiller.settings, where="at the student's features")
+        heads = [weight for head in distiller.detector.heads for weight in head.parameters()]
+        norms = {name: norm.tolist() for name, norm in pulls(losses, student_pass.features, heads).items()}
+        own = norms.pop("detector")
+        shares = {
+            name: max((term / detector for term, detector in zip(norm, own) if detector), default=0.0)
+            for name, norm in norms.items()
+        }
+        yield from balance(shares, distiller.settings, where="at the student's features or in its heads")
     else:
         yield warning("the student's features have no gradient", "backbone and pyramid are frozen: is that meant?")
     trained = {name: weight for name, weight in distiller.named_parameters() if weight.requires_grad}
@@ -201,33 +206,31 @@ def gates(stats: Mapping[str, float], weights: Mapping[str, float]) -> Iterator[
 
 
 def balance(
-    norms: Mapping[str, float], settings: DistillSettings, *, where: str, prefix: str = ""
+    shares: Mapping[str, float], settings: DistillSettings, *, where: str, prefix: str = ""
 ) -> Iterator[Finding]:
     """The strength of each term's gradient, against that of all the detector's losses.
 
     Args:
-        norms: of the gradients of the "detector" and of each term.
+        shares: the norm of each term's gradient, over that of the detector's.
         settings: the distillation's.
         where: by what the gradients are.
         prefix: what stands before the name of a setting where the user writes it.
     """
-    weights, detector = settings.weights, norms["detector"]
-    shares = {name: norm / detector for name, norm in norms.items() if name != "detector"} if detector else {}
+    weights = settings.weights
     suggested = {name: float(f"{weights[name] * SHARE / share:.2g}") for name, share in shares.items() if share}
     text = f"gradient norm {where}, against the detector's own: " + ", ".join(
         f"{name} {share:.2f}" for name, share in shares.items()
     )
     numbers = {"shares": shares, "suggested": suggested}
     if settings.balance == "gradient":
-        strong, advice, otherwise = BALANCED, "", "is the teacher another than the student, and do the gates open?"
+        advice, otherwise = "", "is the teacher another than the student, and do the gates open?"
     else:
         listed = " ".join(f"{prefix}{name}={weight:g}" for name, weight in suggested.items())
         advice = otherwise = f"to start each at {SHARE:g}, a starting point of our choice: {listed}"
-        strong = STRONG
-    far = [name for name, share in shares.items() if not WEAK <= share <= strong]
+    far = [name for name, share in shares.items() if not WEAK <= share <= STRONG]
     if far:
         yield warning(
-            f"{text}; {first(far)} {'is' if len(far) == 1 else 'are'} out of {WEAK:g} to {strong:g}",
+            f"{text}; {first(far)} {'is' if len(far) == 1 else 'are'} out of {WEAK:g} to {STRONG:g}",
             otherwise if suggested else "no term pulls at all: see the gates",
             **numbers,
         )

@@ -81,7 +81,7 @@ class DistillSettings:
     """
 
     # --- the terms: a term of weight 0 is left out
-    # gradient: weight 1 pulls at the student with 0.3 of the strength of the detector's losses; none: it is a factor
+    # gradient: a term of weight 1 pulls at the student as strongly as the detector's losses; none: it is a factor
     balance: Balancing = "gradient"
     feature: float = 1.0  # weight of the term that compares the pooled features of each region
     classification: float = 1.0  # weight of the term that compares the class logits of each region
@@ -158,11 +158,11 @@ class DistillSettings:
     def loss_spec(self, head: HeadSettings, reduction: Reduction) -> LossSpec:
         """What the ops are told about gates and losses, for outputs written in the conventions of ``head``.
 
-        Where the regions are the objects themselves, no box can be better than the region's own: the teacher's box is
-        then held against the student's.
+        Only a proposal is a guess of the student's. Nearly every box of a teacher is better than an anchor, and none is
+        better than a region that is the object itself: there the teacher's box is held against the student's.
         """
         regression_gate = self.regression_gate
-        if head.regions == "objects" and regression_gate == "vs_proposal":
+        if head.regions != "proposals" and regression_gate == "vs_proposal":
             regression_gate = "vs_student"
         return LossSpec(
             feature_loss=self.feature_loss,

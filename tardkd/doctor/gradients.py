@@ -60,7 +60,9 @@ def check_gradients(subject: Subject) -> Iterator[Finding]:
     if distiller.teachers:
         stats, norms = ({name: mean(values) for name, values in of.items()} for of in (measured.stats, measured.norms))
         yield from gates(stats, distiller.settings.gate_weights)
-        yield from balance(norms, distiller.settings, where="in the student's backbone", prefix="distill.")
+        own = norms.pop("detector")
+        shares = {name: norm / own for name, norm in norms.items()} if own else {}
+        yield from balance(shares, distiller.settings, where="in the student's backbone", prefix="distill.")
 
 
 def _take_step(

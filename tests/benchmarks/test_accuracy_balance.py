@@ -29,7 +29,7 @@ def losses_of(features: list[Tensor], size: float = 1.0) -> dict[str, Tensor]:
 def test_every_term_gets_its_share(features):
     balance = Balance(share=0.3)
     balanced = balance(losses_of(features), features)
-    norms = {name: norm.item() for name, norm in pulls(balanced, features).items()}
+    norms = {name: norm[0].item() for name, norm in pulls(balanced, features).items()}
     assert norms["feature"] == pytest.approx(0.3 * norms["detector"])
     assert norms["regression"] == pytest.approx(0.3 * norms["detector"])
     assert norms["classification"] == 0
@@ -39,7 +39,7 @@ def test_every_term_gets_its_share(features):
 def test_pulls_are_those_before(features):
     balance = Balance(share=0.3)
     balance(losses_of(features), features)
-    norms = {name: norm.item() for name, norm in pulls(losses_of(features), features).items()}
+    norms = {name: norm[0].item() for name, norm in pulls(losses_of(features), features).items()}
     assert balance.pulls()["feature"] == pytest.approx(norms["feature"] / norms["detector"])
 
 
@@ -64,7 +64,7 @@ def test_a_lasting_balance_follows_the_terms_but_not_the_schedule(features, monk
     balance = Balance(share=0.5, lasting=True)
     for _ in range(100):  # a tenth of the term, of which the schedule leaves a quarter
         balanced = balance(losses_of(features, 0.1 * 0.25), features, schedule=0.25)
-    norms = {name: norm.item() for name, norm in pulls(balanced, features).items()}
+    norms = {name: norm[0].item() for name, norm in pulls(balanced, features).items()}
     assert norms["feature"] == pytest.approx(0.5 * 0.25 * norms["detector"], rel=1e-3)
     before = dict(balance.factors)
     for _ in range(100):

@@ -13,7 +13,7 @@ from detectors.tiny import tiny_batch, tiny_detector
 from torch.utils.checkpoint import checkpoint
 
 from tardkd.distill import Distiller, DistillSettings, ScheduleSettings, balance
-from tardkd.distill.balance import SHARE, Balance, BalanceWarning, BalanceWatch, gradient_norm, joint_pulls, pulls
+from tardkd.distill.balance import SHARE, Balance, BalanceWarning, BalanceWatch, gradient_norm, pulls
 
 OPEN = {"feature_gate": "foreground", "classification_gate": "foreground", "regression_gate": "foreground"}
 
@@ -55,7 +55,7 @@ def test_the_weight_that_is_named_makes_term_and_detector_equal() -> None:
     seen: dict[str, torch.Tensor] = {}
     distiller._watch_balance = lambda losses, features, weights: seen.update(pulls(losses, features))
     distiller(*tiny_batch())
-    assert seen["regression"] / seen["detector"] == pytest.approx(1, rel=0.6)  # one digit, and other regions
+    assert seen["regression"][0] / seen["detector"][0] == pytest.approx(1, rel=0.6)  # one digit, and other regions
 
 
 def test_it_comes_again_later_where_it_was_not_there_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def measured(distiller: Distiller) -> dict[str, float]:
     torch.manual_seed(0)
     student_pass, losses = distiller.step(batch)
     heads = [weight for head in distiller.detector.heads for weight in head.parameters()]
-    norms = joint_pulls(losses, student_pass.features, heads)
+    norms = pulls(losses, student_pass.features, heads)
     return {name: (norm / norms["detector"]).max().item() for name, norm in norms.items() if name != "detector"}
 
 
@@ -213,8 +213,8 @@ def test_what_never_pulls_keeps_its_weight_and_what_hardly_does_is_not_made_huge
 
 def test_most_steps_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    measure = balance.joint_pulls
-    monkeypatch.setattr(balance, "joint_pulls", lambda *args: seen.append(balance_._step) or measure(*args))
+    measure = balance.pulls
+    monkeypatch.setattr(balance, "pulls", lambda *args: seen.append(balance_._step) or measure(*args))
     balance_ = Balance()
     for _ in range(100):
         balance_({"feature": 0.3}, *of_two(4.0))

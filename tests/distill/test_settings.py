@@ -152,3 +152,12 @@ def test_the_ops_are_told_of_settings_and_head() -> None:
 )
 def test_compares_features(settings: dict[str, float], expected: bool) -> None:
     assert DistillSettings(**settings).compares_features is expected
+
+
+@pytest.mark.parametrize(
+    "regions, expected", [("proposals", "vs_proposal"), ("anchors", "vs_student"), ("objects", "vs_student")]
+)
+def test_only_a_proposal_is_a_guess_to_improve_on(regions: str, expected: str) -> None:
+    head = HeadSettings("first", "softmax", (10.0, 10.0, 5.0, 5.0), (4, 4), regions=regions)
+    assert DistillSettings().loss_spec(head, "mean").regression_gate == expected
+    assert DistillSettings(regression_gate="foreground").loss_spec(head, "mean").regression_gate == "foreground"

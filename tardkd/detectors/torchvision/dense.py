@@ -110,6 +110,7 @@ class OneStageDetector(Detector):
             box_weights=(10.0, 10.0, 5.0, 5.0),
             widths=self._widths,
             box_coding="boxes",
+            regions="anchors",
         )
 
     @property
