@@ -268,7 +268,7 @@ def check_command(command: str) -> None:
             assert set(wanted.split(",")) <= set(known)
     elif program == "pytest":
         paths = [argument for argument in arguments if "/" in argument or argument.isalpha()]
-        assert all((ROOT / path).exists() for path in paths if path not in ("slow", "gpu"))
+        assert all((ROOT / path).exists() for path in paths if path not in ("slow", "gpu", "ptx"))
     elif program in ("python", "python3"):
         if arguments[0] == "-m":
             module = arguments[1]
