@@ -678,13 +678,15 @@ __host__ __device__ inline int32_t channel_groups(int32_t channels) {
   return (channels + kChunksPerBlock * kChunk<A> - 1) / (kChunksPerBlock * kChunk<A>);
 }
 
-// Which region and which of the `groups` groups of its channels this block works on.
+// Which region and which of the `groups` groups of its channels this block works on. The group changes slowest: regions
+// overlap, and blocks that run at one time share the second-level cache.
 struct RegionBlock {
   int32_t region, group;
 };
 
 __device__ __forceinline__ RegionBlock region_block(int32_t groups) {
-  return RegionBlock{int32_t(blockIdx.x / groups), int32_t(blockIdx.x % groups)};
+  const int32_t regions = gridDim.x / groups;
+  return RegionBlock{int32_t(blockIdx.x % regions), int32_t(blockIdx.x / regions)};
 }
 
 // Calls body(first channel) for the chunks of a group.
