@@ -108,13 +108,18 @@ class _RegionLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         factors, *saved = ctx.saved_tensors
+        asked = (ctx.wants.features or ctx.is_tapped, ctx.wants.logits, ctx.wants.deltas)
+        given = {term: value for term, value in enumerate(upstream[:3]) if asked[term] and value is not None}
+        # One launch for all of these products of two numbers.
+        products = torch._foreach_mul(list(given.values()), [factors[term] for term in given]) if given else ()
+        factor_of = dict(zip(given, products))
         scaled = [
-            scale_gradient(gradient, upstream[term] * factors[term], ctx.student.dtypes[term])
-            if ctx.wants[term] and upstream[term] is not None
+            scale_gradient(gradient, factor_of[term], ctx.student.dtypes[term])
+            if ctx.wants[term] and term in factor_of
             else None
             for term, gradient in enumerate(saved[:3])
         ]
-        factor = upstream[0] * factors[0] if ctx.is_tapped and upstream[0] is not None else None
+        factor = factor_of.get(0) if ctx.is_tapped else None
         return None, None, factor, *_input_gradients(ctx.settings, ctx.student, *scaled)
 
 

@@ -126,11 +126,11 @@ def test_no_backward_pass_no_more_launches(stand_in):
 # --- what torch launches beside them ---------------------------------------------------------------------
 
 BESIDE = {
-    "region": (["zeros"], ["mul", "mul_"] * 3),
+    "region": (["zeros"], ["_foreach_mul", *["mul_"] * 3]),
     "region-none": (["zeros"], ["stack", "zeros"]),
     "pooled": (["zeros"], ["stack", "mul", "zeros"]),
     "pooled-none": (["zeros"], ["stack", "zeros"]),
-    "heads": (["zeros"], ["mul", "mul_"] * 2),
+    "heads": (["zeros"], ["_foreach_mul", *["mul_"] * 2]),
     "heads-none": (["zeros"], ["stack", "zeros"]),
     "align": ([], ["new_zeros"]),
     "gaussian": (["full_like"] * 2 + ["cat"] * 3 + ["zeros"], []),
