@@ -5,8 +5,9 @@
 Wants Python with torch, torchvision, pytest, hypothesis, pytest-benchmark, CMake, ninja and pybind11 installed, and
 nvcc on PATH; downloads nothing. What is missing of the packages is taken from FOLDER, as ``pip download -d FOLDER``
 fills it. Ends within nine minutes: a step that takes too long is stopped, the others still run, and what matters most
-comes first. OUTPUT gets record.json, record.md, log.txt, benchmarks.json and, where matplotlib is, report.md with
-plots; the records are brought up to date after each step. Fails unless every step passed.
+comes first. OUTPUT gets record.json, record.md, log.txt, benchmarks.json, predicted.md, which has what was predicted
+beside what was measured, and, where matplotlib is, report.md with plots; the records are brought up to date after each
+step. Fails unless every step passed.
 """
 
 from __future__ import annotations
@@ -206,6 +207,10 @@ def main() -> None:
             tests("benchmarks", limit, "-q", "benchmarks", f"--budget={limit - 45:.0f}", f"--benchmark-json={results}")
             if results.exists() and importlib.util.find_spec("matplotlib") is not None:
                 runner.step("report", (sys.executable, "benchmarks/report.py", str(results), "--out", str(output)), 30)
+            if results.exists():
+                beside = output_of(sys.executable, "benchmarks/predict.py", "--measured", str(results))
+                (output / "predicted.md").write_text(f"{beside}\n")
+                print(beside, flush=True)
             parallel = importlib.util.find_spec("xdist") is not None
             # Each file by one process: the tensors of two large tests at once may not fit.
             files = ("-n", "4", "--dist", "loadfile") if parallel else ()

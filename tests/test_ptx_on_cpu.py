@@ -395,6 +395,10 @@ def test_traffic_behind_a_cache(module, access, blocks, lines, expected):
     """Blocks of a warp that walk over 1024 bytes, one block at a time."""
     storage = torch.zeros(288, dtype=torch.int32)
     begin = -storage.data_ptr() % 128 // 4
-    module.set_cache(lines * 128, 1)
+    module.add_cache(lines * 128, 1)
+    module.add_cache(1 << 20, 1)
     run(module, WALK.format(access=access), storage[begin : begin + 256], blocks=blocks)
-    assert module.traffic() == expected
+    behind, behind_a_large_one = module.traffic()
+    assert behind == expected
+    assert behind_a_large_one == tuple(min(size, 1024) for size in expected)
+    assert module.traffic() == []

@@ -40,7 +40,7 @@ PYBIND11_MODULE(_ptx_on_cpu, m) {
     for (const ptx_on_cpu::Kernel* kernel : ptx_on_cpu::kernels()) all.append(described(*kernel));
     return all;
   });
-  m.def("set_cache", &ptx_on_cpu::set_cache, "Bytes of the second-level cache, blocks that run at a time");
-  m.def("traffic", &ptx_on_cpu::traffic, "Bytes read and written behind the cache, which is taken away");
+  m.def("add_cache", &ptx_on_cpu::add_cache, "Bytes of a cache of the second level, blocks that run at a time");
+  m.def("traffic", &ptx_on_cpu::traffic, "Bytes read and written behind each cache; takes them away");
   m.def("reset_counts", &ptx_on_cpu::reset_counts);
 }

@@ -20,7 +20,7 @@ struct Runtime {
   std::vector<Module> replacements;
   std::map<std::pair<int, std::string>, std::unique_ptr<Kernel>> kernels;
   Ranges ranges;
-  std::unique_ptr<Cache> cache;
+  std::vector<Cache> caches;
   std::vector<std::string> launches;
   int architecture = 90, last_error = kSuccess;
   uint64_t seed = 0, stamps = 0;
@@ -68,9 +68,9 @@ int launch(Kernel& kernel, const Dim& grid, const Dim& block, size_t shared_byte
   Launch launch(kernel, now.ranges, now.stamps);
   launch.launch_stamp = ++now.stamps;
   launch.params = params;
-  if (now.cache) launch.traces.resize(grid.count());
+  if (!now.caches.empty()) launch.traces.resize(grid.count());
   run(launch, grid, block, shared_bytes, now.seed ? now.seed * 7919 + now.launches.size() : 0);
-  if (now.cache) now.cache->run(launch.traces);
+  for (Cache& cache : now.caches) cache.run(launch.traces);
   if (launch.findings.empty()) return kSuccess;
   std::string all = kernel.name + " breaks rules:";
   for (const auto& [finding, count] : launch.findings) all += "\n  " + std::to_string(count) + " times " + finding;
@@ -153,11 +153,15 @@ std::vector<const Kernel*> kernels() {
     if (kernel && kernel->launches) launched.push_back(kernel.get());
   return launched;
 }
-void set_cache(uint64_t bytes, uint64_t resident) { runtime().cache = std::make_unique<Cache>(bytes, resident); }
-std::pair<uint64_t, uint64_t> traffic() {
-  const std::unique_ptr<Cache> cache = std::move(runtime().cache);
-  cache->flush();
-  return {cache->read, cache->written};
+void add_cache(uint64_t bytes, uint64_t resident) { runtime().caches.emplace_back(bytes, resident); }
+std::vector<std::pair<uint64_t, uint64_t>> traffic() {
+  std::vector<std::pair<uint64_t, uint64_t>> all;
+  for (Cache& cache : runtime().caches) {
+    cache.flush();
+    all.emplace_back(cache.read, cache.written);
+  }
+  runtime().caches.clear();
+  return all;
 }
 void reset_counts() {
   for (auto& [key, kernel] : runtime().kernels) {

@@ -30,9 +30,9 @@ void launch(const std::string& name, unsigned blocks, unsigned threads, uint64_t
 std::vector<const Kernel*> kernels();  // launched so far, with their counts
 void reset_counts();
 
-// From here on a cache of so many bytes stands before global memory, with so many blocks at a time; traffic() says
-// which bytes were read and written behind it until then, and takes it away.
-void set_cache(uint64_t bytes, uint64_t resident);
-std::pair<uint64_t, uint64_t> traffic();
+// From here on a cache of so many bytes stands before global memory, for so many blocks at a time, beside those that
+// were added before; traffic() says which bytes each has read and written behind it until then, and takes them away.
+void add_cache(uint64_t bytes, uint64_t resident);
+std::vector<std::pair<uint64_t, uint64_t>> traffic();
 
 }  // namespace ptx_on_cpu

@@ -1,6 +1,6 @@
 """What the hardware is asked for in a step of an op, kernel by kernel: counted by csrc/ptx_on_cpu, without a GPU.
 
-    python benchmarks/ptx.py [--ops region roi_align] [--dtypes float32] [--layouts channels_last] [--lines] [--tiny]
+    python benchmarks/counts.py [--ops region roi_align] [--dtypes float32] [--layouts channels_last] [--lines] [--tiny]
 
 Of each kernel: blocks, instructions a thread by class, how many of a warp's lanes take part, sectors of global memory
 asked for against the fewest that hold as many bytes, wavefronts of shared memory against those without conflicts of
@@ -41,30 +41,33 @@ TINY = dict(images=1, height=160, width=224, regions=24, channels=64)
 Step = Callable[[Workload], None]  # forward and backward
 
 
+UPSTREAM = [torch.ones(())] * 3  # of the losses; made once, so that a step does not launch it
+
+
 # --- steps ---------------------------------------------------------------------------------------------------------
 
 
 def region(workload: Workload, gate: str) -> None:
     features = (workload.student_features, workload.teacher_features, workload.boxes)
     losses = ops.region_distill_loss(*features, *workload.per_region, student_scales=SCALES, feature_gate=gate)[:3]
-    torch.autograd.grad(losses, workload.leaves, list(map(torch.ones_like, losses)))
+    torch.autograd.grad(losses, workload.leaves, UPSTREAM)
 
 
 def pooled(workload: Workload, gate: str) -> None:
     losses = ops.pooled_distill_loss(*workload.pooled, workload.boxes, *workload.per_region, feature_gate=gate)[:3]
-    torch.autograd.grad(losses, workload.pooled_leaves, list(map(torch.ones_like, losses)))
+    torch.autograd.grad(losses, workload.pooled_leaves, UPSTREAM)
 
 
 def roi_align(workload: Workload) -> None:
     result = ops.multiscale_roi_align(workload.student_features, workload.boxes, scales=SCALES)
-    torch.autograd.grad(result, workload.student_features, torch.ones_like(result))
+    torch.autograd.grad(result, workload.student_features, workload.pooled[1])
 
 
 def gaussian(workload: Workload) -> None:
     loss = ops.gaussian_feature_loss(
         workload.student_features, workload.teacher_features, workload.gt_per_image, scales=SCALES
     )
-    torch.autograd.grad(loss, workload.student_features)
+    torch.autograd.grad(loss, workload.student_features, UPSTREAM[0])
 
 
 STEPS: dict[str, Step] = {
