@@ -125,6 +125,8 @@ def test_integers(module, instruction, expected):
         ("cvt.f32.f16 %f9, 15360", 1.0),
         ("cvt.f32.bf16 %f9, 16256", 1.0),
         ("cvt.sat.f32.f32 %f9, " + bits(-3.0), 0.0),
+        ("@%p1 cvt.sat.f32.f32 %f9, " + bits(3.0), 1.0),
+        ("setp.ne.u32 %p2, %r1, 0; @!%p2 cvt.rn.f32.s32 %f9, 7", 7.0),
         ("cvt.rpi.f32.f32 %f9, " + bits(1.1), 2.0),
     ],
 )

@@ -80,6 +80,8 @@ inline uint32_t reversed(uint32_t a) {
   return __builtin_bswap32(a);
 }
 
+TARDKD_FUNCTION(Same, Any, (T a), a)
+TARDKD_FUNCTION(Choice, Any, (T a, T b, T predicate), bits(predicate) & 1 ? a : b)
 TARDKD_FUNCTION(Quotient, Any, (T a, T b), division(a, b))
 TARDKD_FUNCTION(Rest, Integer, (T a, T b), b == 0 ? a : std::is_signed_v<T> && b == T(-1) ? T(0) : T(a % b))
 TARDKD_FUNCTION(High, Integer, (T a, T b), T((Twice<T>(a) * Twice<T>(b)) >> (8 * sizeof(T))))
@@ -156,16 +158,11 @@ Action wide_product(const Type& type) {
 
 // ---- moves and conversions -----------------------------------------------------------------------------------------
 
-void move(Launch& launch, const Instruction& i, uint32_t mask) {  // and add, which changes the space of an address
+// Another space's address for the same place.
+void change_space(Launch& launch, const Instruction& i, uint32_t mask) {
   uint64_t* to = launch.write(i.to[0]);
   const uint64_t* of = launch.read(i.of[0]);
   for_lanes(mask, [&](int lane) { to[lane] = of[lane] + uint64_t(i.offset); });
-}
-
-void select(Launch& launch, const Instruction& i, uint32_t mask) {
-  uint64_t* to = launch.write(i.to[0]);
-  const uint64_t *a = launch.read(i.of[0]), *b = launch.read(i.of[1]), *chooses = launch.read(i.of[2]);
-  for_lanes(mask, [&](int lane) { to[lane] = chooses[lane] & 1 ? a[lane] : b[lane]; });
 }
 
 // Several registers as one, and one as several.
@@ -240,7 +237,7 @@ Number rounded(Number x, int mode) {
                            : x;
 }
 
-// From or to a float; a Number holds every one of either type. `negated` stands for .sat: between 0 and 1.
+// From or to a float; a Number holds every one of either type.
 template <class Number>
 void convert(Launch& launch, const Instruction& i, uint32_t mask) {
   const bool rounds = i.from.is_float() && (!i.type.is_float() || i.type.bytes == i.from.bytes);
@@ -249,7 +246,7 @@ void convert(Launch& launch, const Instruction& i, uint32_t mask) {
   for_lanes(mask, [&](int lane) {
     Number x = number<Number>(i.from, of[lane]);
     if (rounds) x = rounded(x, i.mode);
-    if (i.negated) x = x != x ? 0 : std::min(std::max(x, Number(0)), Number(1));
+    if (i.saturates) x = x != x ? 0 : std::min(std::max(x, Number(0)), Number(1));
     to[lane] = i.type.is_float() ? stored_float(i.type, x) : stored_integer(i.type, x);
   });
 }
@@ -265,7 +262,7 @@ bool set_conversion(Instruction& i, const std::vector<std::string>& opcode) {
     if (rounding != kRoundings.end())
       i.mode = rounding->second;
     else if (opcode[k] == "sat" && i.type.is_float())
-      i.negated = true;
+      i.saturates = true;
     else
       return false;
   }
@@ -275,41 +272,40 @@ bool set_conversion(Instruction& i, const std::vector<std::string>& opcode) {
 
 // ---- by opcode -----------------------------------------------------------------------------------------------------
 
-const std::map<std::string, Action (*)(const Type&)> kActions = {
-    {"add", of<std::plus<>>},
-    {"add.rn", of<std::plus<>>},
-    {"sub", of<std::minus<>>},
-    {"sub.rn", of<std::minus<>>},
-    {"mul", of<std::multiplies<>>},
-    {"mul.rn", of<std::multiplies<>>},
-    {"mul.lo", of<std::multiplies<>>},
-    {"mul.hi", of<High>},
-    {"mul.wide", wide_product},
-    {"mad.lo", of<ProductAndSum>},
-    {"fma.rn", of<ProductAndSum>},
-    {"div", of<Quotient>},
-    {"div.rn", of<Quotient>},
-    {"rem", of<Rest>},
-    {"min", of<Least>},
-    {"max", of<Most>},
-    {"neg", of<std::negate<>>},
-    {"abs", of<Magnitude>},
-    {"and", of<std::bit_and<>>},
-    {"or", of<std::bit_or<>>},
-    {"xor", of<std::bit_xor<>>},
-    {"not", of<std::bit_not<>>},
-    {"shl", of<Left>},
-    {"shr", of<Right>},
-    {"sqrt.rn", of<Root>},
-    {"rcp.rn", of<Reciprocal>},
-    {"rcp.approx.ftz", of<RoughReciprocal>},
-    {"ex2.approx.ftz", of<PowerOfTwo>},
-    {"popc", of<Population>},
-    {"brev", of<Reversed>},
-    {"clz", of<LeadingZeros>},
-    {"bfind.shiftamt", of<ShiftToTop>},
-    {"mov", [](const Type&) -> Action { return move; }},
-    {"selp", [](const Type&) -> Action { return select; }}};
+const std::map<std::string, Action (*)(const Type&)> kActions = {{"add", of<std::plus<>>},
+                                                                 {"add.rn", of<std::plus<>>},
+                                                                 {"sub", of<std::minus<>>},
+                                                                 {"sub.rn", of<std::minus<>>},
+                                                                 {"mul", of<std::multiplies<>>},
+                                                                 {"mul.rn", of<std::multiplies<>>},
+                                                                 {"mul.lo", of<std::multiplies<>>},
+                                                                 {"mul.hi", of<High>},
+                                                                 {"mul.wide", wide_product},
+                                                                 {"mad.lo", of<ProductAndSum>},
+                                                                 {"fma.rn", of<ProductAndSum>},
+                                                                 {"div", of<Quotient>},
+                                                                 {"div.rn", of<Quotient>},
+                                                                 {"rem", of<Rest>},
+                                                                 {"min", of<Least>},
+                                                                 {"max", of<Most>},
+                                                                 {"neg", of<std::negate<>>},
+                                                                 {"abs", of<Magnitude>},
+                                                                 {"and", of<std::bit_and<>>},
+                                                                 {"or", of<std::bit_or<>>},
+                                                                 {"xor", of<std::bit_xor<>>},
+                                                                 {"not", of<std::bit_not<>>},
+                                                                 {"shl", of<Left>},
+                                                                 {"shr", of<Right>},
+                                                                 {"sqrt.rn", of<Root>},
+                                                                 {"rcp.rn", of<Reciprocal>},
+                                                                 {"rcp.approx.ftz", of<RoughReciprocal>},
+                                                                 {"ex2.approx.ftz", of<PowerOfTwo>},
+                                                                 {"popc", of<Population>},
+                                                                 {"brev", of<Reversed>},
+                                                                 {"clz", of<LeadingZeros>},
+                                                                 {"bfind.shiftamt", of<ShiftToTop>},
+                                                                 {"mov", of<Same>},
+                                                                 {"selp", of<Choice>}};
 
 // Whether a comparison is true of: less, equal, greater, not a number.
 const std::map<std::string, int> kRelations = {
@@ -332,7 +328,7 @@ bool set_change_of_space(Instruction& i, const std::vector<std::string>& opcode)
   const int64_t window = int64_t(std::find(std::begin(kWindows), std::end(kWindows), space->second) - kWindows)
                          << kWindowShift;
   i.offset = from_generic ? -window : window;
-  i.action = move;
+  i.action = change_space;
   return true;
 }
 

@@ -48,6 +48,7 @@ struct Instruction {
   Type type, from;  // `from`: of what is converted
   Space space = Space::generic;
   bool is_store = false, is_atomic = false, skips_l1 = false, acquires_and_releases = false, negated = false;
+  bool saturates = false;   // a conversion to a float: holds it between 0 and 1
   int vector = 1;           // elements of an access
   int mode = 0;             // of rounding, or which relations hold for a comparison
   int guard = kNoRegister;  // a predicate: the lanes that take part, or do not if negated
