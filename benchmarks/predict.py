@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -205,6 +206,13 @@ def predict(counted: Counts, device: Device, key: str, registers: dict[str, dict
     return Prediction(total, longest[0], longest[2])
 
 
+def last_change() -> str:
+    """The commit that the kernels' sources are of."""
+    command = ("git", "log", "-1", "--format=%h", "--", "csrc/cuda", "csrc/core")
+    done = subprocess.run(command, cwd=RESULTS.parents[1], capture_output=True, text=True)
+    return done.stdout.strip() or "an unknown commit"
+
+
 # --- tables --------------------------------------------------------------------------------------------------------
 
 HEADER = ("op", "case", "MB moved", "floor, MB", "M instructions of warps", "blocks a multiprocessor", "launches")
@@ -234,7 +242,8 @@ def report(all_counts: dict[str, Counts], device: Device, key: str, registers: d
     )
     return (
         f"# {device.name}, predicted\n\nNothing here was measured but the host's time, on another machine; how it is "
-        f"computed, and what that leaves out: `benchmarks/predict.py`. {about}. Forward and backward; {sizes}; of the "
+        f"computed, and what that leaves out: `benchmarks/predict.py`. The kernels are those of {last_change()}. "
+        f"{about}. Forward and backward; {sizes}; of the "
         f"launches the second number is torch's.\n\n{counts.table(HEADER, rows(all_counts, device, key, registers))}\n"
     )
 
