@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 
 Result = dict[str, Any]
 Place = tuple[str, str]  # data, pair
-BASELINE, TEACHER = "alone", "teacher"
+BASELINE, TEACHER, OURS = "alone", "teacher", "tardkd"
 # The 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 QUANTILES = (
     12.71,
@@ -160,20 +160,19 @@ def _of_place(place: Place, methods: dict[str, dict[int, float]], results: Seque
 
 
 def _means(table: dict[Place, dict[str, dict[int, float]]]) -> list[str]:
-    """Mean gains over the places, of the methods that all places with a student alone have."""
-    places = [place for place in table if table[place][BASELINE]]
-    if len(places) < 2:
-        return []
-    found: dict[str, list[float]] = defaultdict(list)
-    for place in places:
+    """Mean gains over places, of methods that several have; beside each tardkd's default over the same places."""
+    found: dict[str, dict[Place, float]] = defaultdict(dict)
+    for place in table:
         for name, differences in _rows(table[place]):
-            found[name].append(statistics.mean(differences))
-    means = {name: statistics.mean(values) for name, values in found.items() if len(values) == len(places)}
-    rows = [
-        (name, f"{mean:+.1f}", f"{min(found[name]):+.1f}")
-        for name, mean in sorted(means.items(), key=lambda item: -item[1])
-    ]
-    return [f"Mean over {len(places)} data sets and pairs:", "", *_table(("method", "gain", "least"), rows)]
+            found[name][place] = statistics.mean(differences)
+    rows = []
+    for name, gain in sorted(found.items(), key=lambda item: (-len(item[1]), -statistics.mean(item[1].values()))):
+        shared = [found[OURS][place] for place in gain if place in found[OURS]] if OURS in found else []
+        ours = f"{statistics.mean(shared):+.1f}" if len(shared) == len(gain) else ""
+        if len(gain) > 1:
+            rows.append((name, len(gain), f"{statistics.mean(gain.values()):+.1f}", f"{min(gain.values()):+.1f}", ours))
+    header = ("method", "data sets and pairs", "gain", "least", f"{OURS} there")
+    return ["Mean over data sets and pairs, of whatever seeds there are:", "", *_table(header, rows)] if rows else []
 
 
 def _gates(results: Sequence[Result]) -> list[str]:
@@ -237,7 +236,7 @@ def _plot_gains(table: dict[Place, dict[str, dict[int, float]]], path: Path) -> 
     for axis, place in zip(axes[:, 0], places):
         rows = _rows(table[place])[::-1]
         for height, (name, found) in enumerate(rows):
-            colour = "tab:blue" if name.startswith("ours") else "tab:gray"
+            colour = "tab:blue" if name.startswith((OURS, "ours")) else "tab:gray"
             half = interval(found) or 0.0
             axis.errorbar(statistics.mean(found), height, xerr=half, fmt="o", color=colour, capsize=3)
         axis.set_yticks(range(len(rows)), [f"{name} ({len(found)})" for name, found in rows], fontsize=8)
@@ -260,7 +259,7 @@ def _plot_gains(table: dict[Place, dict[str, dict[int, float]]], path: Path) -> 
 
 def _plot_time(results: Sequence[Result], path: Path) -> None:
     """Precision against time of the methods with their own weights; a dashed line is where the teacher has come to."""
-    places = sorted({(result["data"], result["pair"]) for result in results})
+    places = sorted({(result["data"], result["pair"]) for result in results if result["method"] == BASELINE})
     figure, axes = plt.subplots(len(places), figsize=(8, 4 * len(places)), squeeze=False)
     for axis, place in zip(axes[:, 0], places):
         curves: dict[str, list[list[dict]]] = defaultdict(list)
@@ -276,7 +275,7 @@ def _plot_time(results: Sequence[Result], path: Path) -> None:
                 for ps in zip(*found)
             ]
             style = {"color": "black"} if name == BASELINE else {"color": next(colours)}
-            axis.plot(*zip(*points), label=name, marker=".", linewidth=2 if name.startswith("ours") else 1, **style)
+            axis.plot(*zip(*points), label=name, marker=".", linewidth=2 if name == OURS else 1, **style)
         axis.set(title=f"{place[0]}, {place[1]}", xlabel="seconds of a core", ylabel="AP, validation")
         axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()

@@ -142,7 +142,13 @@ def test_the_factor_of_a_search_is_the_methods_weight():
     assert Method(loss="pkd").scaled(4).weight == 4
     assert Method(DistillSettings(), share=0.5).scaled(2) == Method(DistillSettings(), share=1.0)
     scaled = Method(DistillSettings(feature=0.2, gaussian=0.1)).scaled(0.5).settings
-    assert scaled.weights == {"feature": 0.1, "classification": 0.5, "regression": 0.5, "gaussian": 0.05}
+    assert scaled.weights == {
+        "feature": 0.1,
+        "classification": 0.5,
+        "regression": 0.5,
+        "gaussian": 0.05,
+        "distribution": 0.0,
+    }
 
 
 # --- learners ------------------------------------------------------------------------------------------------------

@@ -72,12 +72,17 @@ def test_the_table_of_a_place(tmp_path):
     assert (tmp_path / "time.png").exists()
 
 
-def test_the_mean_is_over_methods_that_all_places_have(tmp_path):
-    for data, gain in (("bccd", 1.0), ("cards", 3.0)):
+def test_means_are_over_the_places_of_a_method_beside_tardkd_there(tmp_path):
+    for data, gain in (("bccd", 1.0), ("cards", 3.0), ("deeppcb", 8.0)):
         write(tmp_path, data, "alone", 0, 10.0)
-        write(tmp_path, data, "ours", 0, 10.0 + gain)
-    write(tmp_path, "bccd", "pkd", 0, 20.0)
-    assert rows(report.write_report(tmp_path), "## Validation") == {"ours": ["+2.0", "+1.0"]}
+        write(tmp_path, data, "tardkd", 0, 10.0 + gain)
+    write(tmp_path, "bccd", "pkd", 0, 12.0)
+    write(tmp_path, "cards", "pkd", 0, 9.0)
+    write(tmp_path, "cards", "cwd", 0, 9.0)
+    assert rows(report.write_report(tmp_path), "## Validation") == {
+        "tardkd": ["3", "+4.0", "+1.0", "+4.0"],
+        "pkd": ["2", "+0.5", "-1.0", "+2.0"],
+    }
 
 
 def test_the_test_split_comes_once_it_was_looked_at(tmp_path):

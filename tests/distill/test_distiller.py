@@ -212,12 +212,13 @@ def test_a_copy_has_nothing_to_teach(path: str, sharing: str) -> None:
     settings = DistillSettings(**OPEN, path=path, sharing=sharing, gaussian=1.0)
     distiller = Distiller(student, copy.deepcopy(student), settings)
     losses = distilled(run(distiller))
-    # As far as float32 tells p log(p / q) from zero: the two models' regions are pooled by two implementations.
+    # As far as float32 tells p log(p / q) from zero: the two models' regions are pooled by two implementations. The
+    # balance makes up to ten times as much of it.
     assert all(value.abs() < 1e-7 for value in losses.values())
     sum(losses.values()).backward()
     for name, parameter in student.named_parameters():
         if parameter.grad is not None:
-            assert parameter.grad.abs().max() < 2e-6, name
+            assert parameter.grad.abs().max() < 1e-5, name
 
 
 def test_both_is_the_union() -> None:
