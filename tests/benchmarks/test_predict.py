@@ -124,15 +124,16 @@ def test_counts_of_a_step():
 @pytest.mark.parametrize("name", ["region, all open", "roi_align", "gaussian"])
 @pytest.mark.parametrize("layout", counts.LAYOUTS)
 def test_a_share_of_the_channels_stands_for_all(name, layout):
-    """Behind a cache that holds a small part of the maps, a quarter of it and of the blocks at a time for a quarter."""
+    """Behind a cache that holds a small part of the maps; where regions are pooled some stays from group to group."""
 
     def traffic(share: int) -> int:
         sizes = predict.TINY | dict(channels=256 // share, classes=80 // share, regions=48)
         workload = counts.inputs("float32", layout, **sizes)
         module = counts.ptx_on_cpu.load()
-        module.add_cache((1 << 20) // share, 16 // share)
+        part = min(share, predict.cache_share(name))
+        module.add_cache((1 << 20) // part, 16 // part)
         counts.count(counts.STEPS[name], workload)
         [(read, written)] = module.traffic()
         return share * (read + written)
 
-    assert traffic(4) == pytest.approx(traffic(1), rel=0.05)
+    assert traffic(4) == pytest.approx(traffic(1), rel=0.05 if name == "gaussian" else 0.15)
