@@ -15,8 +15,9 @@ what a kernel is bound by, and for comparing kernels.
 
 One image of two and a quarter of channels and classes are run, and everything but launches and host time is multiplied
 by eight: groups of channels are the same work on other addresses, and images follow each other. In the order of blocks
-groups of channels come one after the other where regions are pooled, so that each has the whole cache; of the Gaussian
-term they are side by side, so that a quarter has a quarter of it, with a quarter of the blocks at a time.
+groups of channels come one after the other where regions are pooled, so that each has the whole cache; of pooled
+tensors and of the Gaussian term they are side by side, so that a quarter has a quarter of it, with a quarter of the
+blocks at a time.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class Counts(NamedTuple):
 
 def cache_share(name: str) -> int:
     """Of the cache, and of the blocks at a time, that a share of the channels has: see above."""
-    return SHARE if name == "gaussian" else 1
+    return 1 if name.startswith(("region", "roi_align")) else SHARE
 
 
 def count(name: str, workload: Workload) -> Counts:
