@@ -12,7 +12,6 @@ otherwise. Needs nvcc.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import ptx_on_cpu
 import workloads
+from ptx_on_cpu import Instruction
 from workloads import SCALES, Workload
 
 from tardkd import ops
@@ -81,45 +81,6 @@ STEPS: dict[str, Step] = {
 
 
 # --- counting ------------------------------------------------------------------------------------------------------
-
-
-class Instruction(NamedTuple):
-    """A row of a kernel's ``code``, as csrc/ptx_on_cpu/module.cpp gives it."""
-
-    text: str
-    source: str  # "pool.cuh:12"
-    line: int  # of the PTX
-    warps: int  # that ran it
-    lanes: int
-    units: int  # of its accesses: sectors or wavefronts
-    fewest: int
-    shared_addresses: int  # lanes of global accesses with the address of another lane
-
-    @property
-    def opcode(self) -> list[str]:
-        return re.sub(r"^@!?\S+\s+", "", self.text).partition("\t")[0].split()[0].split(".") if self.text else [""]
-
-    @property
-    def access(self) -> str:
-        """Such as "global load"; "" if it accesses no memory."""
-        kind = {"ld": "load", "st": "store", "atom": "atomic", "red": "atomic"}.get(self.opcode[0])
-        spaces = {"global", "shared", "local", "param"} & set(self.opcode)
-        return f"{spaces.pop() if spaces else 'generic'} {kind}" if kind else ""
-
-    @property
-    def kind(self) -> str:
-        name, *_, type_ = self.opcode if len(self.opcode) > 1 else (*self.opcode, "")
-        if self.access:
-            return self.access.partition(" ")[0] + " memory"
-        if name in ("bra", "ret", "exit"):
-            return "branch"
-        if name in ("bar", "membar", "fence", "shfl", "vote"):
-            return "synchronisation"
-        if name in ("div", "rem", "sqrt", "rcp"):
-            return "division"
-        if name in ("cvt", "cvta", "mov", "selp"):
-            return "conversion and move"
-        return {"f32": "fp32", "f64": "fp64"}.get(type_, "integer of 64 bits" if "64" in type_ else "integer")
 
 
 class Kernel(NamedTuple):

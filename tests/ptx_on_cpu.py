@@ -10,16 +10,56 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from cuda_on_cpu import ROOT, build
 from torch import Tensor
 
 from tardkd.ops import cuda, native
+
+
+class Instruction(NamedTuple):
+    """A row of a kernel's ``code``, as csrc/ptx_on_cpu/module.cpp gives it."""
+
+    text: str
+    source: str  # "pool.cuh:12"
+    line: int  # of the PTX
+    warps: int  # that ran it
+    lanes: int
+    units: int  # of its accesses: sectors or wavefronts
+    fewest: int
+    shared_addresses: int  # lanes of global accesses with the address of another lane
+
+    @property
+    def opcode(self) -> list[str]:
+        return re.sub(r"^@!?\S+\s+", "", self.text).partition("\t")[0].split()[0].split(".") if self.text else [""]
+
+    @property
+    def access(self) -> str:
+        """Such as "global load"; "" if it accesses no memory."""
+        kind = {"ld": "load", "st": "store", "atom": "atomic", "red": "atomic"}.get(self.opcode[0])
+        spaces = {"global", "shared", "local", "param"} & set(self.opcode)
+        return f"{spaces.pop() if spaces else 'generic'} {kind}" if kind else ""
+
+    @property
+    def kind(self) -> str:
+        name, *_, type_ = self.opcode if len(self.opcode) > 1 else (*self.opcode, "")
+        if self.access:
+            return self.access.partition(" ")[0] + " memory"
+        if name in ("bra", "ret", "exit"):
+            return "branch"
+        if name in ("bar", "membar", "fence", "shfl", "vote"):
+            return "synchronisation"
+        if name in ("div", "rem", "sqrt", "rcp"):
+            return "division"
+        if name in ("cvt", "cvta", "mov", "selp"):
+            return "conversion and move"
+        return {"f32": "fp32", "f64": "fp64"}.get(type_, "integer of 64 bits" if "64" in type_ else "integer")
 
 
 class Bounded:

@@ -165,9 +165,10 @@ def _means(table: dict[Place, dict[str, dict[int, float]]]) -> list[str]:
     for place in table:
         for name, differences in _rows(table[place]):
             found[name][place] = statistics.mean(differences)
+    ours_at = found.get(OURS, {})
     rows = []
     for name, gain in sorted(found.items(), key=lambda item: (-len(item[1]), -statistics.mean(item[1].values()))):
-        shared = [found[OURS][place] for place in gain if place in found[OURS]] if OURS in found else []
+        shared = [ours_at[place] for place in gain if place in ours_at]
         ours = f"{statistics.mean(shared):+.1f}" if len(shared) == len(gain) else ""
         if len(gain) > 1:
             rows.append((name, len(gain), f"{statistics.mean(gain.values()):+.1f}", f"{min(gain.values()):+.1f}", ours))

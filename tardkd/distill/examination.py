@@ -18,7 +18,9 @@ from .inputs import batch_fault, check_types, image_range, is_well_formed, range
 from .schedule import Schedule
 from .settings import DistillSettings, ScheduleSettings
 
-STRONG, WEAK = 3 * SHARE, SHARE / 10  # shares beyond these are worth a warning
+START = 0.3  # the share to begin with where weights are plain factors, by our own choice
+# By the balance: the share to aim at, and those beyond which a warning is worth it.
+AIMS = {"gradient": (SHARE, SHARE / 10, 3 * SHARE), "none": (START, START / 10, 1.0)}
 
 
 def examine(distiller: Distiller, batch: Batch) -> Findings:
@@ -216,8 +218,8 @@ def balance(
         where: by what the gradients are.
         prefix: what stands before the name of a setting where the user writes it.
     """
-    weights = settings.weights
-    suggested = {name: float(f"{weights[name] * SHARE / share:.2g}") for name, share in shares.items() if share}
+    weights, (aim, weak, strong) = settings.weights, AIMS[settings.balance]
+    suggested = {name: float(f"{weights[name] * aim / share:.2g}") for name, share in shares.items() if share}
     text = f"gradient norm {where}, against the detector's own: " + ", ".join(
         f"{name} {share:.2f}" for name, share in shares.items()
     )
@@ -226,11 +228,11 @@ def balance(
         advice, otherwise = "", "is the teacher another than the student, and do the gates open?"
     else:
         listed = " ".join(f"{prefix}{name}={weight:g}" for name, weight in suggested.items())
-        advice = otherwise = f"to start each at {SHARE:g}, a starting point of our choice: {listed}"
-    far = [name for name, share in shares.items() if not WEAK <= share <= STRONG]
+        advice = otherwise = f"to start each at {aim:g}, a starting point of our choice: {listed}"
+    far = [name for name, share in shares.items() if not weak <= share <= strong]
     if far:
         yield warning(
-            f"{text}; {first(far)} {'is' if len(far) == 1 else 'are'} out of {WEAK:g} to {STRONG:g}",
+            f"{text}; {first(far)} {'is' if len(far) == 1 else 'are'} out of {weak:g} to {strong:g}",
             otherwise if suggested else "no term pulls at all: see the gates",
             **numbers,
         )

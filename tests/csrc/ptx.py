@@ -27,24 +27,11 @@ import pytest
 import torch
 from ops.scenes import make_scene
 from ops.test_launches import STEPS, pooled, region
+from ptx_on_cpu import Instruction
 from torch import Tensor
 
 from tardkd.ops.cuda import CudaKernels
 from tardkd.ops.registry import IMPLEMENTATIONS
-
-
-class Instruction(NamedTuple):
-    """A row of a kernel's ``code``, as csrc/ptx_on_cpu/module.cpp gives it."""
-
-    text: str
-    source: str  # "pool.cuh:12"
-    line: int  # of the PTX
-    warps: int  # that ran it
-    lanes: int
-    units: int  # of its accesses: sectors or wavefronts
-    fewest: int
-    shared_addresses: int
-
 
 # --- coverage ------------------------------------------------------------------------------------------------------
 

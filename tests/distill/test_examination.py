@@ -66,6 +66,15 @@ def test_the_weights_that_it_suggests_bring_the_terms_to_their_share() -> None:
     assert shares(**suggested)["shares"] == pytest.approx(dict.fromkeys(suggested, SHARE), rel=0.06)
 
 
+def test_plain_factors_are_to_begin_with_less_than_the_balance_gives() -> None:
+    findings = pair(balance="none", feature=1e6, classification=1e6, regression=1e6).check(*tiny_batch())
+    text = texts(findings, "warning")
+    assert "out of 0.03 to 1" in text and "to start each at 0.3" in text
+    balanced = pair(feature=100.0, classification=100.0, regression=100.0).check(*tiny_batch())
+    text = texts(balanced, "warning")
+    assert "out of 0.1 to 3" in text and "to start each" not in text
+
+
 def test_gates_that_let_nothing_through_are_named() -> None:
     student = tiny_detector()
     findings = pair(student, copy.deepcopy(student), classification_gate="teacher_better").check(*tiny_batch())
