@@ -9,13 +9,14 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN
 
 from tardkd.detectors import for_model
-from tardkd.detectors.base import Batch, Detector, InputBatch, StudentPass, TeacherPass
+from tardkd.detectors.base import Batch, Detector, StudentPass, TeacherPass
 from tardkd.distill import Distiller, DistillSettings
 from tardkd.distill.adapters import make_adapter, make_adapters
 
+from .anchors import level_anchors
+from .crosskd import CrossKD
 from .literature import LOSSES, OF_TWO_STAGES, Step
 
 Targets = Sequence[dict[str, Tensor]]
@@ -26,7 +27,7 @@ class Method:
     """How a student learns."""
 
     settings: DistillSettings | None = None  # tardkd's; None: it is not tardkd that helps
-    loss: str | None = None  # a key of LOSSES, alone or beside tardkd's terms; with neither, the student is alone
+    loss: str | None = None  # crosskd or a key of LOSSES, alone or beside tardkd's terms; with neither, alone
     weight: float = 1.0  # factor of the loss's own weight
     share: float | None = None  # each term's pull as a share of the detector's; None: the weights are as written down
     lasting: bool = False  # keep that share throughout
@@ -106,7 +107,7 @@ class Imitator(Alone):
     def __init__(self, student: nn.Module, teacher: nn.Module, method: Method) -> None:
         super().__init__(student)
         self._teacher = for_model(teacher.eval().requires_grad_(False))
-        self.imitation = Imitation(student, teacher, method)
+        self.imitation = build_imitation(student, teacher, method)
 
     def learn(self, images: Sequence[Tensor], targets: Targets) -> tuple[StudentPass, dict[str, Tensor]]:
         student_pass = self._detector.student_pass(self._detector.read_call(images, targets))
@@ -135,7 +136,7 @@ class Both(Helped):
         self, student: nn.Module, teacher: nn.Module, method: Method, classes: Sequence[str] | None = None
     ) -> None:
         super().__init__(student, teacher, method, classes)
-        self.imitation = Imitation(student, teacher, method)
+        self.imitation = build_imitation(student, teacher, method)
 
     def _run_models(self, batch: Batch) -> tuple[StudentPass, list[TeacherPass]]:
         self._passes = super()._run_models(batch)
@@ -145,6 +146,13 @@ class Both(Helped):
         student_pass, losses = super().learn(images, targets)
         _, [teacher_pass] = self._passes
         return student_pass, {**losses, "distill_term": self.weight * self.imitation(student_pass, teacher_pass)}
+
+
+def build_imitation(student: nn.Module, teacher: nn.Module, method: Method) -> nn.Module:
+    """A module whose call with a pass of the student and one of the teacher is the loss () of another paper."""
+    if method.loss == "crosskd":
+        return CrossKD(student, teacher, method.weight)
+    return Imitation(student, teacher, method)
 
 
 class Imitation(nn.Module):
@@ -221,19 +229,3 @@ def levels_of_equal_stride(student: Detector, teacher: Detector) -> list[tuple[i
     if not pairs:
         raise ValueError(f"no level to compare: strides {student.strides} of the student, {teacher.strides}")
     return pairs
-
-
-def level_anchors(model: FasterRCNN, inputs: InputBatch, features: Sequence[Tensor]) -> list[Tensor]:
-    """The anchors of the levels ``features``, L x (N, C, H_l, W_l), as L x (H_l, W_l, A, 4) xyxy in input pixels."""
-    generator = model.rpn.anchor_generator
-    sizes = [level.shape[-2:] for level in features]
-    strides = [
-        [torch.tensor(round(whole / part)) for whole, part in zip(inputs.tensor.shape[-2:], size)] for size in sizes
-    ]
-    cells = [cell.to(features[0].device) for cell in generator.cell_anchors[: len(features)]]
-    levels = []
-    for size, stride, cell in zip(sizes, strides, cells):
-        y, x = (torch.arange(length) * step for length, step in zip(size, stride))
-        corner = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flip(-1)  # (H, W, 2) xy
-        levels.append(torch.cat([corner, corner], -1)[:, :, None].to(cell) + cell)
-    return levels

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from accuracy import queue, suites
+from accuracy.anchors import level_anchors
 from accuracy.data import DataSet
-from accuracy.learners import Alone, Method, build_learner, level_anchors
+from accuracy.learners import Alone, Method, build_learner
 from accuracy.literature import LOSSES, OF_TWO_STAGES
 from accuracy.models import HEADS, Geometry, Pretrained, build_pretrained
 from accuracy.queue import Places, evaluate_test, work_off
