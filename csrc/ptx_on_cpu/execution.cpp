@@ -7,8 +7,8 @@
 namespace ptx_on_cpu {
 namespace {
 
-// More instructions than any warp takes until its block's next barrier.
-constexpr uint64_t kEndless = uint64_t(1) << 28;
+// More instructions than any warp takes until its block's next barrier, and not so many that it takes long.
+constexpr uint64_t kEndless = uint64_t(1) << 22;
 
 class Random {
  public:

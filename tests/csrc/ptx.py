@@ -26,7 +26,7 @@ import ptx_on_cpu
 import pytest
 import torch
 from ops.scenes import make_scene
-from ops.test_launches import STEPS, pooled, region
+from ops.test_launches import STEPS, align, gaussian, pooled, region
 from ptx_on_cpu import Instruction
 from torch import Tensor
 
@@ -56,6 +56,7 @@ def covered(kernels: list[dict]) -> Iterator[str]:
 # --- mutants -------------------------------------------------------------------------------------------------------
 
 Results = list[Tensor]
+WRONG = "the numbers differ"
 
 # What orders accesses, and what is left of it.
 MUTATIONS = (
@@ -116,29 +117,44 @@ def mutants_of(kernel: dict, texts: list[str]) -> Iterator[Mutant]:
 
 
 LARGE = dict(output_size=(9, 10), sampling_ratio=9)  # more bins and samples than a block takes at once
+FINE = dict(canonical_scale=2000)  # all regions on the finest level: more pixels than a block stages at once
 
 
 def steps() -> dict[str, Callable[[], Results]]:
     """Forward and backward passes that take a block through every loop more than once."""
+    norms = partial(region, feature_norm="channel")
     found = {name: step_of(make) for name, make in STEPS.items()}
     for name in ("pooled", "align", "gaussian", "region"):
         found[f"{name} channels_last"] = step_of(STEPS[name], "channels_last")
     for layout in ("nchw", "channels_last"):
         found[f"align deterministic {layout}"] = step_of(STEPS["align"], layout, deterministic=True)
         found[f"region of unlike sides {layout}"] = step_of(STEPS["region"], layout, geometry="resolution")
-        found[f"region with norms {layout}"] = step_of(partial(region, feature_norm="channel"), layout)
+        found[f"region with norms {layout}"] = step_of(norms, layout)
+        found[f"region of many pixels {layout}"] = step_of(partial(region, **FINE), layout)
+        found[f"align of many pixels {layout}"] = step_of(partial(align, **FINE), layout)
     found["pooled with norms"] = step_of(partial(pooled, feature_norm="channel"))
     found["region deterministic"] = step_of(STEPS["region"], deterministic=True)
     found["region of many bins"] = step_of(partial(region, **LARGE))
-    found["region of many bins with norms"] = step_of(partial(region, feature_norm="channel", **LARGE))
+    found["region of many bins with norms"] = step_of(partial(norms, **LARGE))
+    found["region with norms of many pixels"] = step_of(partial(norms, **FINE))
+    found["region with norms of unlike sides"] = step_of(norms, geometry="resolution")
+    found["gaussian of many boxes"] = step_of(partial(gaussian, boxes=300))
+    found["align of many regions"] = step_of(align, deterministic=True, regions=300, channels=4)
     return found
 
 
 def step_of(
-    make: Callable, layout: str = "nchw", deterministic: bool = False, geometry: str = "equal"
+    make: Callable,
+    layout: str = "nchw",
+    deterministic: bool = False,
+    geometry: str = "equal",
+    regions: int = 14,
+    channels: int = 72,
 ) -> Callable[[], Results]:
     def run() -> Results:
-        scene = make_scene(3, regions=14, channels=72, geometry=geometry).to(torch.float32, None, layout, layout)
+        scene = make_scene(3, regions=regions, channels=channels, geometry=geometry).to(
+            torch.float32, None, layout, layout
+        )
         torch.use_deterministic_algorithms(deterministic)
         try:
             forward, leaves = make(scene)
@@ -158,11 +174,22 @@ def verdict(run: Callable[[], Results], expected: Results) -> str:
         rules = re.findall(r"times ([^|]+?) \|", str(error))
         return ", ".join(sorted(set(rules))) or str(error).partition("\n")[0]
     same = all(torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True) for a, b in zip(found, expected))
-    return "" if same else "the numbers differ"
+    return "" if same else WRONG
 
 
-def mutants(wanted: list[str], module: ptx_on_cpu.Bounded, runs: dict[str, Callable[[], Results]]) -> list[str]:
-    """The mutants that none of the ``runs`` caught; prints all."""
+class Outcome(NamedTuple):
+    mutant: Mutant
+    how: str  # it was caught; "" if it was not
+    run: str  # that caught it
+
+    def __str__(self) -> str:
+        kernel, instruction, _ = self.mutant
+        place = f"{kernel}: {instruction.source}, line {instruction.line}: {instruction.text}"
+        return f"{place}: {self.how} ({self.run})" if self.how else f"{place}: NOT CAUGHT"
+
+
+def mutants(wanted: list[str], module: ptx_on_cpu.Bounded, runs: dict[str, Callable[[], Results]]) -> list[Outcome]:
+    """What became of every mutant in the ``runs``; prints it."""
     expected, reached = {}, {}
     kernels: dict[str, dict] = {}
     for name, run in runs.items():
@@ -173,20 +200,31 @@ def mutants(wanted: list[str], module: ptx_on_cpu.Bounded, runs: dict[str, Calla
             reached.setdefault(kernel["entry"], {})[name] = ran
             known = kernels.setdefault(kernel["entry"], kernel)
             known["code"] = [max(rows, key=lambda row: row[3]) for rows in zip(known["code"], kernel["code"])]
-    survivors, texts = [], module.texts()
+    outcomes, texts = [], module.texts()
     for entry, kernel in kernels.items():
         if "double" in kernel["name"] or (wanted and not any(name in kernel["name"] for name in wanted)):
             continue
         for mutant in mutants_of(kernel, texts):
-            kernel_name, instruction, ptx = mutant
-            place = f"{kernel_name}: {instruction.source}, line {instruction.line}: {instruction.text}"
-            module.replace(ptx)
-            names = [name for name, ran in reached[entry].items() if instruction.line in ran]
-            how = next((f"{how} ({name})" for name in names if (how := verdict(runs[name], expected[name]))), "")
+            module.replace(mutant.ptx)
+            names = [name for name, ran in reached[entry].items() if mutant.instruction.line in ran]
+            verdicts = ((verdict(runs[name], expected[name]), name) for name in names)
+            outcomes.append(Outcome(mutant, *next((found for found in verdicts if found[0]), ("", ""))))
             module.restore()
-            print(f"{place}: {how or 'NOT CAUGHT'}", flush=True)
-            survivors += [] if how else [place]
-    return survivors
+            print(outcomes[-1], flush=True)
+    return outcomes
+
+
+def table(outcomes: list[Outcome]) -> Iterator[str]:
+    """A row a kernel: how many mutants there are, how many were caught by what, and the others."""
+    yield "| kernel | mutants | a race or another rule | wrong numbers | not caught |"
+    yield "| --- | --- | --- | --- | --- |"
+    for kernel in dict.fromkeys(outcome.mutant.kernel for outcome in outcomes):
+        own = [outcome for outcome in outcomes if outcome.mutant.kernel == kernel]
+        numbers = sum(outcome.how == WRONG for outcome in own)
+        others = Counter(outcome.mutant.instruction.source for outcome in own if not outcome.how)
+        places = ", ".join(sorted(others))
+        by_rule = len(own) - numbers - others.total()
+        yield f"| `{kernel}` | {len(own)} | {by_rule} | {numbers} | {others.total()}{places and ': ' + places} |"
 
 
 def main() -> None:
@@ -198,9 +236,10 @@ def main() -> None:
     torch.set_num_threads(1)
     module = ptx_on_cpu.start(90, pytest.MonkeyPatch())
     IMPLEMENTATIONS["CPU"] = CudaKernels(module, lambda device: 0)
-    survivors = mutants(rest, module, steps())
-    if survivors:
-        raise SystemExit("\n".join(["not caught:", *survivors]))
+    outcomes = mutants(rest, module, steps())
+    print(*table(outcomes), sep="\n")
+    if not all(outcome.how for outcome in outcomes):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ def module(monkeypatch):
 
 
 def test_a_kernel_without_a_barrier_is_caught(module, capsys):
-    assert ptx.mutants(["distribution_loss_kernel"], module, RUNS) == []
+    outcomes = ptx.mutants(["distribution_loss_kernel"], module, RUNS)
+    assert all(outcome.how for outcome in outcomes)
     printed = capsys.readouterr().out
     assert printed.count("bar.sync 0: race: ") >= 3
     assert printed.count("read through the first-level cache") >= 1
@@ -35,8 +36,10 @@ def test_a_kernel_without_a_barrier_is_caught(module, capsys):
 def test_a_fault_that_nothing_catches_is_reported(module, monkeypatch):
     """Such as another way to write the same."""
     monkeypatch.setattr(ptx, "MUTATIONS", [(re.compile(r"bar\.sync\s+0"), "barrier.sync 0")])
-    survivors = ptx.mutants(["distribution_loss_kernel"], module, RUNS)
-    assert len(survivors) >= 3 and all("bar.sync 0" in survivor for survivor in survivors)
+    outcomes = ptx.mutants(["distribution_loss_kernel"], module, RUNS)
+    assert len(outcomes) >= 3 and not any(outcome.how for outcome in outcomes)
+    [*_, row] = ptx.table(outcomes)
+    assert f"| {len(outcomes)} | 0 | 0 | {len(outcomes)}: distribution.cu:" in row
 
 
 @pytest.mark.parametrize(

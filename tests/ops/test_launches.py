@@ -20,7 +20,7 @@ from .test_pooled_loss import make_pooled
 
 
 def region(scene, **options):
-    options = dict(**scene.scales, **LEVEL_RULE, feature_gate="all", **options)
+    options = {**scene.scales, **LEVEL_RULE, "feature_gate": "all", **options}
     return lambda: tardkd.ops.region_distill_loss(*scene.inputs, **options)[:3], scene.leaves
 
 
@@ -36,14 +36,14 @@ def heads(scene, **options):
     return lambda: tardkd.ops.head_distill_loss(*scene.per_region, **options)[:3], leaves
 
 
-def align(scene):
-    features, options = scene.student_features, dict(scales=scene.student_scales, **LEVEL_RULE)
+def align(scene, **options):
+    features, options = scene.student_features, {"scales": scene.student_scales, **LEVEL_RULE, **options}
     return lambda: [tardkd.ops.multiscale_roi_align(features, scene.proposals, **options)], features
 
 
-def gaussian(scene):
+def gaussian(scene, boxes=9):
     features, options = scene.student_features, dict(scales=scene.student_scales)
-    gt_boxes = [make_boxes(torch.Generator().manual_seed(1), 9)] * 2
+    gt_boxes = [make_boxes(torch.Generator().manual_seed(1), boxes)] * 2
     others = [f.detach() + 1 for f in features]
     return lambda: [tardkd.ops.gaussian_feature_loss(features, others, gt_boxes, **options)], features
 
