@@ -123,6 +123,7 @@ def running(architecture: int) -> Iterator[ModuleType]:
     module = ptx_on_cpu.load()
     module.reset()
     module.forbid_all()
+    module.set_bounded(False)
     module.set_architecture(architecture)
     before = IMPLEMENTATIONS["CPU"]
     IMPLEMENTATIONS["CPU"] = CudaKernels(module, lambda device: 0)

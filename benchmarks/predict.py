@@ -136,7 +136,7 @@ class nothing_launched:  # noqa: N801 - used like a function
     def __enter__(self) -> None:
         self._before = IMPLEMENTATIONS["CPU"]
         names = ("region_distill", "pooled_distill", "head_distill", "roi_align", "roi_align_scatter")
-        names += ("roi_align_gather", "gaussian_feature_loss", "gaussian_feature_loss_backward")
+        names += ("scale_gradients", "roi_align_gather", "gaussian_feature_loss", "gaussian_feature_loss_backward")
         functions = {name: lambda *arguments: None for name in names}
         partials = {name: lambda *arguments: 64 for name in ("region_partials", "gaussian_partials")}
         IMPLEMENTATIONS["CPU"] = CudaKernels(SimpleNamespace(**functions, **partials), lambda device: 0)

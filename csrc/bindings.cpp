@@ -4,6 +4,7 @@
 #include "cpu/hot.h"
 #include "cpu/kernels.h"
 #include "cpu/memory.h"
+#include "fit.h"
 #ifdef TARDKD_CUDA_ARCHITECTURES
 #include "cuda/runtime.h"
 #endif
@@ -12,12 +13,12 @@ using namespace tardkd;
 
 namespace {
 
-void region_distill(const py::object& student_pyramid, const py::object& teacher_pyramid,
-                    const py::object& grad_pyramid, bool add, const py::object& inputs, const py::object& upstream,
-                    const py::object& results, const py::object& align, const py::object& loss, int threads) {
+void region_distill(const py::object& student_pyramid, const py::object& teacher_pyramid, const py::object& gradient,
+                    bool add, const py::object& inputs, const py::object& upstream, const py::object& results,
+                    const py::object& align, const py::object& loss, int threads) {
   const Pyramid student = pyramid(student_pyramid, tensor(TARDKD_FIELD(inputs, "student_norms"))),
                 teacher = pyramid(teacher_pyramid, tensor(TARDKD_FIELD(inputs, "teacher_norms"))),
-                grad = pyramid(grad_pyramid);
+                grad = gradient_pyramid(gradient, student);
   const RegionInputs in = region_inputs(inputs, tensor(upstream), student, teacher);
   const RoiAlignSpec roi = align_spec(align);
   const LossSpec spec = loss_spec(loss);
@@ -172,6 +173,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Kernels of tardkd. Arguments are not checked here; call them through tardkd.ops.";
   m.def("build_info", &build_info);
+  m.def("fit", &fit);
   py::class_<cpu::Block>(m, "Block", py::buffer_protocol(), "Memory for a large result.")
       .def(py::init<size_t>())
       .def_buffer([](const cpu::Block& block) {

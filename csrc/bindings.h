@@ -1,82 +1,66 @@
-// What the bindings of both back ends share: Python's named tuples as the structs of core/common.h.
+// What the bindings of both back ends share: Python's tensors and named tuples as the structs of core/common.h.
 //
-// Python allocates every result. A tensor arrives as what describe() in tardkd/ops/native.py makes of it, everything
-// else as a named tuple of tardkd/ops (spec.py, inputs.py, native.py, cuda.py) whose fields are read here by their
-// names.
+// Python allocates every result. Settings and sets of tensors are named tuples of tardkd/ops (spec.py, inputs.py,
+// cuda.py), whose fields are read here by their names; absent tensors are None, a pyramid is a pair of its maps,
+// L x (N, C_l, H_l, W_l), and their scales.
 #pragma once
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <algorithm>
-#include <array>
-#include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
-#include "core/common.h"
+#include "tensor.h"
 
 namespace tardkd {
 
-namespace py = pybind11;
-
-// A field of a named tuple. Each place in the code keeps its field's name as Python's own interned string, for to make
-// one anew takes longer than to look the field up.
-#define TARDKD_FIELD(tuple, name)                                  \
-  ([&] {                                                           \
-    static PyObject* const key = PyUnicode_InternFromString(name); \
-    PyObject* const value = PyObject_GetAttr((tuple).ptr(), key);  \
-    if (!value) throw py::error_already_set();                     \
-    return py::reinterpret_steal<py::object>(value);               \
-  }())
+// A field of a named tuple.
+#define TARDKD_FIELD(tuple, name) attribute(tuple, TARDKD_NAME(name))
 
 // --- tensors -------------------------------------------------------------------------------------------------------
 
-struct Tensor {
-  void* data = nullptr;
-  DType dtype = DType::float32;
-  std::vector<int64_t> shape, strides;
-
-  template <class T>
-  T* as() const {
-    return static_cast<T*>(data);
-  }
-  int32_t size(int axis) const { return static_cast<int32_t>(shape[axis]); }
-  explicit operator bool() const { return data != nullptr; }
-};
-
-// None becomes a null tensor: an optional input that is absent. A result that is not wanted is empty, thus null too.
-inline Tensor tensor(const py::handle& description) {
-  Tensor t;
-  if (description.is_none()) return t;
-  const auto [data, dtype, shape, strides] =
-      description.cast<std::tuple<uintptr_t, int, std::vector<int64_t>, std::vector<int64_t>>>();
-  t.data = reinterpret_cast<void*>(data);
-  t.dtype = static_cast<DType>(dtype);
-  t.shape = shape;
-  t.strides = strides;
-  return t;
-}
-
-// DescribedPyramid. Without levels: a gradient that is not wanted. `norms`: those of the levels, one after the other.
-inline Pyramid pyramid(const py::object& described, const Tensor& norms = Tensor{}) {
-  const py::list levels = TARDKD_FIELD(described, "levels");
-  const auto scales = TARDKD_FIELD(described, "scales").cast<std::vector<double>>();
-  if (levels.size() > kMaxLevels)
+// Without levels: a gradient that is not wanted. `norms`: those of the levels, one after the other.
+inline Pyramid pyramid(const py::object& maps_and_scales, const Tensor& norms = Tensor{}) {
+  const auto [maps, scales] = maps_and_scales.cast<std::pair<std::vector<py::object>, std::vector<double>>>();
+  if (maps.size() > kMaxLevels)
     throw std::invalid_argument("a pyramid has at most " + std::to_string(kMaxLevels) + " levels, got " +
-                                std::to_string(levels.size()));
+                                std::to_string(maps.size()));
   Pyramid p{};
-  p.levels = static_cast<int32_t>(levels.size());
+  p.levels = static_cast<int32_t>(maps.size());
   const char* norm = norms.as<const char>();
   for (int32_t level = 0; level < p.levels; ++level) {
-    const Tensor t = tensor(levels[level]);
+    const Tensor t = tensor(maps[level]);
     p.images = t.size(0);
     p.max_channels = std::max(p.max_channels, t.size(1));
     p.dtype = t.dtype;
     p.level[level] = FeatureMap{t.data,    t.strides[0], t.strides[1],  t.strides[2], t.strides[3],
                                 t.size(2), t.size(3),    scales[level], t.size(1),    norm};
-    if (norm) norm += 2 * t.size(1) * (norms.dtype == DType::float64 ? sizeof(double) : sizeof(float));
+    if (norm) norm += 2 * t.size(1) * norms.bytes;
+  }
+  return p;
+}
+
+// The maps of `gradient` for the features of `like`: a list of them, or a pair of one flat tensor that holds them one
+// after the other (maps.py) and of whether each is in channels_last order; empty: it is not wanted.
+inline Pyramid gradient_pyramid(const py::object& gradient, const Pyramid& like) {
+  Pyramid p = like;
+  const bool is_list = PyList_Check(gradient.ptr());
+  const auto flags = is_list ? std::vector<bool>() : gradient.cast<std::pair<py::object, std::vector<bool>>>().second;
+  const Tensor flat = is_list ? Tensor{} : tensor_unannounced(gradient[py::int_(0)]);
+  p.levels = static_cast<int32_t>(is_list ? py::len(gradient) : flags.size());
+  for (int64_t level = 0, begin = 0; level < p.levels; ++level) {
+    FeatureMap& map = p.level[level];
+    Tensor t;
+    if (is_list) {
+      t = tensor(gradient[py::int_(level)]);
+    } else {
+      const int64_t c = map.channels, h = map.height, w = map.width;
+      t = part(flat, begin, p.images * c * h * w);
+      begin += t.shape[0];
+      t.strides = flags[level] ? std::array<int64_t, 4>{c * h * w, 1, w * c, c}
+                               : std::array<int64_t, 4>{c * h * w, h * w, w, 1};
+    }
+    p.dtype = is_list ? t.dtype : flat.dtype;
+    map = FeatureMap{t.data,     t.strides[0], t.strides[1], t.strides[2], t.strides[3],
+                     map.height, map.width,    map.scale,    map.channels, nullptr};
   }
   return p;
 }
@@ -90,13 +74,12 @@ inline PooledTensor pooled_tensor(const Tensor& t, const Tensor& norm = Tensor{}
 
 // Tensors of one or two axes. A null tensor becomes an absent table.
 inline Table table(const Tensor& t) {
-  if (t.shape.empty()) return Table{};
-  return Table{t.data, t.dtype, t.strides[0], t.strides.size() > 1 ? t.strides[1] : 0};
+  return t.axes == 0 ? Table{} : Table{t.data, t.dtype, t.strides[0], t.strides[1]};
 }
 
 // (R,) of int64, or None where the level rule decides; `levels`: those of the pyramid.
-inline GivenLevels given_levels(const py::object& description, int32_t levels) {
-  const Tensor t = tensor(description);
+inline GivenLevels given_levels(const py::object& given, int32_t levels) {
+  const Tensor t = tensor(given);
   return t ? GivenLevels{t.as<const int64_t>(), t.strides[0], levels} : GivenLevels{};
 }
 

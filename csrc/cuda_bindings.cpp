@@ -14,7 +14,9 @@ cuda::Target target_of(const py::object& target) {
 
 template <class T>
 cuda::Scratch<T> scratch_of(const py::object& scratch) {
-  const Tensor partial = tensor(TARDKD_FIELD(scratch, "partial")), done = tensor(TARDKD_FIELD(scratch, "done"));
+  const Tensor memory = tensor_unannounced(TARDKD_FIELD(scratch, "memory"));
+  const int64_t begin = py::cast<int64_t>(TARDKD_FIELD(scratch, "begin"));
+  const Tensor done = part(memory, begin, 1), partial = part(memory, begin + 1, memory.shape[0] - begin - 1);
   return cuda::Scratch<T>{partial.as<T>(), done.as<int32_t>()};
 }
 
@@ -31,13 +33,13 @@ void run(const F& launch) {
                              cuda::error_text(status.error));
 }
 
-void region_distill(const py::object& student_pyramid, const py::object& teacher_pyramid,
-                    const py::object& grad_pyramid, const py::object& grad_pooled, const py::object& inputs,
-                    const py::object& upstream, const py::object& results, const py::object& scratch,
-                    const py::object& align, const py::object& loss, const py::object& target) {
+void region_distill(const py::object& student_pyramid, const py::object& teacher_pyramid, const py::object& gradient,
+                    const py::object& grad_pooled, const py::object& inputs, const py::object& upstream,
+                    const py::object& results, const py::object& scratch, const py::object& align,
+                    const py::object& loss, const py::object& target) {
   const Pyramid student = pyramid(student_pyramid, tensor(TARDKD_FIELD(inputs, "student_norms"))),
                 teacher = pyramid(teacher_pyramid, tensor(TARDKD_FIELD(inputs, "teacher_norms"))),
-                grad = pyramid(grad_pyramid);
+                grad = gradient_pyramid(gradient, student);
   const Tensor pooled = tensor(grad_pooled);
   const RegionInputs in = region_inputs(inputs, tensor(upstream), student, teacher);
   const RoiAlignSpec roi = align_spec(align);
@@ -129,6 +131,26 @@ void roi_align_gather(const py::object& grad_pyramid, const py::object& proposal
   });
 }
 
+// results[k] = gradients[k] * upstream[k] * factors[terms[k]]; of a negative term without a factor. `gradients` and
+// `factors` are contiguous and of the accumulation type, `upstream` are single elements.
+void scale_gradients(const std::vector<py::object>& results, const std::vector<py::object>& gradients,
+                     const py::object& factors, const std::vector<py::object>& upstream,
+                     const std::vector<int64_t>& terms, const py::object& target) {
+  const Tensor factor = tensor(factors);
+  std::vector<cuda::Scaling> scalings;
+  for (size_t k = 0; k < results.size(); ++k) {
+    const Tensor to = tensor(results[k]), from = tensor(gradients[k]), by = tensor(upstream[k]);
+    int64_t count = 1;
+    for (int axis = 0; axis < from.axes; ++axis) count *= from.shape[axis];
+    const char* const own = terms[k] < 0 ? nullptr : factor.as<char>() + terms[k] * factor.bytes;
+    if (count) scalings.push_back({to.data, to.dtype, from.data, count, by.data, own});
+  }
+  const cuda::Target at = target_of(target);
+  accumulate_as(factor.dtype, [&](auto a) {
+    run([&] { return cuda::scale_gradients<decltype(a)>(scalings.data(), int(scalings.size()), at); });
+  });
+}
+
 int64_t gaussian_partials(const py::object& student_pyramid) {
   return cuda::gaussian_partials(pyramid(student_pyramid));
 }
@@ -209,6 +231,7 @@ void bind_cuda(py::module_& m) {
   m.def("roi_align", &roi_align);
   m.def("roi_align_scatter", &roi_align_scatter);
   m.def("roi_align_gather", &roi_align_gather);
+  m.def("scale_gradients", &scale_gradients);
   m.def("gaussian_partials", &gaussian_partials);
   m.def("gaussian_feature_loss", &gaussian_feature_loss);
   m.def("gaussian_feature_loss_backward", &gaussian_feature_loss_backward);

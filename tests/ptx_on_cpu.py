@@ -18,9 +18,6 @@ from typing import Any, NamedTuple
 
 import pytest
 from cuda_on_cpu import ROOT, build
-from torch import Tensor
-
-from tardkd.ops import cuda, native
 
 
 class Instruction(NamedTuple):
@@ -63,7 +60,7 @@ class Instruction(NamedTuple):
 
 
 class Bounded:
-    """The functions of the module. A launch may touch what was described since the last one, and nothing else."""
+    """The functions of the module. A launch may touch the tensors that its call has read, and nothing else."""
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module
@@ -89,22 +86,12 @@ def load() -> ModuleType:
     return build("ptx_on_cpu", ROOT / "build" / "ptx-on-cpu")
 
 
-def start(architecture: int, monkeypatch: pytest.MonkeyPatch) -> Bounded:
-    """The functions, whose launches run the PTX of this architecture and are held to the tensors described to them."""
+def start(architecture: int) -> Bounded:
+    """The functions, whose launches run the PTX of this architecture and are held to their tensors."""
     module = load()
     module.reset()
     module.forbid_all()
+    module.set_bounded(True)
     module.set_architecture(architecture)
     module.set_seed(int(os.environ.get("TARDKD_PTX_SEED", "0")))
-
-    plain = native.describe
-
-    def describe(tensor: Tensor | None) -> native.Description | None:
-        if tensor is not None and tensor.numel():
-            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-            module.allow(tensor.data_ptr(), (last + 1) * tensor.element_size(), tensor.element_size())
-        return plain(tensor)
-
-    monkeypatch.setattr(native, "describe", describe)
-    monkeypatch.setattr(cuda, "describe", describe)
     return Bounded(module)

@@ -98,6 +98,22 @@ template <class A>
 Status distribution_distill_loss_backward(const DistributionInputs& in, const Table& upstream, A* grad,
                                           const Target& target);
 
+// A contiguous gradient of A and what it is to be multiplied by, both single elements of A; null `factor`: one. `to`,
+// of any dtype, may be the gradient itself.
+struct Scaling {
+  void* to;
+  DType dtype;
+  const void* gradient;
+  int64_t count;
+  const void *upstream, *factor;
+};
+
+constexpr int kMaxScalings = 3;  // the terms of a loss
+
+// All of them in one launch.
+template <class A>
+Status scale_gradients(const Scaling* scalings, int count, const Target& target);
+
 // Elements of Scratch::partial for the Gaussian-mask loss.
 int64_t gaussian_partials(const Pyramid& student);
 

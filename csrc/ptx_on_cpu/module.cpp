@@ -19,11 +19,21 @@ py::dict described(const ptx_on_cpu::Kernel& kernel) {
                   "shared"_a = kernel.shared_bytes, "local"_a = kernel.local_bytes, "code"_a = code);
 }
 
+// A launch may touch the tensors that its call has read.
+void allow(const tardkd::Tensor& t) {
+  int64_t last = 0;
+  for (size_t axis = 0; axis < size_t(t.axes); ++axis) last += (t.shape[axis] - 1) * t.strides[axis];
+  ptx_on_cpu::allow(uint64_t(t.data), uint64_t((last + 1) * t.bytes), uint64_t(t.bytes));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_ptx_on_cpu, m) {
   m.doc() = "tardkd's CUDA kernels run from their PTX by csrc/ptx_on_cpu, for tests.";
   tardkd::bind_cuda(m);
+  m.def(
+      "set_bounded", [](bool bounded) { tardkd::on_tensor = bounded ? allow : nullptr; },
+      "Whether launches may touch nothing but the tensors of their calls");
   m.def("set_architecture", &ptx_on_cpu::set_architecture);
   m.def("set_seed", &ptx_on_cpu::set_seed, "Of the order in which blocks and warps run");
   m.def("allow", &ptx_on_cpu::allow, "Memory that launches may touch: address, bytes, bytes of an element");

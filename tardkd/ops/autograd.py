@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .gradients import once_differentiable, refuse_transforms, scale_gradient, wanted
+from .gradients import once_differentiable, refuse_transforms, rounded, scaled_like, wanted
 from .inputs import (
     NO_GRADIENTS,
     AlignBackward,
@@ -52,10 +52,24 @@ def region_losses(call: RegionCall) -> RegionLosses:
 
 def run_regions(call: RegionCall, wants: Wants, upstream: Tensor | None = None) -> RegionResults:
     """The registered op, or just its kernels; ``upstream`` (3, R): gradients of every region's terms."""
-    if not needs_dispatch(call):
-        with torch.no_grad():
-            return getattr(kernels_of(call.inputs.proposals.device), call.op)(call, wants, upstream)
-    return RegionResults(*getattr(torch.ops.tardkd, call.op)(*call.pack(wants, upstream)))
+    device = call.inputs.proposals.device
+    if needs_dispatch(device, call.tensors()):
+        return RegionResults(*getattr(torch.ops.tardkd, call.op)(*call.pack(wants, upstream)))
+    run = getattr(kernels_of(device), call.op)
+    if not torch.is_grad_enabled():  # as ever within a function of autograd
+        return run(call, wants, upstream)
+    with torch.no_grad():
+        return run(call, wants, upstream)
+
+
+def scale_gradients(
+    results: list[Tensor], gradients: list[Tensor], factors: Tensor, upstream: list[Tensor], terms: list[int]
+) -> None:
+    """The registered op, or just its kernel; see :class:`tardkd.ops.kernels.Kernels`."""
+    if needs_dispatch(factors.device, (factors, *gradients, *upstream)):
+        torch.ops.tardkd.scale_gradients(results, gradients, factors, upstream, terms)
+    else:
+        kernels_of(factors.device).scale_gradients(results, gradients, factors, upstream, terms)
 
 
 class _Student(NamedTuple):
@@ -108,18 +122,20 @@ class _RegionLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         factors, *saved = ctx.saved_tensors
-        asked = (ctx.wants.features or ctx.is_tapped, ctx.wants.logits, ctx.wants.deltas)
-        given = {term: value for term, value in enumerate(upstream[:3]) if asked[term] and value is not None}
-        # One launch for all of these products of two numbers.
-        products = torch._foreach_mul(list(given.values()), [factors[term] for term in given]) if given else ()
-        factor_of = dict(zip(given, products))
-        scaled = [
-            scale_gradient(gradient, factor_of[term], ctx.student.dtypes[term])
-            if ctx.wants[term] and term in factor_of
-            else None
-            for term, gradient in enumerate(saved[:3])
-        ]
-        factor = factor_of.get(0) if ctx.is_tapped else None
+        of_term = {term: gradient for term, gradient in enumerate(upstream[:3]) if gradient is not None}
+        terms = [term for term in of_term if ctx.wants[term]]
+        results = [scaled_like(saved[term], ctx.student.dtypes[term]) for term in terms]
+        gradients, given = [saved[term] for term in terms], [of_term[term] for term in terms]
+        factor = None
+        if ctx.is_tapped and 0 in of_term:  # the tap multiplies by it what it adds
+            factor = torch.empty_like(of_term[0])
+            results.append(factor)
+            gradients.append(factors[0])
+            given.append(of_term[0])
+        scale_gradients(results, gradients, factors, given, [*terms, -1][: len(results)])
+        scaled: list[Tensor | None] = [None, None, None]
+        for term, result in zip(terms, results):
+            scaled[term] = rounded(result, ctx.student.dtypes[term])
         return None, None, factor, *_input_gradients(ctx.settings, ctx.student, *scaled)
 
 
@@ -145,13 +161,17 @@ class _DeferredRegionLoss(torch.autograd.Function):
         gradients: list[Tensor | None] = [None, None, None]
         if any(wants):
             given = next(gradient for gradient in terms if gradient is not None)
-            per_region = torch.stack([given if gradient is None else gradient for gradient in terms])
-            if call.loss.reduction != "none":
-                per_region = (per_region * factors)[:, None].expand(-1, call.inputs.proposals.shape[0])
+            all_given = [given if gradient is None else gradient for gradient in terms]
+            if call.loss.reduction == "none":
+                per_region = torch.stack(all_given)
+            else:
+                products = torch.empty_like(factors)
+                scale_gradients(list(products.unbind()), list(factors.unbind()), factors, all_given, [-1, -1, -1])
+                per_region = products.view(3, 1).expand(3, call.inputs.proposals.shape[0])
                 call = call.unreduced()
             results = run_regions(call, wants, per_region)
             gradients = [
-                gradient.to(dtype) if want else None
+                rounded(gradient, dtype) if want else None
                 for want, gradient, dtype in zip(wants, results.gradients(), student.dtypes)
             ]
         return None, None, *_input_gradients(ctx.settings, student, *gradients)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .extension import native_module
 from .inputs import RegionInputs
 from .maps import channels_differ
 from .spec import MAX_LEVELS, Activation, Background, LossSpec, class_count, is_foreground, positive
@@ -19,7 +20,6 @@ from .spec import MAX_LEVELS, Activation, Background, LossSpec, class_count, is_
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BOX_DTYPES = (torch.float32, torch.float64)
 LEVEL_DTYPES = (torch.int64, torch.int32)
-
 
 LARGEST_COORDINATE = torch.finfo(torch.float32).max
 
@@ -97,28 +97,32 @@ def check_scales(name: str, scales: Sequence[float], features_name: str, feature
 
 
 def check_pyramids(
-    student_features: Sequence[Tensor],
-    teacher_features: Sequence[Tensor],
-    student_scales: Sequence[float],
-    teacher_scales: Sequence[float] | None,
-    *,
-    same_channels: bool = True,
-) -> Sequence[float]:
-    """Check both sides and each against the other; returns the teacher's scales."""
+    student_features: Sequence[Tensor], teacher_features: Sequence[Tensor], *, same_channels: bool = True
+) -> None:
+    """Check both sides and each against the other."""
     check_pyramid("student_features", student_features, same_channels=same_channels)
     check_pyramid("teacher_features", teacher_features, same_channels=same_channels)
     if channels_differ(student_features) or channels_differ(teacher_features):
         check_channels_of_levels(student_features, teacher_features)
+    check_sides(student_features[0], teacher_features[0], "student_features", "teacher_features", "images")
+    for level, feature in enumerate(teacher_features):
+        check_detached(f"teacher_features[{level}]", feature)
+
+
+def checked_scales(
+    student_features: Sequence[Tensor],
+    teacher_features: Sequence[Tensor],
+    student_scales: Sequence[float],
+    teacher_scales: Sequence[float] | None,
+) -> tuple[list[float], list[float]]:
+    """The scales of both sides, where ``teacher_scales`` None stands for the student's."""
     check_scales("student_scales", student_scales, "student_features", student_features)
     if teacher_scales is None:
         check_scales("student_scales (teacher_scales is None)", student_scales, "teacher_features", teacher_features)
         teacher_scales = student_scales
     else:
         check_scales("teacher_scales", teacher_scales, "teacher_features", teacher_features)
-    check_sides(student_features[0], teacher_features[0], "student_features", "teacher_features", "images")
-    for level, feature in enumerate(teacher_features):
-        check_detached(f"teacher_features[{level}]", feature)
-    return teacher_scales
+    return list(map(float, student_scales)), list(map(float, teacher_scales))
 
 
 def check_channels_of_levels(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> None:
@@ -286,80 +290,73 @@ def checked_levels(name: str, levels: Tensor | None, regions: Tensor) -> Tensor 
     return levels.long()
 
 
+def fit(
+    given: RegionInputs,
+    activation: Activation,
+    *,
+    pyramids: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
+    pooled: tuple[Tensor, Tensor] | None = None,
+) -> bool:
+    """Whether all that a loss over regions is given is known to pass the checks, which take ten times as long.
+
+    The compiled module knows it of plain tensors that go together as they nearly always do. False: it does not know.
+
+    Args:
+        given: as to :func:`checked_region_inputs`.
+        pyramids: the student's and the teacher's, either L x (N, C, H_l, W_l); None: there are none.
+        pooled: the student's and the teacher's pooled features, either (R, C, h, w); None: there are none.
+    """
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return not checking_values() and native_module.fit(given, activation, pyramids, pooled)
+
+
 def checked_region_inputs(
-    proposals: Tensor | Sequence[Tensor],
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    student_deltas: Tensor,
-    teacher_deltas: Tensor,
-    labels: Tensor,
-    gt_boxes: Tensor,
-    region_weights: Tensor | None,
-    student_scores: Tensor | None,
-    teacher_scores: Tensor | None,
+    given: RegionInputs,
     *,
     loss: LossSpec,
     like: Tensor,
     num_images: int | None,
     like_name: str = "student_features",
-    student_levels: Tensor | None = None,
-    teacher_levels: Tensor | None = None,
     pyramids: tuple[Sequence[Tensor], Sequence[Tensor]] = ((), ()),
 ) -> RegionInputs:
     """What a region loss is given beside its features, each (R, ...) checked against the others.
 
     Args:
-        proposals: (R, 5), or one (R_n, 4) an image; see :func:`as_regions`.
+        given: as the loss is, so that the proposals may also be one tensor (R_n, 4) an image; see :func:`as_regions`.
         loss: how the heads' outputs are to be read.
         like: a student's feature, or its logits where there are no features, with whose device and precision the
             others must agree.
         num_images: N; None where the image index of the proposals has no meaning.
         like_name: what ``like`` is called in messages.
-        student_levels, teacher_levels: (R,) where the regions are to be pooled from; None: by the level rule.
-        pyramids: the student's and the teacher's, which these levels are of.
+        pyramids: the student's and the teacher's, which the levels are of.
     """
-    regions = as_regions(proposals, num_images, like.device, f"the {like_name.removeprefix('student_')}")
-    inputs = RegionInputs(
-        regions,
-        student_logits,
-        teacher_logits,
-        student_deltas,
-        teacher_deltas,
-        labels,
-        gt_boxes,
-        region_weights,
-        checked_levels("student_levels", student_levels, regions),
-        checked_levels("teacher_levels", teacher_levels, regions),
-        student_scores,
-        teacher_scores,
-    )
+    regions = as_regions(given.proposals, num_images, like.device, f"the {like_name.removeprefix('student_')}")
+    student_levels = checked_levels("student_levels", given.student_levels, regions)
+    teacher_levels = checked_levels("teacher_levels", given.teacher_levels, regions)
     # One tensor for both stays one once converted: the kernels see by that that the sides pool alike.
-    if teacher_levels is student_levels is not None:
-        inputs = inputs._replace(teacher_levels=inputs.student_levels)
-    heads = {
-        "student_logits": (student_logits, ("R", "K")),
-        "teacher_logits": (teacher_logits, ("R", "K")),
-        "student_deltas": (student_deltas, ("R", "4K")),
-        "teacher_deltas": (teacher_deltas, ("R", "4K")),
-    }
-    for name, (tensor, axes) in heads.items():
-        check_per_region(name, tensor, axes, FEATURE_DTYPES, regions, like_name)
-        check_same_precision(like_name, like, name, tensor)
-    check_per_region("labels", labels, ("R",), (torch.int64,), regions, like_name)
-    check_per_region("gt_boxes", gt_boxes, ("R", "4"), BOX_DTYPES, regions, like_name)
-    if region_weights is not None:
-        check_per_region("region_weights", region_weights, ("R",), FEATURE_DTYPES, regions, like_name)
-        check_detached("region_weights", region_weights)
-    if student_scores is not None:
-        check_per_region("student_scores", student_scores, ("R",), FEATURE_DTYPES, regions, like_name)
-        inputs = inputs._replace(student_scores=student_scores.detach())
-    if teacher_scores is not None:
-        check_per_region("teacher_scores", teacher_scores, ("R",), FEATURE_DTYPES, regions, like_name)
-        check_detached("teacher_scores", teacher_scores)
-    check_detached("teacher_logits", teacher_logits)
-    check_detached("teacher_deltas", teacher_deltas)
-    if gt_boxes.shape[1] != 4:
-        raise ValueError(f"gt_boxes must have shape (R, 4), got {tuple(gt_boxes.shape)}")
+    if given.teacher_levels is given.student_levels:
+        teacher_levels = student_levels
+    inputs = given._replace(proposals=regions, student_levels=student_levels, teacher_levels=teacher_levels)
+    heads = {"student_logits": "K", "teacher_logits": "K", "student_deltas": "4K", "teacher_deltas": "4K"}
+    for name, columns in heads.items():
+        check_per_region(name, getattr(inputs, name), ("R", columns), FEATURE_DTYPES, regions, like_name)
+        check_same_precision(like_name, like, name, getattr(inputs, name))
+    check_per_region("labels", inputs.labels, ("R",), (torch.int64,), regions, like_name)
+    check_per_region("gt_boxes", inputs.gt_boxes, ("R", "4"), BOX_DTYPES, regions, like_name)
+    if inputs.region_weights is not None:
+        check_per_region("region_weights", inputs.region_weights, ("R",), FEATURE_DTYPES, regions, like_name)
+        check_detached("region_weights", inputs.region_weights)
+    if inputs.student_scores is not None:
+        check_per_region("student_scores", inputs.student_scores, ("R",), FEATURE_DTYPES, regions, like_name)
+        inputs = inputs._replace(student_scores=inputs.student_scores.detach())
+    if inputs.teacher_scores is not None:
+        check_per_region("teacher_scores", inputs.teacher_scores, ("R",), FEATURE_DTYPES, regions, like_name)
+        check_detached("teacher_scores", inputs.teacher_scores)
+    check_detached("teacher_logits", inputs.teacher_logits)
+    check_detached("teacher_deltas", inputs.teacher_deltas)
+    if inputs.gt_boxes.shape[1] != 4:
+        raise ValueError(f"gt_boxes must have shape (R, 4), got {tuple(inputs.gt_boxes.shape)}")
     num_classes = check_head_widths(inputs, loss.activation)
     if checking_values():
         faults = region_faults(regions, num_images) + label_faults(inputs, loss.background, num_classes)

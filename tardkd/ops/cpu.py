@@ -27,7 +27,6 @@ from .inputs import (
 )
 from .maps import flat_size, layout_of, maps_of
 from .memory import empty, empty_like
-from .native import describe, describe_fields, describe_pyramid
 from .results import distribution_results, new_norms, region_results
 from .spec import NORM_EPSILON
 
@@ -57,7 +56,7 @@ class CpuKernels:
         layout = layout_of(call.student_features if wants.features else [])
         flat = empty((flat_size(layout.sizes),), accumulation_dtype(call.student_features[0].dtype))
         results = region_results(call, wants, flat)
-        self._run_regions(call, upstream, results, maps_of(flat, *layout), add=False)
+        self._run_regions(call, upstream, results, (flat, layout.channels_last), add=False)
         return results
 
     def region_distill_add(
@@ -67,20 +66,28 @@ class CpuKernels:
         self._run_regions(call, upstream, results, gradients, add=True)
 
     def _run_regions(
-        self, call: RegionCall, upstream: Tensor | None, results: RegionResults, gradients: list[Tensor], add: bool
+        self,
+        call: RegionCall,
+        upstream: Tensor | None,
+        results: RegionResults,
+        gradients: list[Tensor] | tuple[Tensor, list[bool]],
+        add: bool,
     ) -> None:
-        """Write the ``results``, and write the ``gradients``, L x (N, C_l, H_l, W_l), or ``add`` to them."""
+        """Write the ``results``, and write the ``gradients`` or ``add`` to them.
+
+        They are L x (N, C_l, H_l, W_l), or flat, with which levels are in channels_last order; see maps.py.
+        """
         assert call.pooling is not None, "region_distill pools from pyramids"
         pooling, dtype = call.pooling, accumulation_dtype(call.student_features[0].dtype)
         inputs, upstream = _converted(call.inputs, dtype), _dense_if_given(upstream, dtype)
         self._module.region_distill(
-            describe_pyramid(call.student_features, pooling.student_scales),
-            describe_pyramid(call.teacher_features, pooling.teacher_scales),
-            describe_pyramid(gradients, pooling.student_scales),
+            (call.student_features, pooling.student_scales),
+            (call.teacher_features, pooling.teacher_scales),
+            gradients,
             add,
-            describe_fields(inputs),
-            describe(upstream),
-            describe_fields(results),
+            inputs,
+            upstream,
+            results,
             pooling.align,
             call.loss,
             torch.get_num_threads(),
@@ -100,12 +107,12 @@ class CpuKernels:
         )
         inputs, upstream = _converted(call.inputs, dtype), _dense_if_given(upstream, dtype)
         self._module.pooled_distill(
-            describe(student),
-            describe(teacher),
-            describe(gradient) if wants.features else None,
-            describe_fields(inputs),
-            describe(upstream),
-            describe_fields(results),
+            student,
+            teacher,
+            gradient if wants.features else None,
+            inputs,
+            upstream,
+            results,
             call.loss,
             torch.get_num_threads(),
         )
@@ -116,18 +123,24 @@ class CpuKernels:
         results = region_results(call, wants, call.inputs.proposals.new_empty((0,), dtype=dtype))
         inputs, upstream = _converted(call.inputs, dtype), _dense_if_given(upstream, dtype)
         self._module.head_distill(
-            describe_fields(inputs),
-            describe(upstream),
-            describe_fields(results),
+            inputs,
+            upstream,
+            results,
             call.loss,
             torch.get_num_threads(),
         )
         return results
 
+    def scale_gradients(
+        self, results: list[Tensor], gradients: list[Tensor], factors: Tensor, upstream: list[Tensor], terms: list[int]
+    ) -> None:
+        for result, gradient, given, term in zip(results, gradients, upstream, terms):
+            torch.mul(gradient, given if term < 0 else given * factors[term], out=result)
+
     def channel_norms(self, features: list[Tensor]) -> Tensor:
         norms = new_norms(features)
-        described = describe_pyramid(features, [1.0] * len(features))
-        self._module.channel_norms(described, NORM_EPSILON, describe(norms), torch.get_num_threads())
+        pyramid = (features, [1.0] * len(features))
+        self._module.channel_norms(pyramid, NORM_EPSILON, norms, torch.get_num_threads())
         return norms
 
     def roi_align(self, *packed: Any) -> Tensor:
@@ -136,10 +149,10 @@ class CpuKernels:
         shape = (proposals.shape[0], first.shape[1], *call.align.output_size)
         pooled = empty(shape, accumulation_dtype(first.dtype))
         self._module.roi_align(
-            describe_pyramid(call.features, call.scales),
-            describe(proposals),
-            describe(call.levels),
-            describe(pooled),
+            (call.features, call.scales),
+            proposals,
+            call.levels,
+            pooled,
             call.align,
             torch.get_num_threads(),
         )
@@ -151,10 +164,10 @@ class CpuKernels:
         gradient = empty((flat_size(layout.sizes),), dtype)
         upstream, proposals = _dense(grad_pooled, dtype), _dense(proposals, torch.float64)
         self._module.roi_align_backward(
-            describe_pyramid(maps_of(gradient, *layout), scales),
-            describe(proposals),
-            describe(levels),
-            describe(upstream),
+            (maps_of(gradient, *layout), scales),
+            proposals,
+            levels,
+            upstream,
             align,
             torch.get_num_threads(),
         )
@@ -166,12 +179,12 @@ class CpuKernels:
         loss = boxes.new_empty((), dtype=accumulation_dtype(call.student_features[0].dtype))
         mask_sums = boxes.new_empty((len(call.scales),))
         self._module.gaussian_feature_loss(
-            describe_pyramid(call.student_features, call.scales),
-            describe_pyramid(call.teacher_features, call.scales),
-            describe(boxes),
+            (call.student_features, call.scales),
+            (call.teacher_features, call.scales),
+            boxes,
             call.sigma_squared,
-            describe(loss),
-            describe(mask_sums),
+            loss,
+            mask_sums,
             torch.get_num_threads(),
         )
         return loss, mask_sums
@@ -182,12 +195,12 @@ class CpuKernels:
         dtype = accumulation_dtype(call.student_features[0].dtype)
         gradients = [empty_like(feature, dtype) for feature in call.student_features]
         self._module.gaussian_feature_loss_backward(
-            describe_pyramid(call.student_features, call.scales),
-            describe_pyramid(call.teacher_features, call.scales),
-            describe_pyramid(gradients, call.scales),
-            describe(boxes),
+            (call.student_features, call.scales),
+            (call.teacher_features, call.scales),
+            (gradients, call.scales),
+            boxes,
             call.sigma_squared,
-            describe(mask_sums),
+            mask_sums,
             upstream.item(),
             torch.get_num_threads(),
         )
@@ -198,11 +211,11 @@ class CpuKernels:
         loss, factor = distribution_results(call)
         call = _dense_distributions(call, factor.dtype)
         self._module.distribution_distill_loss(
-            *(describe(tensor) for tensor in call.tensors()),
+            *call.tensors(),
             call.temperature,
             call.reduction,
-            describe(loss),
-            describe(factor),
+            loss,
+            factor,
             torch.get_num_threads(),
         )
         return loss, factor
@@ -213,11 +226,11 @@ class CpuKernels:
         gradient = student.new_empty(student.shape, dtype=accumulation_dtype(student.dtype))
         call, upstream = _dense_distributions(call, gradient.dtype), _dense(upstream, gradient.dtype)
         self._module.distribution_distill_loss_backward(
-            *(describe(tensor) for tensor in call.tensors()),
+            *call.tensors(),
             call.temperature,
             call.reduction,
-            describe(upstream),
-            describe(gradient),
+            upstream,
+            gradient,
             torch.get_num_threads(),
         )
         return gradient.to(student.dtype)

@@ -9,7 +9,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -29,7 +29,6 @@ from .inputs import (
     Wants,
 )
 from .maps import Layout, flat_size, layout_of, maps_of
-from .native import Description, describe, describe_fields, describe_pyramid
 from .results import distribution_results, gradient_like, new_norms, region_results
 from .spec import NORM_EPSILON
 
@@ -44,8 +43,8 @@ class Target(NamedTuple):
 class Scratch(NamedTuple):
     """Memory in which the blocks of one launch add up what they found."""
 
-    done: Description  # int32, of which the first is zero
-    partial: Description  # (partials,)
+    memory: Tensor  # (begin + 1 + partials,)
+    begin: int  # where it begins: with a counter, which is zero
 
 
 class CudaKernels:
@@ -75,15 +74,13 @@ class CudaKernels:
         count, dtype = proposals.shape[0], accumulation_dtype(first.dtype)
         channels = max(feature.shape[1] for feature in call.student_features)
         layout = layout_of(call.student_features if wants.features else [])
-        size = flat_size(layout.sizes)
-        grad_pooled = None
-        if gathers := wants.features and torch.are_deterministic_algorithms_enabled():
+        size, grad_pooled, orders = flat_size(layout.sizes), None, layout.channels_last
+        if wants.features and torch.are_deterministic_algorithms_enabled():
             grad_pooled = first.new_empty((count, channels, *pooling.align.output_size), dtype=dtype)
-        counts = [0 if gathers else size, self._module.region_partials(count, channels), 1]
-        gradient, partial, done = zeros(first.device, dtype, counts)
-        results = region_results(call, wants, gradient)
-        maps = [] if gathers else maps_of(gradient, *layout)
-        self._launch_regions(call, upstream, results, maps, grad_pooled, scratch(done, partial))
+            size, orders = 0, []
+        scratch = zeros(first.device, dtype, self._module.region_partials(count, channels), size)
+        results = region_results(call, wants, scratch.memory[:size])
+        self._launch_regions(call, upstream, results, (results.grad_features, orders), grad_pooled, scratch)
         if grad_pooled is None:
             return through_norms(results, call, layout)
         levels, scales = call.inputs.student_levels, pooling.student_scales
@@ -101,29 +98,32 @@ class CudaKernels:
             return
         first, count = call.student_features[0], call.inputs.proposals.shape[0]
         partials = self._module.region_partials(count, max(feature.shape[1] for feature in call.student_features))
-        partial, done = zeros(first.device, accumulation_dtype(first.dtype), [partials, 1])
-        results = region_results(call, wants, partial[:0])
-        self._launch_regions(call, upstream, results, gradients, None, scratch(done, partial))
+        scratch = zeros(first.device, accumulation_dtype(first.dtype), partials)
+        results = region_results(call, wants, scratch.memory[:0])
+        self._launch_regions(call, upstream, results, gradients, None, scratch)
 
     def _launch_regions(
         self,
         call: RegionCall,
         upstream: Tensor | None,
         results: RegionResults,
-        gradients: list[Tensor],
+        gradients: list[Tensor] | tuple[Tensor, list[bool]],
         grad_pooled: Tensor | None,
         scratch: Scratch,
     ) -> None:
-        """Write the ``results``, and add to the ``gradients``, L x (N, C_l, H_l, W_l), or write ``grad_pooled``."""
+        """Write the ``results``, and add to the ``gradients`` or write ``grad_pooled``, (R, C, p_h, p_w).
+
+        The gradients are L x (N, C_l, H_l, W_l), or flat, with which levels are in channels_last order; see maps.py.
+        """
         assert call.pooling is not None, "region_distill pools from pyramids"
         self._module.region_distill(
-            describe_pyramid(call.student_features, call.pooling.student_scales),
-            describe_pyramid(call.teacher_features, call.pooling.teacher_scales),
-            describe_pyramid(gradients, call.pooling.student_scales),
-            describe(grad_pooled),
-            describe_fields(call.inputs),
-            describe(upstream),
-            describe_fields(results),
+            (call.student_features, call.pooling.student_scales),
+            (call.teacher_features, call.pooling.teacher_scales),
+            gradients,
+            grad_pooled,
+            call.inputs,
+            upstream,
+            results,
             scratch,
             call.pooling.align,
             call.loss,
@@ -134,22 +134,28 @@ class CudaKernels:
         [student], [teacher] = call.student_features, call.teacher_features
         dtype = accumulation_dtype(student.dtype)
         gradient = gradient_like(student, dtype) if wants.features else student.new_empty((0,), dtype=dtype)
-        counts = [self._module.region_partials(student.shape[0], 1), 1]
-        partial, done = zeros(student.device, dtype, counts)
+        scratch = zeros(student.device, dtype, self._module.region_partials(student.shape[0], 1))
         results = region_results(call, wants, gradient)
         student, teacher = as_bins(student), as_bins(teacher)
         self._module.pooled_distill(
-            describe(student),
-            describe(teacher),
-            describe(gradient) if wants.features else None,
-            describe_fields(call.inputs),
-            describe(upstream),
-            describe_fields(results),
-            scratch(done, partial),
+            student,
+            teacher,
+            gradient if wants.features else None,
+            call.inputs,
+            upstream,
+            results,
+            scratch,
             call.loss,
             self._target(student.device),
         )
         return through_norms(results, call, None)
+
+    def scale_gradients(
+        self, results: list[Tensor], gradients: list[Tensor], factors: Tensor, upstream: list[Tensor], terms: list[int]
+    ) -> None:
+        if results:
+            target = self._target(factors.device)
+            self._module.scale_gradients(results, gradients, factors, upstream, terms, target)
 
     def channel_norms(self, features: list[Tensor]) -> Tensor:
         norms = new_norms(features)
@@ -166,13 +172,13 @@ class CudaKernels:
 
     def head_distill(self, call: RegionCall, wants: Wants, upstream: Tensor | None) -> RegionResults:
         proposals, dtype = call.inputs.proposals, accumulation_dtype(call.inputs.student_logits.dtype)
-        partial, done = zeros(proposals.device, dtype, [self._module.region_partials(proposals.shape[0], 1), 1])
+        scratch = zeros(proposals.device, dtype, self._module.region_partials(proposals.shape[0], 1))
         results = region_results(call, wants, proposals.new_empty((0,), dtype=dtype))
         self._module.head_distill(
-            describe_fields(call.inputs),
-            describe(upstream),
-            describe_fields(results),
-            scratch(done, partial),
+            call.inputs,
+            upstream,
+            results,
+            scratch,
             call.loss,
             self._target(proposals.device),
         )
@@ -183,10 +189,10 @@ class CudaKernels:
         first, proposals = call.features[0], call.proposals
         pooled = first.new_empty((proposals.shape[0], first.shape[1], *call.align.output_size))
         self._module.roi_align(
-            describe_pyramid(call.features, call.scales),
-            describe(proposals),
-            describe(call.levels),
-            describe(pooled),
+            (call.features, call.scales),
+            proposals,
+            call.levels,
+            pooled,
             call.align,
             self._target(pooled.device),
         )
@@ -201,10 +207,10 @@ class CudaKernels:
         size, dtype = flat_size(backward.layout.sizes), accumulation_dtype(grad_pooled.dtype)
         gradient = grad_pooled.new_zeros((size,), dtype=dtype)
         self._module.roi_align_scatter(
-            describe_pyramid(maps_of(gradient, *backward.layout), backward.scales),
-            describe(backward.proposals),
-            describe(backward.levels),
-            describe(grad_pooled),
+            (maps_of(gradient, *backward.layout), backward.scales),
+            backward.proposals,
+            backward.levels,
+            grad_pooled,
             backward.align,
             self._target(grad_pooled.device),
         )
@@ -220,12 +226,12 @@ class CudaKernels:
         gradient = grad_pooled.new_empty((flat_size(layout.sizes),), dtype=dtype)
         windows = proposals.new_empty((6 * proposals.shape[0],), dtype=torch.int32)
         self._module.roi_align_gather(
-            describe_pyramid(maps_of(gradient, *layout), scales),
-            describe(proposals),
-            describe(levels),
-            describe(gates),
-            describe(grad_pooled),
-            describe(windows),
+            (maps_of(gradient, *layout), scales),
+            proposals,
+            levels,
+            gates,
+            grad_pooled,
+            windows,
             align,
             self._target(proposals.device),
         )
@@ -233,18 +239,18 @@ class CudaKernels:
 
     def gaussian_feature_loss(self, *packed: Any) -> tuple[Tensor, Tensor]:
         call = GaussianCall.unpack(packed)
-        boxes, student = call.gt_boxes, describe_pyramid(call.student_features, call.scales)
+        boxes, student = call.gt_boxes, (call.student_features, call.scales)
         loss = boxes.new_empty((), dtype=accumulation_dtype(call.student_features[0].dtype))
         mask_sums = boxes.new_empty((len(call.scales),), dtype=torch.float64)
-        partial, done = zeros(boxes.device, torch.float64, [self._module.gaussian_partials(student), 1])
+        scratch = zeros(boxes.device, torch.float64, self._module.gaussian_partials(student))
         self._module.gaussian_feature_loss(
             student,
-            describe_pyramid(call.teacher_features, call.scales),
-            describe(boxes),
+            (call.teacher_features, call.scales),
+            boxes,
             call.sigma_squared,
-            scratch(done, partial),
-            describe(mask_sums),
-            describe(loss),
+            scratch,
+            mask_sums,
+            loss,
             self._target(boxes.device),
         )
         return loss, mask_sums
@@ -253,13 +259,13 @@ class CudaKernels:
         call, mask_sums, upstream = GaussianBackward.unpack(packed)
         gradients = [gradient_like(feature, feature.dtype) for feature in call.student_features]
         self._module.gaussian_feature_loss_backward(
-            describe_pyramid(call.student_features, call.scales),
-            describe_pyramid(call.teacher_features, call.scales),
-            describe_pyramid(gradients, call.scales),
-            describe(call.gt_boxes),
+            (call.student_features, call.scales),
+            (call.teacher_features, call.scales),
+            (gradients, call.scales),
+            call.gt_boxes,
             call.sigma_squared,
-            describe(mask_sums),
-            describe(upstream),
+            mask_sums,
+            upstream,
             self._target(mask_sums.device),
         )
         return gradients
@@ -267,14 +273,14 @@ class CudaKernels:
     def distribution_distill_loss(self, *packed: Any) -> tuple[Tensor, Tensor]:
         call = DistributionCall(*packed)
         loss, factor = distribution_results(call)
-        partial, done = zeros(loss.device, loss.dtype, [4 * call.gates.shape[0], 1])
+        scratch = zeros(loss.device, loss.dtype, 4 * call.gates.shape[0])
         self._module.distribution_distill_loss(
-            *(describe(tensor) for tensor in call.tensors()),
+            *call.tensors(),
             call.temperature,
             call.reduction,
-            scratch(done, partial),
-            describe(loss),
-            describe(factor),
+            scratch,
+            loss,
+            factor,
             self._target(loss.device),
         )
         return loss, factor
@@ -284,11 +290,11 @@ class CudaKernels:
         student = call.student_distributions
         gradient = student.new_empty(student.shape, dtype=accumulation_dtype(student.dtype))
         self._module.distribution_distill_loss_backward(
-            *(describe(tensor) for tensor in call.tensors()),
+            *call.tensors(),
             call.temperature,
             call.reduction,
-            describe(upstream),
-            describe(gradient),
+            upstream,
+            gradient,
             self._target(student.device),
         )
         return gradient.to(student.dtype)
@@ -318,14 +324,9 @@ def through_norms(results: RegionResults, call: RegionCall, layout: Layout | Non
     return results
 
 
-def zeros(device: torch.device, dtype: torch.dtype, counts: list[int]) -> Sequence[Tensor]:
-    """1-D tensors of zeros, out of one allocation with one fill."""
-    return torch.zeros(sum(counts), dtype=dtype, device=device).split_with_sizes(counts)
-
-
-def scratch(done: Tensor, partial: Tensor) -> Scratch:
-    """``done``: (1,) of zeros; ``partial``: (partials,)."""
-    return Scratch(describe(done.view(torch.int32)), describe(partial))
+def zeros(device: torch.device, dtype: torch.dtype, partials: int, before: int = 0) -> Scratch:
+    """Scratch memory behind as many zeros as are to be ``before`` it, so that one launch fills both."""
+    return Scratch(torch.zeros(before + 1 + partials, dtype=dtype, device=device), before)
 
 
 def as_bins(pooled: Tensor) -> Tensor:

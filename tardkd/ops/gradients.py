@@ -26,17 +26,21 @@ def wanted(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def scale_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gradient for an upstream gradient of one times the actual one, in the input's dtype.
+def scaled_like(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where a gradient for an upstream gradient of one is to be multiplied by the actual one.
 
     In place where nothing can ask for the saved gradient again: a gradient pyramid is the largest tensor of a
-    training step, and a scaled copy would double it.
+    training step, and a scaled copy would double it. On a GPU it is rounded to ``dtype``, the input's, in the same
+    pass, which takes a CPU two.
     """
-    if torch.compiler.is_compiling():
-        return (gradient * upstream).to(dtype)
-    if gradient.is_cuda and dtype != gradient.dtype:  # multiplied and rounded in one pass, which takes the CPU two
-        return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
-    return (gradient * upstream if graph_is_kept() else gradient.mul_(upstream)).to(dtype)
+    if gradient.is_cuda and dtype != gradient.dtype:
+        return torch.empty_like(gradient, dtype=dtype)
+    return torch.empty_like(gradient) if torch.compiler.is_compiling() or graph_is_kept() else gradient
+
+
+def rounded(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the input's dtype; to ask first takes a fraction of a conversion's time."""
+    return gradient if gradient.dtype == dtype else gradient.to(dtype)
 
 
 def once_differentiable(backward: Callable) -> Callable:
@@ -50,10 +54,10 @@ def once_differentiable(backward: Callable) -> Callable:
 
     @functools.wraps(backward)
     def refusing(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # grad is enabled with create_graph=True
+            return backward(ctx, *upstream)
         with torch.no_grad():
             gradients = backward(ctx, *upstream)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # grad is enabled with create_graph=True
-            return gradients
         anchor = torch.zeros((), requires_grad=True)  # where nothing else needs a gradient
         origins = [anchor, *(origin for origin in (*upstream, *ctx.saved_tensors) if origin is not None)]
         given = [gradient for gradient in gradients if gradient is not None]

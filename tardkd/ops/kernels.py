@@ -39,6 +39,18 @@ class Kernels(Protocol):
     def head_distill(self, call: RegionCall, wants: Wants, upstream: Tensor | None) -> RegionResults:
         """Without features."""
 
+    def scale_gradients(
+        self, results: list[Tensor], gradients: list[Tensor], factors: Tensor, upstream: list[Tensor], terms: list[int]
+    ) -> None:
+        """Write to each of ``results`` its gradient times ``upstream`` () and the factor of its term.
+
+        Args:
+            results: of the gradients' shapes and any dtype; may be the gradients themselves.
+            gradients: contiguous, in the accumulation dtype.
+            factors: (3,) of :class:`RegionResults`.
+            terms: which of them; -1: none.
+        """
+
     def channel_norms(self, features: list[Tensor]) -> Tensor:
         """What standardises the channels of ``features``, as :class:`RegionInputs` has it for either side."""
 

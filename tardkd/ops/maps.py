@@ -20,7 +20,7 @@ def channels_differ(features: Sequence[Tensor]) -> bool:
 
 
 def is_channels_last(feature: Tensor) -> bool:
-    return feature.is_contiguous(memory_format=torch.channels_last) and not feature.is_contiguous()
+    return not feature.is_contiguous() and feature.is_contiguous(memory_format=torch.channels_last)
 
 
 def layout_of(features: Sequence[Tensor]) -> Layout:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import checks
-from .inputs import Pooling, RegionCall
+from .inputs import Pooling, RegionCall, RegionInputs
 from .maps import channels_differ
 from .spec import (
     Activation,
@@ -150,9 +150,24 @@ def region_distill_loss(
         ValueError, TypeError: shapes, dtypes or devices that do not fit, an unknown option, or a teacher tensor that
             requires grad.
     """
-    teacher_scales = checks.check_pyramids(
-        student_features, teacher_features, student_scales, teacher_scales, same_channels=False
+    given = RegionInputs(
+        proposals,  # type: ignore[arg-type]
+        student_logits,
+        teacher_logits,
+        student_deltas,
+        teacher_deltas,
+        labels,
+        gt_boxes,
+        region_weights,
+        student_levels,
+        teacher_levels,
+        student_scores=student_scores,
+        teacher_scores=teacher_scores,
     )
+    is_plain = checks.fit(given, activation, pyramids=(student_features, teacher_features))
+    if not is_plain:
+        checks.check_pyramids(student_features, teacher_features, same_channels=False)
+    scales = checks.checked_scales(student_features, teacher_features, student_scales, teacher_scales)
     if teacher_levels is not None and student_levels is None and channels_differ(student_features):
         raise ValueError(
             "teacher_levels go with student_levels where channels differ from level to level: a region needs levels of "
@@ -174,30 +189,20 @@ def region_distill_loss(
         box_coding,
         feature_norm,
     ).checked()
-    inputs = checks.checked_region_inputs(
-        proposals,
-        student_logits,
-        teacher_logits,
-        student_deltas,
-        teacher_deltas,
-        labels,
-        gt_boxes,
-        region_weights,
-        student_scores,
-        teacher_scores,
-        loss=loss,
-        like=student_features[0],
-        num_images=student_features[0].shape[0],
-        student_levels=student_levels,
-        teacher_levels=teacher_levels,
-        pyramids=(student_features, teacher_features),
-    )
-    pooling = Pooling(list(map(float, student_scales)), list(map(float, teacher_scales)), align)
+    if not is_plain:
+        given = checks.checked_region_inputs(
+            given,
+            loss=loss,
+            like=student_features[0],
+            num_images=student_features[0].shape[0],
+            pyramids=(student_features, teacher_features),
+        )
+    pooling = Pooling(*scales, align)
     if tap is not None:
         if not isinstance(tap, FeatureTap):
             raise TypeError(f"tap must be what tap_features returns, got {type(tap).__name__}")
         tap.check(student_features)
-    return RegionCall(list(student_features), list(teacher_features), inputs, loss, pooling, tap)
+    return RegionCall(list(student_features), list(teacher_features), given, loss, pooling, tap)
 
 
 def pooled_distill_loss(
@@ -237,7 +242,21 @@ def pooled_distill_loss(
 
     The other arguments, the results and the errors are those of :func:`region_distill_loss`.
     """
-    checks.check_pooled(student_pooled, teacher_pooled)
+    given = RegionInputs(
+        proposals,  # type: ignore[arg-type]
+        student_logits,
+        teacher_logits,
+        student_deltas,
+        teacher_deltas,
+        labels,
+        gt_boxes,
+        region_weights,
+        student_scores=student_scores,
+        teacher_scores=teacher_scores,
+    )
+    is_plain = checks.fit(given, activation, pooled=(student_pooled, teacher_pooled))
+    if not is_plain:
+        checks.check_pooled(student_pooled, teacher_pooled)
     loss = LossSpec(
         feature_loss,
         bin_weight,
@@ -253,25 +272,11 @@ def pooled_distill_loss(
         box_coding,
         feature_norm,
     ).checked()
-    inputs = checks.checked_region_inputs(
-        proposals,
-        student_logits,
-        teacher_logits,
-        student_deltas,
-        teacher_deltas,
-        labels,
-        gt_boxes,
-        region_weights,
-        student_scores,
-        teacher_scores,
-        loss=loss,
-        like=student_pooled,
-        num_images=None,
-    )
-    checks.check_per_region(
-        "student_pooled", student_pooled, ("R", "C", "h", "w"), checks.FEATURE_DTYPES, inputs.proposals
-    )
-    return RegionCall([student_pooled], [teacher_pooled], inputs, loss, None)
+    if not is_plain:
+        given = checks.checked_region_inputs(given, loss=loss, like=student_pooled, num_images=None)
+        axes = ("R", "C", "h", "w")
+        checks.check_per_region("student_pooled", student_pooled, axes, checks.FEATURE_DTYPES, given.proposals)
+    return RegionCall([student_pooled], [teacher_pooled], given, loss, None)
 
 
 def head_distill_loss(
@@ -307,7 +312,21 @@ def head_distill_loss(
         :class:`RegionLosses`, of which ``feature`` is 0, and the feature column of ``gates`` tells whether one of the
         other two gates of a foreground region is open.
     """
-    checks.check_tensor("student_logits", student_logits, ("R", "K"), checks.FEATURE_DTYPES)
+    given = RegionInputs(
+        proposals,  # type: ignore[arg-type]
+        student_logits,
+        teacher_logits,
+        student_deltas,
+        teacher_deltas,
+        labels,
+        gt_boxes,
+        region_weights,
+        student_scores=student_scores,
+        teacher_scores=teacher_scores,
+    )
+    is_plain = checks.fit(given, activation)
+    if not is_plain:
+        checks.check_tensor("student_logits", student_logits, ("R", "K"), checks.FEATURE_DTYPES)
     loss = LossSpec(
         classification_gate=classification_gate,
         regression_gate=regression_gate,
@@ -319,20 +338,8 @@ def head_distill_loss(
         reduction=reduction,
         box_coding=box_coding,
     ).checked()
-    inputs = checks.checked_region_inputs(
-        proposals,
-        student_logits,
-        teacher_logits,
-        student_deltas,
-        teacher_deltas,
-        labels,
-        gt_boxes,
-        region_weights,
-        student_scores,
-        teacher_scores,
-        loss=loss,
-        like=student_logits,
-        num_images=None,
-        like_name="student_logits",
-    )
-    return RegionCall([], [], inputs, loss, None)
+    if not is_plain:
+        given = checks.checked_region_inputs(
+            given, loss=loss, like=student_logits, num_images=None, like_name="student_logits"
+        )
+    return RegionCall([], [], given, loss, None)

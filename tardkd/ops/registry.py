@@ -6,7 +6,7 @@ them. Their schemas follow from the named tuples that pack their arguments, so t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -41,7 +41,7 @@ if hasattr(native_module, "cuda"):  # else built without CUDA kernels
     )
 
 
-def needs_dispatch(call: RegionCall) -> bool:
+def needs_dispatch(device: torch.device, tensors: Iterable[Tensor | None]) -> bool:
     """Whether the dispatcher has more to do than to find the kernels, on which it spends more time than some of them.
 
     It has where a mode, the profiler, a trace or a transform looks on, and where a tensor is not one of torch's own.
@@ -52,12 +52,12 @@ def needs_dispatch(call: RegionCall) -> bool:
         or torch.autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or call.inputs.proposals.device.type.upper() not in IMPLEMENTATIONS
-        or any(type(tensor) not in PLAIN for tensor in call.tensors())
+        or device.type.upper() not in IMPLEMENTATIONS
+        or not PLAIN.issuperset(map(type, tensors))
     )
 
 
-PLAIN = (torch.Tensor, torch.nn.Parameter, NoneType)
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, NoneType))
 
 
 def kernels_of(device: torch.device) -> Kernels:
@@ -98,6 +98,8 @@ SCHEMAS = {
     f"float[] student_scales, float[] teacher_scales, {_ALIGN}) -> ()",
     "pooled_distill": f"(Tensor student_pooled, Tensor teacher_pooled, {_REGION}) -> {_RESULTS}",
     "head_distill": f"({_REGION}) -> {_RESULTS}",
+    "scale_gradients": "(Tensor(a!)[] results, Tensor[] gradients, Tensor factors, Tensor[] upstream, int[] terms) "
+    "-> ()",
     "channel_norms": "(Tensor[] features) -> Tensor",
     "roi_align": f"(Tensor[] features, Tensor proposals, Tensor? levels, float[] scales, {_ALIGN}) -> Tensor",
     "roi_align_backward": "(Tensor grad_pooled, Tensor proposals, Tensor? levels, SymInt[] sizes, "
@@ -144,6 +146,7 @@ def _(*packed):
 
 
 @torch.library.register_fake("tardkd::region_distill_add", lib=_library)
+@torch.library.register_fake("tardkd::scale_gradients", lib=_library)
 def _(*packed):
     pass
 

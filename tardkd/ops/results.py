@@ -27,22 +27,26 @@ def new_norms(features: Sequence[Tensor]) -> Tensor:
 def region_results(call: RegionCall, wants: Wants, grad_features: Tensor) -> RegionResults:
     """Everything that a region loss writes, of which the features' gradient is given."""
     inputs = call.inputs
-    count = inputs.proposals.shape[0]
+    count, device = inputs.proposals.shape[0], inputs.proposals.device
     dtype = accumulation_dtype(inputs.student_logits.dtype)
-    loss_shape = (count,) if call.loss.reduction == "none" else ()
+    losses = ((count,), (1,)) if call.loss.reduction == "none" else ((), ())
 
-    def empty(shape: tuple[int, ...], dtype: torch.dtype = dtype) -> Tensor:
-        return inputs.proposals.new_empty(shape, dtype=dtype)
+    # With strides: of torch's ways to make a tensor this takes least time.
+    def empty(shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+    def gradient(wanted: bool, tensor: Tensor) -> Tensor:
+        return empty((rows := tensor.shape), (rows[1], 1)) if wanted else empty((0,), (1,))
 
     return RegionResults(
-        feature=empty(loss_shape),
-        classification=empty(loss_shape),
-        regression=empty(loss_shape),
-        gates=empty((count, 3), torch.bool),
-        scores=empty((count, 4)),
-        factors=empty((3,)),
-        grad_logits=empty(inputs.student_logits.shape if wants.logits else (0,)),
-        grad_deltas=empty(inputs.student_deltas.shape if wants.deltas else (0,)),
+        feature=empty(*losses),
+        classification=empty(*losses),
+        regression=empty(*losses),
+        gates=torch.empty_strided((count, 3), (3, 1), dtype=torch.bool, device=device),
+        scores=empty((count, 4), (4, 1)),
+        factors=empty((3,), (1,)),
+        grad_logits=gradient(wants.logits, inputs.student_logits),
+        grad_deltas=gradient(wants.deltas, inputs.student_deltas),
         grad_features=grad_features,
     )
 

@@ -79,14 +79,15 @@ def shared_roi_align(
     Returns:
         ``(student_pooled, teacher_pooled)``, each (R, C, p_h, p_w).
     """
-    teacher_scales = checks.check_pyramids(student_features, teacher_features, student_scales, teacher_scales)
+    checks.check_pyramids(student_features, teacher_features)
+    scales = checks.checked_scales(student_features, teacher_features, student_scales, teacher_scales)
     align = RoIAlignSpec.checked(output_size, sampling_ratio, aligned, canonical_scale, canonical_level)
     regions = _checked_regions(proposals, student_features)
     student_levels = _checked_levels("student_levels", student_levels, regions, student_features)
     teacher_levels = _checked_levels("teacher_levels", teacher_levels, regions, teacher_features)
     return (
-        AlignCall(list(student_features), regions, student_levels, list(map(float, student_scales)), align),
-        AlignCall(list(teacher_features), regions, teacher_levels, list(map(float, teacher_scales)), align),
+        AlignCall(list(student_features), regions, student_levels, scales[0], align),
+        AlignCall(list(teacher_features), regions, teacher_levels, scales[1], align),
     )
 
 

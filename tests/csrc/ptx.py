@@ -1,7 +1,7 @@
 """What the tests of the kernels' PTX see of it, and whether they see faults put into it.
 
     python tests/csrc/ptx.py coverage [PYTEST ARGUMENTS]   # such as -k "ptx-90 and gaussian"; default: all of ptx-90
-    python tests/csrc/ptx.py mutants [KERNEL ...]          # such as region_distill_kernel
+    python tests/csrc/ptx.py mutants [KERNEL ...] [--table benchmarks/results/mutants.md]
 
 ``coverage`` runs tests of the ops and prints which share of each kernel's instructions ran, and of which lines of the
 source some never did. ``mutants`` takes one barrier, fence or ordered access out of a kernel at a time and runs steps
@@ -214,6 +214,12 @@ def mutants(wanted: list[str], module: ptx_on_cpu.Bounded, runs: dict[str, Calla
     return outcomes
 
 
+HEADING = """# Kernels without one of their barriers
+
+PTX for compute capability 9.0, run by csrc/ptx_on_cpu: a mutant lacks one barrier, fence or ordered access. Of what is
+not caught, by its line in the source, another barrier does the same."""
+
+
 def table(outcomes: list[Outcome]) -> Iterator[str]:
     """A row a kernel: how many mutants there are, how many were caught by what, and the others."""
     yield "| kernel | mutants | a race or another rule | wrong numbers | not caught |"
@@ -230,14 +236,18 @@ def table(outcomes: list[Outcome]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("command", choices=["coverage", "mutants"])
+    parser.add_argument("--table", type=Path, help="also write the table of the mutants to this file")
     options, rest = parser.parse_known_args()
     if options.command == "coverage":
         coverage(rest)
     torch.set_num_threads(1)
-    module = ptx_on_cpu.start(90, pytest.MonkeyPatch())
+    module = ptx_on_cpu.start(90)
     IMPLEMENTATIONS["CPU"] = CudaKernels(module, lambda device: 0)
     outcomes = mutants(rest, module, steps())
-    print(*table(outcomes), sep="\n")
+    text = "\n".join(table(outcomes))
+    print(text)
+    if options.table:
+        options.table.write_text(f"{HEADING}\n\n{text}\n")
     if not all(outcome.how for outcome in outcomes):
         raise SystemExit(1)
 

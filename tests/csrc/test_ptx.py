@@ -18,7 +18,7 @@ RUNS = {"distribution": ptx.step_of(STEPS["distribution"])}
 
 @pytest.fixture
 def module(monkeypatch):
-    module = ptx_on_cpu.start(90, monkeypatch)
+    module = ptx_on_cpu.start(90)
     monkeypatch.setitem(IMPLEMENTATIONS, "CPU", CudaKernels(module, lambda device: 0))
     yield module
     module.restore()

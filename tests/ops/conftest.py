@@ -62,7 +62,7 @@ def take_place(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         module = cuda_on_cpu.load()
         module.reset()
     else:
-        module = ptx_on_cpu.start(int(name.removeprefix("cuda-as-ptx-")), monkeypatch)
+        module = ptx_on_cpu.start(int(name.removeprefix("cuda-as-ptx-")))
     monkeypatch.setitem(IMPLEMENTATIONS, "CPU", CudaKernels(module, lambda device: 0))
     return module
 

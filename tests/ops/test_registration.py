@@ -85,7 +85,7 @@ def test_fake_results_have_the_strides_of_real_ones(host, dtype, layout):
             convert = mode.from_tensor
             fake_args = tree_map(lambda x: convert(x) if isinstance(x, torch.Tensor) else x, args)
             fake = tree_leaves(func(*fake_args, **kwargs))
-        if func.name() == "tardkd::region_distill_add":  # which returns nothing
+        if func.name() in ("tardkd::region_distill_add", "tardkd::scale_gradients"):  # which return nothing
             continue
         assert len(real) == len(fake)
         for one, other in zip(real, fake):
