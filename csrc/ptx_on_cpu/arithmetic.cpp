@@ -79,6 +79,12 @@ inline uint32_t reversed(uint32_t a) {
   }
   return __builtin_bswap32(a);
 }
+template <class T>
+T insertion(T a, T b, T at, T length) {
+  const uint64_t first = bits(at) & 0xff, ones = bits(length) & 0xff;
+  const uint64_t field = first < 64 ? (ones < 64 ? (uint64_t(1) << ones) - 1 : ~uint64_t(0)) << first : 0;
+  return T((bits(b) & ~field) | (first < 64 ? bits(a) << first & field : 0));
+}
 
 TARDKD_FUNCTION(Same, Any, (T a), a)
 TARDKD_FUNCTION(Choice, Any, (T a, T b, T predicate), bits(predicate) & 1 ? a : b)
@@ -87,6 +93,7 @@ TARDKD_FUNCTION(Rest, Integer, (T a, T b), b == 0 ? a : std::is_signed_v<T> && b
 TARDKD_FUNCTION(High, Integer, (T a, T b), T((Twice<T>(a) * Twice<T>(b)) >> (8 * sizeof(T))))
 TARDKD_FUNCTION(WideProduct, Twice, (T a, T b), Twice<T>(a) * Twice<T>(b))
 TARDKD_FUNCTION(ProductAndSum, Any, (T a, T b, T c), product_and_sum(a, b, c))
+TARDKD_FUNCTION(Insertion, Integer, (T a, T b, T at, T length), insertion(a, b, at, length))
 TARDKD_FUNCTION(Least, Any, (T a, T b), a != a || is_less(b, a) ? b : a)
 TARDKD_FUNCTION(Most, Any, (T a, T b), a != a || is_less(a, b) ? b : a)
 TARDKD_FUNCTION(Left, Integer, (T a, T by), uint64_t(by) >= 8 * sizeof(T) ? T(0) : T(a << by))
@@ -141,6 +148,8 @@ Action of(const Type& type) {
       return compute<F, T, T, 0, 1>;
     else if constexpr (std::is_invocable_v<F, T, T, T>)
       return compute<F, T, T, 0, 1, 2>;
+    else if constexpr (std::is_invocable_v<F, T, T, T, T>)
+      return compute<F, T, T, 0, 1, 2, 3>;
     else
       return nullptr;
   });
@@ -304,6 +313,7 @@ const std::map<std::string, Action (*)(const Type&)> kActions = {{"add", of<std:
                                                                  {"brev", of<Reversed>},
                                                                  {"clz", of<LeadingZeros>},
                                                                  {"bfind.shiftamt", of<ShiftToTop>},
+                                                                 {"bfi", of<Insertion>},
                                                                  {"mov", of<Same>},
                                                                  {"selp", of<Choice>}};
 
