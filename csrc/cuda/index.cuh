@@ -33,8 +33,12 @@ struct Divider {
     return divider;
   }
 
-  __host__ __device__ __forceinline__ Split split(int32_t x) const {
+  __device__ __forceinline__ Split split(int32_t x) const {
+#ifdef TARDKD_CUDA_ON_CPU
     const uint32_t quotient = uint32_t(uint64_t(uint32_t(x)) * reciprocal >> 31) >> shift;
+#else
+    const uint32_t quotient = __umulhi(2 * uint32_t(x), reciprocal) >> shift;
+#endif
     return Split{int32_t(quotient), int32_t(uint32_t(x) - quotient * divisor)};
   }
 };

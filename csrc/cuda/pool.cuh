@@ -87,6 +87,7 @@ template <class A>
 struct AxisTable {
   Batch batch;
   int32_t count;                                    // staged pixels
+  bool widened;                                     // they are neighbours, from one multiple of four to another
   SharedArray<int32_t, kPixels> pixel;              // map coordinate of a staged pixel
   SharedArray<A, kGroupBins * kPixels> weight;      // [bin][staged]
   SharedArray<Range, kGroupBins> bin_range;         // staged pixels that a bin reads
@@ -96,8 +97,9 @@ struct AxisTable {
 };
 
 // One warp: where each sample's two pixels are staged. Samples ascend (from the other end for an inverted region), so a
-// pixel is new if no earlier lane has touched it. `widen`: the columns start and end on multiples of four, so that
-// rows can be read in quads; otherwise only touched pixels are staged, and `pad` fills up to whole quads.
+// pixel is new if no earlier lane has touched it. `widen`: where few pixels between the first and the last one are not
+// touched, these are staged as well, and so many more that rows can be read in quads, which start and end on multiples
+// of four; otherwise only touched pixels are staged, and `pad` fills up to whole quads.
 template <class A>
 __device__ inline void place_samples(bool widen, bool pad, AxisTable<A>& table) {
   const Batch& batch = table.batch;
@@ -135,7 +137,8 @@ __device__ inline void place_samples(bool widen, bool pad, AxisTable<A>& table) 
   const int32_t first_lane = los ? __ffs(los) - 1 : 0;
   const int32_t lowest = __shfl_sync(kAllLanes, at.lo, first_lane), top = __shfl_sync(kAllLanes, last, kWarp - 1);
   const int32_t from = lowest & ~3, to = top | 3;
-  if (widen && count > 0 && count == top - lowest + 1 && to - from < kPixels) {
+  const bool widened = widen && count > 0 && 2 * (top - lowest + 1) <= 3 * count && to - from < kPixels;
+  if (widened) {
     lo = at.lo - from;
     hi = at.hi - from;
     count = to - from + 1;
@@ -144,7 +147,6 @@ __device__ inline void place_samples(bool widen, bool pad, AxisTable<A>& table) 
     if (new_lo) table.pixel[lo] = at.lo;
     if (new_hi) table.pixel[hi] = at.hi;
     const int32_t padded = pad ? (count + 3) & ~3 : count;
-    // Padded with any pixel of the map but the one after `top`, which would make the last quad look like neighbours.
     if (lane < padded - count) table.pixel[count + lane] = lowest;
     count = padded;
   }
@@ -152,7 +154,10 @@ __device__ inline void place_samples(bool widen, bool pad, AxisTable<A>& table) 
   table.sample_pixel[2 * lane + 1] = two ? hi : -1;
   table.sample_weight[2 * lane] = static_cast<A>(at.weight_lo);
   table.sample_weight[2 * lane + 1] = static_cast<A>(at.weight_hi);
-  if (lane == 0) table.count = count;
+  if (lane == 0) {
+    table.count = count;
+    table.widened = widened;
+  }
 }
 
 // All threads: the weight of every staged pixel in every bin, and which pixels a bin reads.
@@ -305,15 +310,16 @@ __host__ __device__ size_t pool_shared_bytes(int sides) {
 
 // ---- staging -------------------------------------------------------------------------------------------------------
 
-// One image and chunk of a map; `channels` of the kChunk exist, the others read as zero. What is read stays as it is
-// stored until both sides are read: to take 16-bit elements apart at once would wait for each read.
+// What a thread reads of one image of a map: one channel of planar memory, or four of which its pixels are quads. What
+// is read stays as it is stored until both sides are read: to take 16-bit elements apart at once would wait for each
+// read.
 template <class A, class T>
 struct Source {
   using Element = T;
 
-  const T* data;
+  const T* data;                         // of the first of these channels
   int32_t stride_c, stride_h, stride_w;  // see strides_fit
-  int32_t channels;
+  int32_t channels;                      // that exist from there on
   bool vector;
 
   __device__ Source(const MapView& view, int32_t image, int32_t all_channels, int32_t channel)
@@ -324,130 +330,59 @@ struct Source {
         channels(all_channels - channel),
         vector(view.vector) {}
 
-  // Four staged pixels in a row, of one channel.
-  __device__ __forceinline__ Words<T> read_pixels(const AxisTable<A>& columns, int32_t channel, int32_t y,
-                                                  int32_t staged) const {
-    if (channel >= channels) return Words<T>{};
-    const T* row = advance(advance(data, channel, stride_c), y, stride_h);
-    const int32_t x = columns.pixel[staged];
-    if (vector && (x & 3) == 0 && columns.pixel[staged + 3] == x + 3) return read_four(row + x);
+  // Four staged pixels of one channel, from the one on that is `staged`.
+  __device__ __forceinline__ Words<T> read_pixels(AxisTable<A>& columns, int32_t y, int32_t staged) const {
     Four<T> elements;
+    const T* row = advance(data, y, stride_h);
 #pragma unroll
     for (int k = 0; k < 4; ++k) elements.at[k] = read(advance(row, columns.pixel[staged + k], stride_w));
     return as_words(elements);
   }
-  __device__ __forceinline__ Four<A> pixels(const Words<T>& words, int32_t) const { return take_apart<A, T>(words); }
+  // The same where they are neighbours in memory, from column x on.
+  __device__ __forceinline__ Words<T> read_neighbours(int32_t y, int32_t x) const {
+    return read_four(advance(data, y, stride_h) + x);
+  }
+  __device__ __forceinline__ Four<A> pixels(const Words<T>& words) const { return take_apart<A, T>(words); }
 
-  // Four channels of one pixel.
-  __device__ __forceinline__ Words<T> read_quad(int32_t quad, int32_t y, int32_t x) const {
+  // Four channels of one pixel; those that do not exist read as zero.
+  __device__ __forceinline__ Words<T> read_quad(int32_t y, int32_t x) const {
     const T* pixel = advance(advance(data, y, stride_h), x, stride_w);
-    if (vector && 4 * quad + 4 <= channels) return read_four(pixel + 4 * quad);
     Four<T> elements{};
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      if (4 * quad + k < channels) elements.at[k] = read(advance(pixel, 4 * quad + k, stride_c));
+      if (k < channels) elements.at[k] = read(advance(pixel, k, stride_c));
     return as_words(elements);
   }
-  __device__ __forceinline__ Four<A> quad(const Words<T>& words, int32_t) const { return take_apart<A, T>(words); }
+  // The same where all exist and are neighbours in memory.
+  __device__ __forceinline__ Words<T> read_whole_quad(int32_t y, int32_t x) const {
+    return read_four(advance(advance(data, y, stride_h), x, stride_w));
+  }
+  __device__ __forceinline__ Four<A> quad(const Words<T>& words) const { return take_apart<A, T>(words); }
 };
 
-template <class A>
-__device__ __forceinline__ Four<A> minus(Four<A> left, const Four<A>& right) {
-#pragma unroll
-  for (int k = 0; k < 4; ++k) left.at[k] -= right.at[k];
-  return left;
-}
-
-// The same of a standardised map. Pixels beyond it are never staged, so that they stay zero.
+// The same of a standardised map. Channels beyond it stay zero.
 template <class A, class T>
 struct StandardSource : Source<A, T> {
-  ChannelNorm<A> norm;  // of the chunk
+  ChannelNorm<A> norm;  // of these channels
 
   __device__ StandardSource(const MapView& view, int32_t image, int32_t all_channels, int32_t channel)
       : Source<A, T>(view, image, all_channels, channel), norm(view.map.norm, all_channels, channel) {}
 
-  __device__ __forceinline__ Four<A> pixels(const Words<T>& words, int32_t channel) const {
+  __device__ __forceinline__ Four<A> pixels(const Words<T>& words) const {
     Four<A> values = take_apart<A, T>(words);
-    if (channel >= this->channels) return values;
-    const A scale = read(norm.scale + channel), mean = read(norm.mean + channel);
+    const A scale = read(norm.scale), mean = read(norm.mean);
 #pragma unroll
     for (int k = 0; k < 4; ++k) values.at[k] = scale * (values.at[k] - mean);
     return values;
   }
-  __device__ __forceinline__ Four<A> quad(const Words<T>& words, int32_t quad) const {
+  __device__ __forceinline__ Four<A> quad(const Words<T>& words) const {
     Four<A> values = take_apart<A, T>(words);
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      if (4 * quad + k < this->channels)
-        values.at[k] = read(norm.scale + 4 * quad + k) * (values.at[k] - read(norm.mean + 4 * quad + k));
+      if (k < this->channels) values.at[k] = read(norm.scale + k) * (values.at[k] - read(norm.mean + k));
     return values;
   }
 };
-
-// A map, less another one of the same geometry and layout if asked for.
-template <class A, class From>
-struct Difference {
-  From map, other;
-  bool subtract;
-
-  struct Read {
-    Words<typename From::Element> map, other;
-  };
-
-  __device__ __forceinline__ Read read_pixels(const AxisTable<A>& columns, int32_t channel, int32_t y,
-                                              int32_t staged) const {
-    Read read{map.read_pixels(columns, channel, y, staged), {}};
-    if (subtract) read.other = other.read_pixels(columns, channel, y, staged);
-    return read;
-  }
-  __device__ __forceinline__ Four<A> pixels(const Read& read, int32_t channel) const {
-    const Four<A> values = map.pixels(read.map, channel);
-    return subtract ? minus(values, other.pixels(read.other, channel)) : values;
-  }
-  __device__ __forceinline__ Read read_quad(int32_t quad, int32_t y, int32_t x) const {
-    Read read{map.read_quad(quad, y, x), {}};
-    if (subtract) read.other = other.read_quad(quad, y, x);
-    return read;
-  }
-  __device__ __forceinline__ Four<A> quad(const Read& read, int32_t quad) const {
-    const Four<A> values = map.quad(read.map, quad);
-    return subtract ? minus(values, other.quad(read.other, quad)) : values;
-  }
-};
-
-// Rows [row, row + rows) of the staged pixels into the tile.
-//
-// Planar: a warp takes eight quads of pixels x four channels, else four pixels x eight quads of channels. Either way
-// it reads whole sectors of memory, and its lanes write to different banks.
-template <class A, class From>
-__device__ __forceinline__ void stage(const From& from, bool planar, PoolShared<A>& shared, const Tables<A>& tables,
-                                      int32_t row, int32_t rows) {
-  const int32_t columns = tables.x.count;
-  if (planar) {
-    const int32_t quads_a_row = columns / 4, quads = rows * quads_a_row, sets = (quads + 7) / 8;
-    const int32_t lane = threadIdx.x % kWarp;
-    const Divider by_row = Divider::in_block(quads_a_row);
-#pragma unroll 1
-    for (int32_t task = threadIdx.x / kWarp; task < sets * kQuads<A>; task += kThreads / kWarp) {
-      const int32_t quad = task / kQuads<A> * 8 + lane % 8, group = task % kQuads<A>, channel = 4 * group + lane / 8;
-      if (quad >= quads) continue;
-      const Split at = by_row.split(quad);
-      const auto read = from.read_pixels(tables.x, channel, tables.y.pixel[row + at.quotient], 4 * at.remainder);
-      const Four<A> values = from.pixels(read, channel);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) shared.tile[tile_at<A>(4 * quad + k, group) + lane / 8] = values.at[k];
-    }
-  } else {
-    const Divider by_row = tables.by_columns;
-#pragma unroll 1
-    for (int32_t task = threadIdx.x; task < rows * columns * kQuads<A>; task += kThreads) {
-      const int32_t pixel = task / kQuads<A>, quad = task % kQuads<A>;
-      const Split at = by_row.split(pixel);
-      const auto read = from.read_quad(quad, tables.y.pixel[row + at.quotient], tables.x.pixel[at.remainder]);
-      *reinterpret_cast<Four<A>*>(shared.tile.four(tile_at<A>(pixel, quad))) = from.quad(read, quad);
-    }
-  }
-}
 
 // What a block pools: one image and chunk of a map, or its difference to another map of the same geometry, layout and
 // type.
@@ -458,15 +393,97 @@ struct PoolSource {
   int32_t image, channels, channel;
 };
 
+// left - right
+template <class A>
+__device__ __forceinline__ Four<A> minus(Four<A> left, const Four<A>& right) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) left.at[k] -= right.at[k];
+  return left;
+}
+
+// Rows [row, row + rows) of the staged pixels into the tile.
+//
+// Planar: a warp takes eight quads of pixels x four channels, else four pixels x eight quads of channels. Either way
+// it reads whole sectors of memory, its lanes write to different banks, and a thread has the same channels throughout
+// and the same stagger of the tile. What does not change from pixel to pixel is asked before the loop.
+template <class From, class A>
+__device__ __forceinline__ void stage(const PoolSource& source, PoolShared<A>& shared, Tables<A>& tables, int32_t row,
+                                      int32_t rows) {
+  constexpr int kWarps = kThreads / kWarp;
+  const int32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, columns = tables.x.count;
+  const bool planar = source.map.planar, subtract = source.subtract;
+  const int32_t group = warp % kQuads<A>, quad = threadIdx.x % kQuads<A>;
+  const int32_t own = source.channel + (planar ? 4 * group + lane / 8 : 4 * quad);
+  const From map(source.map, source.image, source.channels, own),
+      other(source.other, source.image, source.channels, own);
+  const bool fours = map.vector && other.vector;
+
+  if (planar) {
+    const int32_t quads_a_row = columns / 4, quads = rows * quads_a_row;
+    const Divider by_row = Divider::in_block(quads_a_row);
+    const int32_t first = tile_at<A>(4 * (lane % 8), group) + lane / 8;
+    const int32_t set = kWarps > kQuads<A> ? warp / kQuads<A> : 0;  // the warps of a group take turns
+    const auto fill = [&](const auto& values_at) {
+#pragma unroll 1
+      for (int32_t begin = 8 * set; begin + lane % 8 < quads; begin += kWarps / kQuads<A> * 8) {
+        const Split at = by_row.split(begin + lane % 8);
+        const Four<A> values = values_at(tables.y.pixel[row + at.quotient], 4 * at.remainder);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) shared.tile[first + (4 * begin + k) * kChunk<A>] = values.at[k];
+      }
+    };
+    if (map.channels <= 0) {
+      fill([](int32_t, int32_t) { return Four<A>{}; });
+    } else if (fours && tables.x.widened) {
+      const int32_t x = tables.x.pixel[0];
+      fill([&](int32_t y, int32_t staged) {
+        const auto mine = map.read_neighbours(y, x + staged);
+        if (!subtract) return map.pixels(mine);
+        const auto theirs = other.read_neighbours(y, x + staged);
+        return minus(map.pixels(mine), other.pixels(theirs));
+      });
+    } else {
+      fill([&](int32_t y, int32_t staged) {
+        const auto mine = map.read_pixels(tables.x, y, staged);
+        if (!subtract) return map.pixels(mine);
+        const auto theirs = other.read_pixels(tables.x, y, staged);
+        return minus(map.pixels(mine), other.pixels(theirs));
+      });
+    }
+  } else {
+    constexpr int kAtOnce = kThreads / kQuads<A>;  // pixels, a multiple of what the stagger repeats after
+    const int32_t pixel = threadIdx.x / kQuads<A>, first = tile_at<A>(pixel, quad);
+    const auto fill = [&](const auto& values_at) {
+#pragma unroll 1
+      for (int32_t begin = 0; begin + pixel < rows * columns; begin += kAtOnce) {
+        const Split at = tables.by_columns.split(begin + pixel);
+        const Four<A> values = values_at(tables.y.pixel[row + at.quotient], tables.x.pixel[at.remainder]);
+        put_four(shared.tile.four(first + begin * kChunk<A>), values);
+      }
+    };
+    if (fours && map.channels >= 4)
+      fill([&](int32_t y, int32_t x) {
+        const auto mine = map.read_whole_quad(y, x);
+        if (!subtract) return map.quad(mine);
+        const auto theirs = other.read_whole_quad(y, x);
+        return minus(map.quad(mine), other.quad(theirs));
+      });
+    else
+      fill([&](int32_t y, int32_t x) {
+        const auto mine = map.read_quad(y, x);
+        if (!subtract) return map.quad(mine);
+        const auto theirs = other.read_quad(y, x);
+        return minus(map.quad(mine), other.quad(theirs));
+      });
+  }
+}
+
 template <bool kNorm, class A>
-__device__ __forceinline__ void stage(const PoolSource& source, PoolShared<A>& shared, const Tables<A>& tables,
-                                      int32_t row, int32_t rows) {
+__device__ __forceinline__ void stage(const PoolSource& source, PoolShared<A>& shared, Tables<A>& tables, int32_t row,
+                                      int32_t rows) {
   with_stored<A>(source.dtype, [&](auto stored) {
     using T = decltype(stored);
-    using From = std::conditional_t<kNorm, StandardSource<A, T>, Source<A, T>>;
-    const Difference<A, From> from{From(source.map, source.image, source.channels, source.channel),
-                                   From(source.other, source.image, source.channels, source.channel), source.subtract};
-    stage(from, source.map.planar, shared, tables, row, rows);
+    stage<std::conditional_t<kNorm, StandardSource<A, T>, Source<A, T>>>(source, shared, tables, row, rows);
   });
 }
 
@@ -508,6 +525,7 @@ __device__ void accumulate(PoolShared<A>& shared, const Tables<A>& tables, const
       Four<A> line{};
       for (int32_t x = along_x.begin; x < along_x.end; ++x) {
         const A weight = tables.x.weight[j * kPixels + x];
+        if (weight == A(0)) continue;  // a pixel that nobody asked for may be infinite
         const Four<A> pixel =
             *reinterpret_cast<const Four<A>*>(shared.tile.four(tile_at<A>((y - row) * columns + x, quad)));
 #pragma unroll
