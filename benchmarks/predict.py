@@ -135,10 +135,10 @@ class nothing_launched:  # noqa: N801 - used like a function
 
     def __enter__(self) -> None:
         self._before = IMPLEMENTATIONS["CPU"]
-        names = ("region_distill", "pooled_distill", "head_distill", "roi_align", "roi_align_scatter")
-        names += ("scale_gradients", "roi_align_gather", "gaussian_feature_loss", "gaussian_feature_loss_backward")
+        names = ("region_distill", "pooled_distill", "head_distill", "roi_align", "scale_gradients")
+        names += ("roi_align_gather", "gaussian_feature_loss", "gaussian_feature_loss_backward")
         functions = {name: lambda *arguments: None for name in names}
-        partials = {name: lambda *arguments: 64 for name in ("region_partials", "gaussian_partials")}
+        partials = {name: lambda *arguments: 64 for name in ("region_partials", "gaussian_partials", "gather_plan")}
         IMPLEMENTATIONS["CPU"] = CudaKernels(SimpleNamespace(**functions, **partials), lambda device: 0)
 
     def __exit__(self, *exception: object) -> None:

@@ -33,14 +33,12 @@ void run(const F& launch) {
                              cuda::error_text(status.error));
 }
 
-void region_distill(const py::object& student_pyramid, const py::object& teacher_pyramid, const py::object& gradient,
-                    const py::object& grad_pooled, const py::object& inputs, const py::object& upstream,
-                    const py::object& results, const py::object& scratch, const py::object& align,
-                    const py::object& loss, const py::object& target) {
+void region_distill(const py::object& student_pyramid, const py::object& teacher_pyramid, const py::object& inputs,
+                    const py::object& upstream, const py::object& results, const py::object& scratch,
+                    const py::object& align, const py::object& loss, const py::object& target) {
   const Pyramid student = pyramid(student_pyramid, tensor(TARDKD_FIELD(inputs, "student_norms"))),
-                teacher = pyramid(teacher_pyramid, tensor(TARDKD_FIELD(inputs, "teacher_norms"))),
-                grad = gradient_pyramid(gradient, student);
-  const Tensor pooled = tensor(grad_pooled);
+                teacher = pyramid(teacher_pyramid, tensor(TARDKD_FIELD(inputs, "teacher_norms")));
+  const Tensor grad_pooled = tensor(TARDKD_FIELD(results, "grad_features"));
   const RegionInputs in = region_inputs(inputs, tensor(upstream), student, teacher);
   const RoiAlignSpec roi = align_spec(align);
   const LossSpec spec = loss_spec(loss);
@@ -49,10 +47,7 @@ void region_distill(const py::object& student_pyramid, const py::object& teacher
     using A = decltype(a);
     const auto out = region_outputs<A>(results);
     const auto space = scratch_of<A>(scratch);
-    run([&] {
-      return cuda::region_distill<A>(student, teacher, grad.levels ? &grad : nullptr, pooled.as<A>(), in, out, space,
-                                     roi, spec, at);
-    });
+    run([&] { return cuda::region_distill<A>(student, teacher, grad_pooled.as<A>(), in, out, space, roi, spec, at); });
   });
 }
 
@@ -98,36 +93,31 @@ void roi_align(const py::object& features_pyramid, const py::object& proposals, 
   run([&] { return cuda::roi_align(features, regions, given, pooled.shape[0], pooled.data, spec, at); });
 }
 
-// `proposals` (R, 5), `levels` (R,) or None, `grad_pooled` (R, C, pooled_h, pooled_w).
-void roi_align_scatter(const py::object& grad_pyramid, const py::object& proposals, const py::object& levels,
-                       const py::object& grad_pooled, const py::object& align, const py::object& target) {
+int64_t gather_plan(const py::object& grad_pyramid, int64_t regions, const py::object& align) {
   const Pyramid grad = pyramid(grad_pyramid);
-  const Table regions = table(tensor(proposals));
+  return grad.dtype == DType::float64 ? cuda::gather_plan<double>(grad, regions, align_spec(align))
+                                      : cuda::gather_plan<float>(grad, regions, align_spec(align));
+}
+
+// `proposals` (R, 5), `levels` (R,) or None, `gates` (R, 3) or None, `packed` as region_distill leaves it, `loose` (R,
+// C, pooled_h, pooled_w) or None, `factor` () or None, `plan` (gather_plan(),).
+void roi_align_gather(const py::object& grad_pyramid, bool add, const py::object& proposals, const py::object& levels,
+                      const py::object& gates, const py::object& packed_object, const py::object& loose_object,
+                      const py::object& factor_object, const py::object& plan_object, const py::object& align,
+                      const py::object& target) {
+  const Pyramid grad = pyramid(grad_pyramid);
+  const Tensor regions = tensor(proposals), open = tensor(gates), packed = tensor(packed_object),
+               loose = tensor(loose_object), factor = tensor(factor_object), plan = tensor(plan_object);
   const GivenLevels given = given_levels(levels, grad.levels);
-  const Tensor pooled = tensor(grad_pooled);
   const RoiAlignSpec spec = align_spec(align);
   const cuda::Target at = target_of(target);
   accumulate_as(grad.dtype, [&](auto a) {
     using A = decltype(a);
+    const cuda::PooledGradient<A> pooled{packed.as<A>(), loose.data, loose.dtype};
     run([&] {
-      return cuda::roi_align_scatter<A>(grad, regions, given, pooled.shape[0], pooled.data, pooled.dtype, spec, at);
+      return cuda::roi_align_gather<A>(grad, add, table(regions), given, regions.shape[0], open.as<const bool>(),
+                                       pooled, factor.as<const A>(), plan.as<A>(), spec, at);
     });
-  });
-}
-
-// The same, and `gates` (R, 3) or None, `windows` (6 R,).
-void roi_align_gather(const py::object& grad_pyramid, const py::object& proposals, const py::object& levels,
-                      const py::object& gates, const py::object& grad_pooled, const py::object& windows,
-                      const py::object& align, const py::object& target) {
-  const Pyramid grad = pyramid(grad_pyramid);
-  const Table regions = table(tensor(proposals));
-  const GivenLevels given = given_levels(levels, grad.levels);
-  const Tensor open = tensor(gates), pooled = tensor(grad_pooled), scratch = tensor(windows);
-  const RoiAlignSpec spec = align_spec(align);
-  const cuda::Target at = target_of(target);
-  run([&] {
-    return cuda::roi_align_gather(grad, regions, given, pooled.shape[0], open.as<const bool>(), pooled.data,
-                                  pooled.dtype, scratch.as<int32_t>(), spec, at);
   });
 }
 
@@ -229,7 +219,7 @@ void bind_cuda(py::module_& m) {
   m.def("pooled_distill", &pooled_distill);
   m.def("head_distill", &head_distill);
   m.def("roi_align", &roi_align);
-  m.def("roi_align_scatter", &roi_align_scatter);
+  m.def("gather_plan", &gather_plan);
   m.def("roi_align_gather", &roi_align_gather);
   m.def("scale_gradients", &scale_gradients);
   m.def("gaussian_partials", &gaussian_partials);

@@ -186,15 +186,15 @@ __device__ __forceinline__ A walk_quads(const GaussianJob& job, const Tile& tile
   A sum = A(0);
 #pragma unroll 1
   for (int32_t step = 0; step < walk.steps; step += kBatch) {
-    Words<T> s[kBatch], t[kBatch];
+    Raw<T> s[kBatch], t[kBatch];
     A masks[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const bool here = step + b < walk.steps;
       masks[b] = !kPlanar && here ? shared.mask[walk.pixel + (step + b) * kPixelWidth] : A(0);
       const bool open = kPlanar ? here && any : masks[b] > A(0);
-      s[b] = open ? read_four(reinterpret_cast<const T*>(student.at + b * student.step)) : Words<T>{};
-      t[b] = open ? read_four(reinterpret_cast<const T*>(teacher.at + b * teacher.step)) : Words<T>{};
+      s[b] = open ? read_four(reinterpret_cast<const T*>(student.at + b * student.step)) : Raw<T>{};
+      t[b] = open ? read_four(reinterpret_cast<const T*>(teacher.at + b * teacher.step)) : Raw<T>{};
     }
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {

@@ -34,14 +34,13 @@ struct Scratch {
 int64_t region_partials(int64_t regions, int32_t channels);
 
 // From both pyramids to gates, three losses and their gradients in one launch. Where the levels have norms, the
-// features are standardised and the gradient is that for the standardised ones. At most one of the two: `grad`: maps of
-// A with the student's shapes, filled with zeros, to which the gradients are added by atomics; `grad_pooled`: (R, C,
-// pooled_h, pooled_w) of A, C the most channels that a level has; the gradient with respect to the student's pooled
-// features of regions with an open feature gate, for roi_align_gather; the other regions are left untouched.
+// features are standardised and the gradient is that for the standardised ones. `grad_pooled`: PooledGradient::packed,
+// with respect to the student's pooled features of regions with an open feature gate, for roi_align_gather; the other
+// regions are left untouched. Null: it is not wanted.
 template <class A>
-Status region_distill(const Pyramid& student, const Pyramid& teacher, const Pyramid* grad, A* grad_pooled,
-                      const RegionInputs& in, const RegionOutputs<A>& out, const Scratch<A>& scratch,
-                      const RoiAlignSpec& align, const LossSpec& spec, const Target& target);
+Status region_distill(const Pyramid& student, const Pyramid& teacher, A* grad_pooled, const RegionInputs& in,
+                      const RegionOutputs<A>& out, const Scratch<A>& scratch, const RoiAlignSpec& align,
+                      const LossSpec& spec, const Target& target);
 
 // The same from features that are already pooled. `grad`: of A, written completely; absent when not wanted.
 template <class A>
@@ -59,18 +58,26 @@ Status head_distill(const RegionInputs& in, const RegionOutputs<A>& out, const S
 Status roi_align(const Pyramid& features, const Table& proposals, const GivenLevels& levels, int64_t regions,
                  void* pooled, const RoiAlignSpec& align, const Target& target);
 
-// Gradient of roi_align by atomics. `grad`: maps of A, filled with zeros. `grad_pooled`: (R, C, pooled_h, pooled_w),
-// contiguous, of any dtype.
+// The gradient of pooled features. `packed`: (R, chunks, pooled_h * pooled_w, 128 bytes of A), of which a chunk has as
+// many channels as 128 bytes hold, and there are as many chunks as the level with most channels needs. `loose`: (R, C,
+// pooled_h, pooled_w) of `dtype`, contiguous, of which `packed` is made first; null: it is made.
 template <class A>
-Status roi_align_scatter(const Pyramid& grad, const Table& proposals, const GivenLevels& levels, int64_t regions,
-                         const void* grad_pooled, DType pooled_dtype, const RoiAlignSpec& align, const Target& target);
+struct PooledGradient {
+  A* packed;
+  const void* loose;
+  DType dtype;
+};
 
-// The same without atomics, in an order that depends on the regions alone: bitwise repeatable, and every element of
-// `grad`, of any dtype, is written. Regions whose row of `open` (R, 3; column 0) is false are left out; null: none.
-// `windows`: scratch, (6, R). Two launches.
-Status roi_align_gather(const Pyramid& grad, const Table& proposals, const GivenLevels& levels, int64_t regions,
-                        const bool* open, const void* grad_pooled, DType pooled_dtype, int32_t* windows,
+// Gradient of roi_align, times `factor`, one element, or null for one, without atomics, in an order that depends on the
+// regions alone: bitwise repeatable. Every element of `grad`, of any dtype, is written, or added to. Regions whose row
+// of `open` (R, 3; column 0) is false are left out; null: none. `plan`: scratch of gather_plan() elements. Two
+// launches.
+template <class A>
+Status roi_align_gather(const Pyramid& grad, bool add, const Table& proposals, const GivenLevels& levels,
+                        int64_t regions, const bool* open, const PooledGradient<A>& pooled, const A* factor, A* plan,
                         const RoiAlignSpec& align, const Target& target);
+template <class A>
+int64_t gather_plan(const Pyramid& grad, int64_t regions, const RoiAlignSpec& align);
 
 // Gaussian-mask loss, one pass. `boxes`: (count, 5) image index, x1, y1, x2, y2. Writes `mask_sums`, (levels,), and
 // `loss`, one element.

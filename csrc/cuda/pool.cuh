@@ -1,18 +1,18 @@
-// RoIAlign of one region and a chunk of channels by one block, forward and backward, for any footprint.
+// RoIAlign of one region and a chunk of channels by one block, for any footprint. (Its gradient: gather.cu.)
 //
 // RoIAlign is a product of one small weight matrix per axis (core/axis.h). A block
 //   1. places the region's samples along both axes: a list of the map rows and columns they touch, and the weight of
 //      each in each bin (AxisTable);
 //   2. copies strips of those rows into shared memory, each pixel read once, subtracting the teacher's on the way where
 //      both sides share their geometry (stage);
-//   3. adds weighted pixels up to bins (accumulate): one thread owns four channels of a bin, so nothing is atomic;
-//   4. for the gradient, adds weighted bins up to pixels, one atomic per touched pixel (scatter).
+//   3. adds weighted pixels up to bins (accumulate): one thread owns four channels of a bin, so nothing is atomic.
 // An axis with more samples than fit a table is worked off in batches, which add up because pooling is linear; so is an
 // output of many bins, in groups of bins.
 #pragma once
 
 #include <type_traits>
 
+#include "../core/region.h"
 #include "index.cuh"
 #include "maps.cuh"
 
@@ -58,6 +58,21 @@ __device__ inline AxisPlace place_axis(const RoiAxis& roi, int32_t pooled) {
   return place;
 }
 
+// Reads a row of `proposals`, (R, 5), into `box`, (4,); false if it cannot be pooled.
+__device__ inline bool read_region(const Table& proposals, const PyramidView& pyramid, int64_t region, double* box,
+                                   int32_t& image) {
+  double row[5];
+#pragma unroll
+  for (int k = 0; k < 5; ++k)
+    row[k] =
+        load_any<double>(proposals.data, proposals.dtype, region * proposals.stride_row + k * proposals.stride_column);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) box[k] = row[k + 1];
+  const bool valid = is_valid_proposal(row, pyramid.images) && pyramid.choice.given.has(region);
+  image = valid ? int32_t(row[0]) : 0;
+  return valid;
+}
+
 // Where region `r` lies. `box`: (4,) x1, y1, x2, y2.
 __device__ inline RegionPlace place_region(const PyramidView& pyramid, int64_t r, const double* box,
                                            const RoiAlignSpec& align) {
@@ -91,7 +106,6 @@ struct AxisTable {
   SharedArray<int32_t, kPixels> pixel;              // map coordinate of a staged pixel
   SharedArray<A, kGroupBins * kPixels> weight;      // [bin][staged]
   SharedArray<Range, kGroupBins> bin_range;         // staged pixels that a bin reads
-  SharedArray<Range, kPixels> pixel_range;          // bins that read a staged pixel
   SharedArray<int32_t, 2 * kSamples> sample_pixel;  // staged pixels of a sample, -1: none
   SharedArray<A, 2 * kSamples> sample_weight;
 };
@@ -187,23 +201,14 @@ __device__ inline void fill_weights(AxisTable<A>& table) {
   }
 }
 
-// All threads, after fill_weights and a barrier: which bins read a pixel.
-template <class A>
-__device__ inline void fill_pixel_ranges(int32_t bins, AxisTable<A>& table, int32_t thread) {
-  if (thread < 0 || thread >= table.count) return;
-  Range range{0, 0};
-  for (int32_t bin = bins - 1; bin >= 0; --bin)
-    if (table.weight[bin * kPixels + thread] != A(0)) {
-      if (range.end == 0) range.end = bin + 1;
-      range.begin = bin;
-    }
-  table.pixel_range[thread] = range;
-}
-
 // Bins [y, y + rows) x [x, x + columns) of the output.
 struct BinGroup {
   int32_t y, rows, x, columns;
   __device__ __forceinline__ int32_t bins() const { return rows * columns; }
+  // Of all bins, the group's one of number `bin`.
+  __device__ __forceinline__ int32_t bin_of(int32_t bin, const RoiAlignSpec& align) const {
+    return (y + bin / columns) * align.pooled_w + x + bin % columns;
+  }
 };
 
 // Bins of an axis that make a group: as equal as they can be and at most kGroupBins.
@@ -238,9 +243,6 @@ __device__ __noinline__ void build_tables(bool vector, Tables<A>& tables) {
   if (threadIdx.x == 0 && tables.x.count > 0) tables.by_columns = Divider::in_block(tables.x.count);
   fill_weights(tables.y);
   fill_weights(tables.x);
-  __syncthreads();
-  fill_pixel_ranges(tables.y.batch.bins, tables.y, threadIdx.x);
-  fill_pixel_ranges(tables.x.batch.bins, tables.x, int32_t(threadIdx.x) - kThreads / 2);
   __syncthreads();
 }
 
@@ -331,33 +333,33 @@ struct Source {
         vector(view.vector) {}
 
   // Four staged pixels of one channel, from the one on that is `staged`.
-  __device__ __forceinline__ Words<T> read_pixels(AxisTable<A>& columns, int32_t y, int32_t staged) const {
+  __device__ __forceinline__ Raw<T> read_pixels(AxisTable<A>& columns, int32_t y, int32_t staged) const {
     Four<T> elements;
     const T* row = advance(data, y, stride_h);
 #pragma unroll
     for (int k = 0; k < 4; ++k) elements.at[k] = read(advance(row, columns.pixel[staged + k], stride_w));
-    return as_words(elements);
+    return as_raw(elements);
   }
   // The same where they are neighbours in memory, from column x on.
-  __device__ __forceinline__ Words<T> read_neighbours(int32_t y, int32_t x) const {
+  __device__ __forceinline__ Raw<T> read_neighbours(int32_t y, int32_t x) const {
     return read_four(advance(data, y, stride_h) + x);
   }
-  __device__ __forceinline__ Four<A> pixels(const Words<T>& words) const { return take_apart<A, T>(words); }
+  __device__ __forceinline__ Four<A> pixels(const Raw<T>& raw) const { return take_apart<A, T>(raw); }
 
   // Four channels of one pixel; those that do not exist read as zero.
-  __device__ __forceinline__ Words<T> read_quad(int32_t y, int32_t x) const {
+  __device__ __forceinline__ Raw<T> read_quad(int32_t y, int32_t x) const {
     const T* pixel = advance(advance(data, y, stride_h), x, stride_w);
     Four<T> elements{};
 #pragma unroll
     for (int k = 0; k < 4; ++k)
       if (k < channels) elements.at[k] = read(advance(pixel, k, stride_c));
-    return as_words(elements);
+    return as_raw(elements);
   }
   // The same where all exist and are neighbours in memory.
-  __device__ __forceinline__ Words<T> read_whole_quad(int32_t y, int32_t x) const {
+  __device__ __forceinline__ Raw<T> read_whole_quad(int32_t y, int32_t x) const {
     return read_four(advance(advance(data, y, stride_h), x, stride_w));
   }
-  __device__ __forceinline__ Four<A> quad(const Words<T>& words) const { return take_apart<A, T>(words); }
+  __device__ __forceinline__ Four<A> quad(const Raw<T>& raw) const { return take_apart<A, T>(raw); }
 };
 
 // The same of a standardised map. Channels beyond it stay zero.
@@ -368,15 +370,15 @@ struct StandardSource : Source<A, T> {
   __device__ StandardSource(const MapView& view, int32_t image, int32_t all_channels, int32_t channel)
       : Source<A, T>(view, image, all_channels, channel), norm(view.map.norm, all_channels, channel) {}
 
-  __device__ __forceinline__ Four<A> pixels(const Words<T>& words) const {
-    Four<A> values = take_apart<A, T>(words);
+  __device__ __forceinline__ Four<A> pixels(const Raw<T>& raw) const {
+    Four<A> values = take_apart<A, T>(raw);
     const A scale = read(norm.scale), mean = read(norm.mean);
 #pragma unroll
     for (int k = 0; k < 4; ++k) values.at[k] = scale * (values.at[k] - mean);
     return values;
   }
-  __device__ __forceinline__ Four<A> quad(const Words<T>& words) const {
-    Four<A> values = take_apart<A, T>(words);
+  __device__ __forceinline__ Four<A> quad(const Raw<T>& raw) const {
+    Four<A> values = take_apart<A, T>(raw);
 #pragma unroll
     for (int k = 0; k < 4; ++k)
       if (k < this->channels) values.at[k] = read(norm.scale + k) * (values.at[k] - read(norm.mean + k));
@@ -497,15 +499,15 @@ __device__ __forceinline__ int32_t strip_rows(const Tables<A>& tables) {
 
 // Calls body(bin of the group, quad, the four values) for the bins that this thread owns, the same everywhere.
 template <class A, class Body>
-__device__ __forceinline__ void for_own_bins(PoolShared<A>& shared, const BinGroup& group, const Body& body) {
+__device__ __forceinline__ void for_own_bins(Bins<A>& bins, const BinGroup& group, const Body& body) {
   const int32_t quad = threadIdx.x % kQuads<A>;
   for (int32_t bin = threadIdx.x / kQuads<A>; bin < group.bins(); bin += kThreads / kQuads<A>)
-    body(bin, quad, *reinterpret_cast<Four<A>*>(shared.bins.four(bin_at<A>(bin, quad))));
+    body(bin, quad, *reinterpret_cast<Four<A>*>(bins.four(bin_at<A>(bin, quad))));
 }
 
 template <class A>
 __device__ void clear_bins(PoolShared<A>& shared, const BinGroup& group) {
-  for_own_bins(shared, group, [](int32_t, int32_t, Four<A>& values) { values = Four<A>{}; });
+  for_own_bins(shared.bins, group, [](int32_t, int32_t, Four<A>& values) { values = Four<A>{}; });
 }
 
 // bins += sign * pooled tile, which holds rows [row, row + rows).
@@ -513,7 +515,7 @@ template <class A>
 __device__ void accumulate(PoolShared<A>& shared, const Tables<A>& tables, const BinGroup& group, int32_t row,
                            int32_t rows, A sign) {
   const int32_t columns = tables.x.count;
-  for_own_bins(shared, group, [&](int32_t bin, int32_t quad, Four<A>& values) {
+  for_own_bins(shared.bins, group, [&](int32_t bin, int32_t quad, Four<A>& values) {
     const int32_t i = bin / group.columns, j = bin - i * group.columns;
     const Range along_x = tables.x.bin_range[j];
     Range along_y = tables.y.bin_range[i];
@@ -557,73 +559,6 @@ __device__ __forceinline__ void pool(const PoolSource& source, const RegionPlace
     }
   });
   __syncthreads();
-}
-
-// ---- gradient ------------------------------------------------------------------------------------------------------
-
-// grad += RoIAlign^T(bins): one atomic for every touched pixel and channel, four at once where channels are neighbours.
-//
-// kParts threads share a pixel, each has every kParts-th quad of its channels: bins are found once for several quads.
-// In the order of memory, the lanes of a warp have neighbouring pixels, or neighbouring quads of few pixels.
-template <class A>
-__device__ void scatter(const MapView& view, int32_t image, int32_t all_channels, int32_t channel,
-                        const RegionPlace& place, const BinGroup& group, PoolShared<A>& shared, Tables<A>& tables) {
-  constexpr int kParts = 4, kOwn = kQuads<A> / kParts, kAtOnce = kThreads / kParts;
-  const int32_t part = view.planar ? threadIdx.x / kAtOnce : threadIdx.x % kParts;
-  const int32_t first_pixel = view.planar ? threadIdx.x % kAtOnce : threadIdx.x / kParts;
-
-  const bool fours = !view.planar && view.vector && all_channels % 4 == 0, whole = all_channels - channel >= kChunk<A>;
-  const int32_t first_channel = channel + 4 * part, channels = all_channels - first_channel;
-  A* data = static_cast<A*>(view.map.data) + image * view.map.stride_n + first_channel * view.map.stride_c;
-  const int32_t stride_c = view.stride_c, stride_h = view.stride_h, stride_w = view.stride_w;
-
-  for_each_batch(place, view, group, tables, [&] {
-    const int32_t pixels = tables.y.count * tables.x.count;
-#pragma unroll 1
-    for (int32_t pixel = first_pixel; pixel < pixels; pixel += kAtOnce) {
-      const Split split = tables.by_columns.split(pixel);
-      const int32_t y = split.quotient, x = split.remainder;
-      const Range along_y = tables.y.pixel_range[y], along_x = tables.x.pixel_range[x];
-      if (along_y.begin >= along_y.end || along_x.begin >= along_x.end) continue;
-
-      Four<A> sum[kOwn] = {};
-#pragma unroll 1
-      for (int32_t i = along_y.begin; i < along_y.end; ++i) {
-        const A weight_y = tables.y.weight[i * kPixels + y];
-#pragma unroll 1
-        for (int32_t j = along_x.begin; j < along_x.end; ++j) {
-          const A weight = weight_y * tables.x.weight[j * kPixels + x];
-          const int32_t bin_quad = bin_at<A>(i * group.columns + j, part);
-#pragma unroll
-          for (int q = 0; q < kOwn; ++q) {
-            const Four<A> bin = *reinterpret_cast<const Four<A>*>(shared.bins.four(bin_quad ^ (4 * kParts * q)));
-#pragma unroll
-            for (int k = 0; k < 4; ++k) sum[q].at[k] += weight * bin.at[k];
-          }
-        }
-      }
-
-      A* to = advance(advance(data, tables.y.pixel[y], stride_h), tables.x.pixel[x], stride_w);
-      if (fours) {
-#pragma unroll
-        for (int q = 0; q < kOwn; ++q)
-          if (4 * kParts * q < channels) add_four(to + 4 * kParts * q, sum[q]);
-      } else {
-        const auto add_each = [&](const auto& exists) {
-#pragma unroll
-          for (int q = 0; q < kOwn; ++q) {
-#pragma unroll
-            for (int k = 0; k < 4; ++k)
-              if (exists(4 * kParts * q + k)) add(advance(to, 4 * kParts * q + k, stride_c), sum[q].at[k]);
-          }
-        };
-        if (whole)
-          add_each([](int32_t) { return true; });
-        else
-          add_each([&](int32_t later) { return later < channels; });
-      }
-    }
-  });
 }
 
 // ---- pooled tensors ------------------------------------------------------------------------------------------------
@@ -684,6 +619,15 @@ __device__ __forceinline__ void for_each_group(const RoiAlignSpec& align, const 
     for (int32_t x = 0; x < align.pooled_w; x += columns)
       body(BinGroup{y, align.pooled_h - y < rows ? align.pooled_h - y : rows, x,
                     align.pooled_w - x < columns ? align.pooled_w - x : columns});
+}
+
+// The gradient of pooled features as gather.cu reads it: (R, chunks, bins, kChunk), chunks as many as the level that
+// has most channels needs. This is where a region's and chunk's bins begin.
+template <class A>
+__host__ __device__ inline int64_t packed_at(int32_t region, int32_t chunk, int32_t max_channels,
+                                             const RoiAlignSpec& align) {
+  const int32_t chunks = (max_channels + kChunk<A> - 1) / kChunk<A>;
+  return (int64_t(region) * chunks + chunk) * (align.pooled_h * align.pooled_w * kChunk<A>);
 }
 
 // ---- sharing the work ----------------------------------------------------------------------------------------------

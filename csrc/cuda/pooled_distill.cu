@@ -94,7 +94,7 @@ __device__ __forceinline__ void penalise_dense(const PooledJob<A>& job, const T*
   constexpr int32_t kStep = 4 * kThreads;
   const int32_t count = job.count();
   for (int32_t begin = 4 * threadIdx.x; begin < count; begin += kBatch * kStep) {
-    Words<T> s[kBatch], t[kBatch];
+    Raw<T> s[kBatch], t[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b)
       if (begin + b * kStep < count) {

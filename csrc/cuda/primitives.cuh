@@ -215,42 +215,46 @@ struct alignas(4 * sizeof(T) > 16 ? 16 : 4 * sizeof(T)) Four {
   T at[4];
 };
 
-// Four elements as words. What is read stays in them until it is used: to take 16-bit elements apart at once would wait
-// for each read.
-template <class T>
-struct alignas(Four<T>) Words {
-  uint32_t at[sizeof(T)];
+// Four elements as they are read: those of 16 bits as words, which stay together until they are used, for to take them
+// apart at once would wait for each read.
+struct alignas(8) Words {
+  uint32_t at[2];
 };
+template <class T>
+using Raw = std::conditional_t<sizeof(T) == 2, Words, Four<T>>;
 
 // Four elements of an input: one access of 16 bytes for float, of 8 bytes for the 16-bit types; `from` is aligned to
 // that.
 template <class T>
-__device__ __forceinline__ Words<T> read_four(const T* from) {
+__device__ __forceinline__ Raw<T> read_four(const T* from) {
 #ifdef TARDKD_CUDA_ON_CPU
-  return *reinterpret_cast<const Words<T>*>(from);
+  return *reinterpret_cast<const Raw<T>*>(from);
 #else
-  using Access = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
-  Words<T> words;
-#pragma unroll
-  for (int k = 0; k < int(sizeof(Words<T>) / sizeof(Access)); ++k) {
-    const Access part = __ldg(reinterpret_cast<const Access*>(from) + k);
-    memcpy(words.at + k * (sizeof(Access) / 4), &part, sizeof part);
+  if constexpr (sizeof(T) == 2) {
+    const uint2 words = __ldg(reinterpret_cast<const uint2*>(from));
+    return Words{{words.x, words.y}};
+  } else if constexpr (sizeof(T) == 4) {
+    const float4 values = __ldg(reinterpret_cast<const float4*>(from));
+    return Four<T>{{values.x, values.y, values.z, values.w}};
+  } else {
+    const auto* pairs = reinterpret_cast<const double2*>(from);
+    const double2 low = __ldg(pairs), high = __ldg(pairs + 1);
+    return Four<T>{{low.x, low.y, high.x, high.y}};
   }
-  return words;
 #endif
 }
 
 template <class T>
-__device__ __forceinline__ Words<T> as_words(const Four<T>& elements) {
-  Words<T> words;
-  memcpy(&words, &elements, sizeof words);
-  return words;
+__device__ __forceinline__ Raw<T> as_raw(const Four<T>& elements) {
+  Raw<T> raw;
+  memcpy(&raw, &elements, sizeof raw);
+  return raw;
 }
 
 template <class A, class T>
-__device__ __forceinline__ Four<A> take_apart(const Words<T>& words) {
+__device__ __forceinline__ Four<A> take_apart(const Raw<T>& raw) {
   Four<T> stored;
-  memcpy(&stored, &words, sizeof stored);
+  memcpy(&stored, &raw, sizeof stored);
   Four<A> values;
 #pragma unroll
   for (int k = 0; k < 4; ++k) values.at[k] = as<A>(stored.at[k]);
@@ -279,27 +283,6 @@ __device__ __forceinline__ void put_four(A* to, const Four<A>& values) {
   }
 #endif
   *reinterpret_cast<Four<A>*>(to) = values;
-}
-
-// ---- atomics -------------------------------------------------------------------------------------------------------
-
-template <class A>
-__device__ __forceinline__ void add(A* to, A value) {
-  atomicAdd(to, value);
-}
-
-// to[0..3] += values; `to` is aligned to 16 bytes (float).
-__device__ __forceinline__ void add_four(float* to, const Four<float>& values) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  atomicAdd(reinterpret_cast<float4*>(to), make_float4(values.at[0], values.at[1], values.at[2], values.at[3]));
-#else
-#pragma unroll
-  for (int k = 0; k < 4; ++k) atomicAdd(to + k, values.at[k]);
-#endif
-}
-__device__ __forceinline__ void add_four(double* to, const Four<double>& values) {
-#pragma unroll
-  for (int k = 0; k < 4; ++k) atomicAdd(to + k, values.at[k]);
 }
 
 // ---- warps and blocks ----------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-// The flagship: both pyramids to gates, three losses and their gradients in one launch.
+// The flagship: both pyramids to gates, three losses and their gradients in one launch, of which that of the features
+// is left for its last step, from bins to pixels (gather.cu), until it is known what it is to be multiplied by.
 //
 // A block is one region and a group of channels. It decides the region's gates first; a region whose feature gate is
 // closed reads no feature. What the blocks find is added up by the last of them to finish, in a fixed order.
@@ -13,10 +14,8 @@ namespace {
 template <class A>
 struct RegionFeatures {
   PyramidView sides[2];  // student, teacher
-  PyramidView grad;
-  bool want_grad;
-  A* grad_pooled;  // (R, most channels of a level, pooled_h, pooled_w), or null
-  int32_t tables;  // 1 if one set serves both sides: same geometry and layout
+  A* grad_pooled;        // packed, see packed_at; or null
+  int32_t tables;        // 1 if one set serves both sides: same geometry and layout
 };
 
 // In this order: with the task in front ptxas for sm_80 spills.
@@ -84,7 +83,10 @@ __device__ __forceinline__ A feature_term(const RegionJob<A>& job, int32_t regio
       }
       pool_difference<kNorm>(job, shared.decision.image, channel, group, bins);
       const A beta = static_cast<A>(job.spec.beta);
-      for_own_bins(bins, group, [&](int32_t bin, int32_t, Four<A>& values) {
+      A* const grad = job.grad_pooled ? job.grad_pooled + packed_at<A>(region, channel / kChunk<A>,
+                                                                       job.sides[0].max_channels, job.align)
+                                      : nullptr;
+      for_own_bins(bins.bins, group, [&](int32_t bin, int32_t quad, const Four<A>& values) {
         const A weight = shared.bin_weight[bin];
         Four<A> gradient;
 #pragma unroll
@@ -92,15 +94,8 @@ __device__ __forceinline__ A feature_term(const RegionJob<A>& job, int32_t regio
           sum += weight * penalty(job.spec.feature_loss, values.at[k], beta);
           gradient.at[k] = shared.slope * weight * penalty_slope(job.spec.feature_loss, values.at[k], beta);
         }
-        put_four(values.at, gradient);
+        if (grad) store_four(grad + group.bin_of(bin, job.align) * kChunk<A> + 4 * quad, gradient);
       });
-      __syncthreads();
-      if (job.want_grad)
-        scatter(job.grad.level[bins.place[0].level], shared.decision.image, channels, channel, bins.place[0], group,
-                bins, bins.tables[0]);
-      else if (job.grad_pooled)
-        write_pooled(int64_t(region) * job.sides[0].max_channels + channel, chunk_channels<A>(channels, channel),
-                     job.align, group, bins.bins, [&](int64_t at, A gradient) { job.grad_pooled[at] = gradient; });
       __syncthreads();
     });
   });
@@ -160,16 +155,13 @@ int64_t region_partials(int64_t regions, int32_t channels) {
 }
 
 template <class A>
-Status region_distill(const Pyramid& student, const Pyramid& teacher, const Pyramid* grad, A* grad_pooled,
-                      const RegionInputs& in, const RegionOutputs<A>& out, const Scratch<A>& scratch,
-                      const RoiAlignSpec& align, const LossSpec& spec, const Target& target) {
-  if (!strides_fit(student) || !strides_fit(teacher) || (grad && !strides_fit(*grad)))
-    return Status{cudaErrorInvalidValue, "region_distill"};
+Status region_distill(const Pyramid& student, const Pyramid& teacher, A* grad_pooled, const RegionInputs& in,
+                      const RegionOutputs<A>& out, const Scratch<A>& scratch, const RoiAlignSpec& align,
+                      const LossSpec& spec, const Target& target) {
+  if (!strides_fit(student) || !strides_fit(teacher)) return Status{cudaErrorInvalidValue, "region_distill"};
   RegionJob<A> job{};
   job.sides[0] = view_of(student, level_choice(student, in.student_levels));
   job.sides[1] = view_of(teacher, teacher_choice(job.sides[0].choice, teacher, in.teacher_levels));
-  job.want_grad = grad != nullptr;
-  if (grad) job.grad = view_of(*grad);
   job.grad_pooled = grad_pooled;
   job.tables = same_geometry(job.sides[0], job.sides[1]) && job.sides[0].choice == job.sides[1].choice ? 1 : 2;
   job.in = in;
@@ -186,9 +178,8 @@ Status region_distill(const Pyramid& student, const Pyramid& teacher, const Pyra
 }
 
 #define TARDKD_INSTANTIATE(A)                                                                                         \
-  template Status region_distill<A>(const Pyramid&, const Pyramid&, const Pyramid*, A*, const RegionInputs&,          \
-                                    const RegionOutputs<A>&, const Scratch<A>&, const RoiAlignSpec&, const LossSpec&, \
-                                    const Target&)
+  template Status region_distill<A>(const Pyramid&, const Pyramid&, A*, const RegionInputs&, const RegionOutputs<A>&, \
+                                    const Scratch<A>&, const RoiAlignSpec&, const LossSpec&, const Target&)
 TARDKD_INSTANTIATE(float);
 TARDKD_INSTANTIATE(double);
 

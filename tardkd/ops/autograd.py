@@ -17,6 +17,7 @@ from .inputs import (
     DistributionCall,
     GaussianBackward,
     GaussianCall,
+    RegionBackward,
     RegionCall,
     RegionLosses,
     RegionResults,
@@ -72,6 +73,15 @@ def scale_gradients(
         kernels_of(factors.device).scale_gradients(results, gradients, factors, upstream, terms)
 
 
+def _to_pixels(call: RegionCall, grad_pooled: Tensor, gates: Tensor, factor: Tensor | None) -> Tensor:
+    """The features' gradient, flat, times ``factor`` (), of what ``region_distill`` has left: see RegionBackward."""
+    packed = RegionBackward.of(call, grad_pooled, gates, factor).pack()
+    device = call.inputs.proposals.device
+    if needs_dispatch(device, (grad_pooled, *call.tensors())):
+        return torch.ops.tardkd.region_distill_backward(*packed)
+    return kernels_of(device).region_distill_backward(*packed)
+
+
 class _Student(NamedTuple):
     """What a backward pass has to know of the student's tensors: dtypes, and where a pyramid's gradient is to lie."""
 
@@ -109,11 +119,14 @@ class _RegionLoss(torch.autograd.Function):
         call = settings.with_tensors(tensors)
         ctx.settings, ctx.wants, ctx.student = settings, wants, _Student.of(call)
         ctx.is_tapped = scalar is not None
+        ctx.leaves_pixels = wants.features and kernels_of(call.inputs.proposals.device).leaves_pixels(call)
         results = run_regions(call, wants)
         # The student's tensors are saved for once_differentiable, which must know what the gradients were made of. The
         # tap reads all of them once more: saved, they cannot change unnoticed.
         student = (*call.student_features, call.inputs.student_logits, call.inputs.student_deltas)
-        ctx.save_for_backward(results.factors, *results.gradients(), *(tensors if ctx.is_tapped else student))
+        regions = (results.gates, call.inputs.proposals, call.inputs.student_levels)
+        of_gradients = (results.factors, *results.gradients(), *regions)
+        ctx.save_for_backward(*of_gradients, *(tensors if ctx.is_tapped else student))
         ctx.mark_non_differentiable(results.gates, results.scores)
         ctx.set_materialize_grads(False)
         return tuple(results.losses())
@@ -123,11 +136,11 @@ class _RegionLoss(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         factors, *saved = ctx.saved_tensors
         of_term = {term: gradient for term, gradient in enumerate(upstream[:3]) if gradient is not None}
-        terms = [term for term in of_term if ctx.wants[term]]
+        terms = [term for term in of_term if ctx.wants[term] and not (term == 0 and ctx.leaves_pixels)]
         results = [scaled_like(saved[term], ctx.student.dtypes[term]) for term in terms]
         gradients, given = [saved[term] for term in terms], [of_term[term] for term in terms]
         factor = None
-        if ctx.is_tapped and 0 in of_term:  # the tap multiplies by it what it adds
+        if (ctx.is_tapped or ctx.leaves_pixels) and 0 in of_term:  # what is made yet is multiplied by it
             factor = torch.empty_like(of_term[0])
             results.append(factor)
             gradients.append(factors[0])
@@ -136,6 +149,12 @@ class _RegionLoss(torch.autograd.Function):
         scaled: list[Tensor | None] = [None, None, None]
         for term, result in zip(terms, results):
             scaled[term] = rounded(result, ctx.student.dtypes[term])
+        if ctx.leaves_pixels and factor is not None:
+            gates, proposals, levels, *student = saved[3:]
+            inputs = ctx.settings.inputs._replace(proposals=proposals, student_levels=levels)
+            features = student[: len(ctx.settings.student_features)]
+            call = ctx.settings._replace(student_features=features, inputs=inputs)
+            scaled[0], factor = _to_pixels(call, saved[0], gates, factor), None
         return None, None, factor, *_input_gradients(ctx.settings, ctx.student, *scaled)
 
 
@@ -170,6 +189,8 @@ class _DeferredRegionLoss(torch.autograd.Function):
                 per_region = products.view(3, 1).expand(3, call.inputs.proposals.shape[0])
                 call = call.unreduced()
             results = run_regions(call, wants, per_region)
+            if wants.features and kernels_of(call.inputs.proposals.device).leaves_pixels(call):
+                results = results._replace(grad_features=_to_pixels(call, results.grad_features, results.gates, None))
             gradients = [
                 rounded(gradient, dtype) if want else None
                 for want, gradient, dtype in zip(wants, results.gradients(), student.dtypes)

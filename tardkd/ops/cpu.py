@@ -52,12 +52,18 @@ class CpuKernels:
         """To pool all regions once more takes longer than to add two pyramids."""
         return call.loss.feature_gate != "all"
 
+    def leaves_pixels(self, call: RegionCall) -> bool:
+        return False
+
     def region_distill(self, call: RegionCall, wants: Wants, upstream: Tensor | None) -> RegionResults:
         layout = layout_of(call.student_features if wants.features else [])
         flat = empty((flat_size(layout.sizes),), accumulation_dtype(call.student_features[0].dtype))
         results = region_results(call, wants, flat)
         self._run_regions(call, upstream, results, (flat, layout.channels_last), add=False)
         return results
+
+    def region_distill_backward(self, *packed: Any) -> Tensor:
+        raise NotImplementedError("region_distill leaves nothing to do")
 
     def region_distill_add(
         self, gradients: list[Tensor], call: RegionCall, wants: Wants, upstream: Tensor | None

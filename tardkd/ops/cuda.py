@@ -2,9 +2,8 @@
 
 Nothing here waits for the device: sizes follow from shapes, and what depends on data is decided by the kernels. They
 read every tensor where it lies, in any floating dtype and of any strides; only pooled features whose bins are not one
-axis, and the upstream gradient of RoIAlign, are made contiguous first. With
-``torch.use_deterministic_algorithms(True)`` feature gradients are gathered in a fixed order; otherwise atomics scatter
-them.
+axis, and the upstream gradient of RoIAlign, are made contiguous first. Everything is added up in a fixed order, so that
+results are the same bits again, whatever ``torch.use_deterministic_algorithms`` says.
 """
 
 from __future__ import annotations
@@ -24,13 +23,14 @@ from .inputs import (
     DistributionCall,
     GaussianBackward,
     GaussianCall,
+    RegionBackward,
     RegionCall,
     RegionResults,
     Wants,
 )
 from .maps import Layout, flat_size, layout_of, maps_of
-from .results import distribution_results, gradient_like, new_norms, region_results
-from .spec import NORM_EPSILON
+from .results import distribution_results, gradient_like, new_norms, packed_pooled, region_results
+from .spec import NORM_EPSILON, RoIAlignSpec
 
 
 class Target(NamedTuple):
@@ -68,67 +68,61 @@ class CudaKernels:
     def _target(self, device: torch.device) -> Target:
         return Target(device.index or 0, self._stream_of(device))
 
+    def leaves_pixels(self, call: RegionCall) -> bool:
+        """So that the backward pass writes it once, multiplied by the upstream gradient and rounded.
+
+        Not where it has to go through the statistics of maps.
+        """
+        return call.pooling is not None and call.loss.feature_norm == "none"
+
     def region_distill(self, call: RegionCall, wants: Wants, upstream: Tensor | None) -> RegionResults:
         assert call.pooling is not None, "region_distill pools from pyramids"
-        first, proposals, pooling = call.student_features[0], call.inputs.proposals, call.pooling
-        count, dtype = proposals.shape[0], accumulation_dtype(first.dtype)
-        channels = max(feature.shape[1] for feature in call.student_features)
-        layout = layout_of(call.student_features if wants.features else [])
-        size, grad_pooled, orders = flat_size(layout.sizes), None, layout.channels_last
-        if wants.features and torch.are_deterministic_algorithms_enabled():
-            grad_pooled = first.new_empty((count, channels, *pooling.align.output_size), dtype=dtype)
-            size, orders = 0, []
-        scratch = zeros(first.device, dtype, self._module.region_partials(count, channels), size)
-        results = region_results(call, wants, scratch.memory[:size])
-        self._launch_regions(call, upstream, results, (results.grad_features, orders), grad_pooled, scratch)
-        if grad_pooled is None:
-            return through_norms(results, call, layout)
-        levels, scales = call.inputs.student_levels, pooling.student_scales
-        backward = AlignBackward(grad_pooled, proposals, levels, layout, scales, pooling.align)
-        results = results._replace(grad_features=self._gather(backward, dtype, results.gates))
-        return through_norms(results, call, layout)
-
-    def region_distill_add(
-        self, gradients: list[Tensor], call: RegionCall, wants: Wants, upstream: Tensor | None
-    ) -> None:
-        if torch.are_deterministic_algorithms_enabled():
-            flat = self.region_distill(call, wants, upstream).grad_features
-            for gradient, term in zip(gradients, maps_of(flat, *layout_of(call.student_features))):
-                gradient += term
-            return
         first, count = call.student_features[0], call.inputs.proposals.shape[0]
-        partials = self._module.region_partials(count, max(feature.shape[1] for feature in call.student_features))
-        scratch = zeros(first.device, accumulation_dtype(first.dtype), partials)
-        results = region_results(call, wants, scratch.memory[:0])
-        self._launch_regions(call, upstream, results, gradients, None, scratch)
-
-    def _launch_regions(
-        self,
-        call: RegionCall,
-        upstream: Tensor | None,
-        results: RegionResults,
-        gradients: list[Tensor] | tuple[Tensor, list[bool]],
-        grad_pooled: Tensor | None,
-        scratch: Scratch,
-    ) -> None:
-        """Write the ``results``, and add to the ``gradients`` or write ``grad_pooled``, (R, C, p_h, p_w).
-
-        The gradients are L x (N, C_l, H_l, W_l), or flat, with which levels are in channels_last order; see maps.py.
-        """
-        assert call.pooling is not None, "region_distill pools from pyramids"
+        dtype, channels = accumulation_dtype(first.dtype), max(feature.shape[1] for feature in call.student_features)
+        pooled = first.new_empty((0,), dtype=dtype)
+        if wants.features:
+            pooled = packed_pooled(call.student_features, count, call.pooling.align.output_size, dtype)
+        scratch = zeros(first.device, dtype, self._module.region_partials(count, channels))
+        results = region_results(call, wants, pooled)
         self._module.region_distill(
             (call.student_features, call.pooling.student_scales),
             (call.teacher_features, call.pooling.teacher_scales),
-            gradients,
-            grad_pooled,
             call.inputs,
             upstream,
             results,
             scratch,
             call.pooling.align,
             call.loss,
-            self._target(call.student_features[0].device),
+            self._target(first.device),
         )
+        if call.inputs.student_norms is None or not wants.features:
+            return results
+        layout = layout_of(call.student_features)
+        backward = RegionBackward.of(call, pooled, results.gates, None)
+        return through_norms(results._replace(grad_features=self._to_pixels(backward, layout, dtype)), call, layout)
+
+    def region_distill_backward(self, *packed: Any) -> Tensor:
+        backward = RegionBackward.unpack(packed)
+        features = backward.student_features
+        return self._to_pixels(backward, layout_of(features), features[0].dtype)
+
+    def region_distill_add(
+        self, gradients: list[Tensor], call: RegionCall, wants: Wants, upstream: Tensor | None
+    ) -> None:
+        results = self.region_distill(call, wants, upstream)
+        backward = RegionBackward.of(call, results.grad_features, results.gates, None)
+        self._gather_regions(backward, gradients, add=True)
+
+    def _to_pixels(self, backward: RegionBackward, layout: Layout, dtype: torch.dtype) -> Tensor:
+        """The maps' gradient, flat, in ``dtype``."""
+        gradient = backward.grad_pooled.new_empty((flat_size(layout.sizes),), dtype=dtype)
+        self._gather_regions(backward, maps_of(gradient, *layout), add=False)
+        return gradient
+
+    def _gather_regions(self, backward: RegionBackward, gradients: list[Tensor], *, add: bool) -> None:
+        """Write the gradients of maps, L x (N, C_l, H_l, W_l), or ``add`` to them."""
+        pooled, gates, factor, _, proposals, levels, scales, align = backward
+        self._gather(gradients, scales, proposals, levels, align, packed=pooled, gates=gates, factor=factor, add=add)
 
     def pooled_distill(self, call: RegionCall, wants: Wants, upstream: Tensor | None) -> RegionResults:
         [student], [teacher] = call.student_features, call.teacher_features
@@ -199,43 +193,44 @@ class CudaKernels:
         return pooled
 
     def roi_align_backward(self, *packed: Any) -> Tensor:
-        backward = AlignBackward.unpack(packed)
-        backward = backward._replace(grad_pooled=backward.grad_pooled.contiguous())
-        grad_pooled = backward.grad_pooled
-        if torch.are_deterministic_algorithms_enabled():
-            return self._gather(backward, grad_pooled.dtype)
-        size, dtype = flat_size(backward.layout.sizes), accumulation_dtype(grad_pooled.dtype)
-        gradient = grad_pooled.new_zeros((size,), dtype=dtype)
-        self._module.roi_align_scatter(
-            (maps_of(gradient, *backward.layout), backward.scales),
-            backward.proposals,
-            backward.levels,
-            grad_pooled,
-            backward.align,
-            self._target(grad_pooled.device),
-        )
-        return gradient.to(grad_pooled.dtype)
+        grad_pooled, proposals, levels, layout, scales, align = AlignBackward.unpack(packed)
+        gradient = grad_pooled.new_empty((flat_size(layout.sizes),))
+        bins, dtype = align.output_size, accumulation_dtype(grad_pooled.dtype)
+        pooled = packed_pooled([grad_pooled], proposals.shape[0], bins, dtype)
+        maps, loose = maps_of(gradient, *layout), grad_pooled.contiguous()
+        self._gather(maps, scales, proposals, levels, align, packed=pooled, loose=loose)
+        return gradient
 
-    def _gather(self, backward: AlignBackward, dtype: torch.dtype, gates: Tensor | None = None) -> Tensor:
-        """The maps' gradient, flat, in ``dtype``: of all regions, or of those with an open feature gate.
+    def _gather(
+        self,
+        gradients: list[Tensor],
+        scales: list[float],
+        proposals: Tensor,
+        levels: Tensor | None,
+        align: RoIAlignSpec,
+        *,
+        packed: Tensor,
+        loose: Tensor | None = None,
+        gates: Tensor | None = None,
+        factor: Tensor | None = None,
+        add: bool = False,
+    ) -> None:
+        """RoIAlign's gradient, from bins to the pixels of maps.
 
         Args:
-            gates: (R, 3) bool; None: all are open.
+            gradients: L x (N, C_l, H_l, W_l), which are written, or added to with ``add``.
+            proposals: (R, 5).
+            levels: (R,); None: by the level rule.
+            packed: the bins' gradient, see :func:`packed_pooled`.
+            loose: (R, C, p_h, p_w), contiguous, of which ``packed`` is made first; None: it is made.
+            gates: (R, 3) bool, regions with a closed first gate are left out; None: none are.
+            factor: () that the gradient is multiplied by; None: 1.
         """
-        grad_pooled, proposals, levels, layout, scales, align = backward
-        gradient = grad_pooled.new_empty((flat_size(layout.sizes),), dtype=dtype)
-        windows = proposals.new_empty((6 * proposals.shape[0],), dtype=torch.int32)
-        self._module.roi_align_gather(
-            (maps_of(gradient, *layout), scales),
-            proposals,
-            levels,
-            gates,
-            grad_pooled,
-            windows,
-            align,
-            self._target(proposals.device),
-        )
-        return gradient
+        maps = (gradients, scales)
+        size = self._module.gather_plan(maps, proposals.shape[0], align)
+        plan = packed.new_empty((size,))
+        tensors = (proposals, levels, gates, packed, loose, factor, plan)
+        self._module.roi_align_gather(maps, add, *tensors, align, self._target(proposals.device))
 
     def gaussian_feature_loss(self, *packed: Any) -> tuple[Tensor, Tensor]:
         call = GaussianCall.unpack(packed)

@@ -68,7 +68,9 @@ class RegionResults(NamedTuple):
     factors: Tensor  # (3,) of the gradients of features, logits and deltas
     grad_logits: Tensor  # (R, columns of the student's logits)
     grad_deltas: Tensor  # (R, columns of the student's deltas)
-    grad_features: Tensor  # the pyramid's in one flat tensor, see maps.py; of pooled features (R, C, p_h, p_w)
+    # The pyramid's in one flat tensor, see maps.py, or what Kernels.leaves_pixels says; of pooled features (R, C, p_h,
+    # p_w).
+    grad_features: Tensor
 
     def losses(self) -> RegionLosses:
         return RegionLosses(self.feature, self.classification, self.regression, self.gates, self.scores)
@@ -198,6 +200,36 @@ _NO_INPUTS: Any = RegionInputs(*[None] * len(RegionInputs._fields))  # type: ign
 # arguments, and which of them is the upstream gradient.
 _UPSTREAM = len(RegionInputs._fields)
 _COMMON = _UPSTREAM + 2 + len(LossSpec._fields)
+
+
+class RegionBackward(NamedTuple):
+    """What the features' gradient of ``region_distill_loss`` is made of where the last step was left."""
+
+    grad_pooled: Tensor  # RegionResults.grad_features
+    gates: Tensor  # (R, 3) bool
+    factor: Tensor | None  # () of the accumulation dtype, of the whole gradient; None: 1
+    student_features: list[Tensor]  # L x (N, C_l, H_l, W_l); what they hold is not looked at
+    proposals: Tensor  # (R, 5) image index, x1, y1, x2, y2; student-input pixels
+    levels: Tensor | None  # (R,) int64; None: by the level rule
+    scales: list[float]  # (L,) map pixels per student-input pixel
+    align: RoIAlignSpec
+
+    @classmethod
+    def of(cls, call: RegionCall, grad_pooled: Tensor, gates: Tensor, factor: Tensor | None) -> RegionBackward:
+        """``call``: of which at least the student's features, proposals and levels are there."""
+        assert call.pooling is not None, "region_distill pools from pyramids"
+        scales, _, align = call.pooling
+        regions = call.inputs.proposals, call.inputs.student_levels
+        return cls(grad_pooled, gates, factor, call.student_features, *regions, scales, align)
+
+    def pack(self) -> tuple[Any, ...]:
+        *others, align = self
+        return (*others, *align)
+
+    @classmethod
+    def unpack(cls, packed: Sequence[Any]) -> RegionBackward:
+        grad_pooled, gates, factor, features, proposals, levels, scales, *align = packed
+        return cls(grad_pooled, gates, factor, features, proposals, levels, scales, RoIAlignSpec(*align))
 
 
 class AlignCall(NamedTuple):

@@ -22,8 +22,14 @@ class Kernels(Protocol):
     def adds(self, call: RegionCall) -> bool:
         """Whether it pays to add the features' gradient to another: for that the open regions are pooled once more."""
 
+    def leaves_pixels(self, call: RegionCall) -> bool:
+        """Whether ``region_distill`` leaves the features' gradient pooled, for ``region_distill_backward``."""
+
     def region_distill(self, call: RegionCall, wants: Wants, upstream: Tensor | None) -> RegionResults:
         """From the pyramids; ``upstream`` (3, R): gradients of every region's terms, None: ones."""
+
+    def region_distill_backward(self, *packed: Any) -> Tensor:
+        """:class:`RegionBackward`; returns the gradient of the student's features, flat, in their dtype."""
 
     def region_distill_add(
         self, gradients: list[Tensor], call: RegionCall, wants: Wants, upstream: Tensor | None

@@ -24,13 +24,14 @@ from .inputs import (
     DistributionCall,
     GaussianBackward,
     GaussianCall,
+    RegionBackward,
     RegionCall,
     RegionInputs,
     RegionResults,
 )
 from .kernels import Kernels
 from .maps import flat_size, layout_of
-from .results import distribution_results, gradient_like, new_norms, region_results
+from .results import distribution_results, gradient_like, new_norms, packed_pooled, region_results
 from .spec import LossSpec, RoIAlignSpec
 
 # What runs the ops, by dispatch key. Looked up at every call: tests put other kernels in the place of these.
@@ -94,6 +95,8 @@ _RESULTS = f"({', '.join('Tensor' for _ in RegionResults._fields)})"
 SCHEMAS = {
     "region_distill": f"(Tensor[] student_features, Tensor[] teacher_features, {_REGION}, float[] student_scales, "
     f"float[] teacher_scales, {_ALIGN}) -> {_RESULTS}",
+    "region_distill_backward": "(Tensor grad_pooled, Tensor gates, Tensor? factor, Tensor[] student_features, "
+    f"Tensor proposals, Tensor? levels, float[] scales, {_ALIGN}) -> Tensor",
     "region_distill_add": f"(Tensor(a!)[] gradients, Tensor[] student_features, Tensor[] teacher_features, {_REGION}, "
     f"float[] student_scales, float[] teacher_scales, {_ALIGN}) -> ()",
     "pooled_distill": f"(Tensor student_pooled, Tensor teacher_pooled, {_REGION}) -> {_RESULTS}",
@@ -139,10 +142,19 @@ for _name, _schema in SCHEMAS.items():
 @torch.library.register_fake("tardkd::region_distill", lib=_library)
 def _(*packed):
     call, wants, _ = RegionCall.unpack(packed)
-    first, layout = call.student_features[0], layout_of(call.student_features if wants.features else [])
-    return region_results(
-        call, wants, first.new_empty((flat_size(layout.sizes),), dtype=accumulation_dtype(first.dtype))
-    )
+    first, proposals = call.student_features[0], call.inputs.proposals
+    dtype = accumulation_dtype(first.dtype)
+    if wants.features and call.pooling is not None and kernels_of(proposals.device).leaves_pixels(call):
+        bins = call.pooling.align.output_size
+        return region_results(call, wants, packed_pooled(call.student_features, proposals.shape[0], bins, dtype))
+    layout = layout_of(call.student_features if wants.features else [])
+    return region_results(call, wants, first.new_empty((flat_size(layout.sizes),), dtype=dtype))
+
+
+@torch.library.register_fake("tardkd::region_distill_backward", lib=_library)
+def _(*packed):
+    features = RegionBackward.unpack(packed).student_features
+    return features[0].new_empty((flat_size(layout_of(features).sizes),))
 
 
 @torch.library.register_fake("tardkd::region_distill_add", lib=_library)

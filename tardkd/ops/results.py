@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,16 @@ def new_norms(features: Sequence[Tensor]) -> Tensor:
     """What standardises the channels of ``features``, L x (N, C_l, H_l, W_l), in one tensor; see RegionInputs."""
     size = 2 * sum(feature.shape[1] for feature in features)
     return features[0].new_empty((size,), dtype=accumulation_dtype(features[0].dtype))
+
+
+def packed_pooled(features: Sequence[Tensor], regions: int, bins: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The gradient of pooled features as csrc/cuda takes it: (R, chunks of channels, bins, channels of a chunk).
+
+    A chunk is 128 bytes; there are as many as the level with most channels needs.
+    """
+    chunk = 128 // dtype.itemsize
+    chunks = -(-max(feature.shape[1] for feature in features) // chunk)
+    return features[0].new_empty((regions, chunks, math.prod(bins), chunk), dtype=dtype)
 
 
 def region_results(call: RegionCall, wants: Wants, grad_features: Tensor) -> RegionResults:

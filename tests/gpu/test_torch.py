@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from ops.scenes import make_scene
-from ops.test_launches import DETERMINISTIC_LAUNCHES, LAUNCHES
+from ops.test_launches import LAUNCHES
 from ops.test_registration import STEPS as COMPILED
 from ops.test_registration import Calls, leaves_of
 from tolerances import assert_tensors_close, assert_values_close
@@ -41,7 +41,6 @@ def test_launches(request, name, mode):
     """The kernels, one fill of all that must start from zero, and after them only scaling and casting."""
     of_forward, of_backward = LAUNCHES[name.removesuffix("-all")]
     if mode == "deterministic":
-        of_forward, of_backward = DETERMINISTIC_LAUNCHES[name.removesuffix("-all")]
         request.getfixturevalue("deterministic")
         # torch would fill whatever is allocated.
         torch.utils.deterministic.fill_uninitialized_memory = False

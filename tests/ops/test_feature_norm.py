@@ -301,4 +301,4 @@ def test_threads_change_no_bit(cpu):
 def test_no_more_launches(cuda_on_cpu):
     scene = make_scene(365).to(torch.float32)
     losses_and_gradients(tardkd.ops, scene, **NORM)
-    assert len(cuda_on_cpu.launches()) == 2  # of the loss, of the scaling of its gradients
+    assert len(cuda_on_cpu.launches()) == 4  # of the loss, of the scaling of its gradients, of those of pixels

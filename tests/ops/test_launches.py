@@ -68,21 +68,9 @@ STEPS = {
 }
 
 
-# Launches of the forward and of the backward pass.
+# Launches of the forward and of the backward pass, whether or not torch is told to be deterministic.
 LAUNCHES = {
-    "region": (1, 1),
-    "region-none": (1, 1),
-    "pooled": (1, 2),
-    "pooled-none": (1, 1),
-    "heads": (1, 1),
-    "heads-none": (1, 1),
-    "align": (1, 1),
-    "gaussian": (1, 1),
-    "distribution": (1, 1),
-    "distribution-none": (1, 1),
-}
-DETERMINISTIC_LAUNCHES = {
-    "region": (3, 1),
+    "region": (1, 3),
     "region-none": (1, 3),
     "pooled": (1, 2),
     "pooled-none": (1, 1),
@@ -111,7 +99,7 @@ def test_launches(stand_in, name):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_launches_with_deterministic_algorithms(stand_in, deterministic, name):
-    assert_launches(stand_in, STEPS[name], DETERMINISTIC_LAUNCHES[name])
+    assert_launches(stand_in, STEPS[name], LAUNCHES[name])
 
 
 def test_no_backward_pass_no_more_launches(stand_in):
@@ -132,7 +120,7 @@ BESIDE = {
     "pooled-none": (["zeros"], ["stack", "zeros"]),
     "heads": (["zeros"], []),
     "heads-none": (["zeros"], ["stack", "zeros"]),
-    "align": ([], ["new_zeros"]),
+    "align": ([], []),
     "gaussian": (["full_like"] * 2 + ["cat"] * 3 + ["zeros"], []),
     "distribution": (["zeros"], ["mul"]),
     "distribution-none": (["zeros"], []),
@@ -199,23 +187,11 @@ def results_of_orders(module, name, dtype, layout):
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", STEPS)
-def test_deterministic_algorithms_give_the_same_bits_in_any_order(stand_in, deterministic, name, dtype, layout):
+def test_any_order_gives_the_same_bits(stand_in, name, dtype, layout):
     (outputs, gradients), *others = results_of_orders(stand_in, name, dtype, layout)
     for other_outputs, other_gradients in others:
         assert all(map(torch.equal, other_outputs, outputs))
         assert all(map(torch.equal, other_gradients, gradients))
-
-
-@pytest.mark.parametrize("name", STEPS)
-def test_atomics_touch_the_gradients_of_maps_alone(stand_in, name):
-    (outputs, gradients), *others = results_of_orders(stand_in, name, torch.float32, "nchw")
-    maps = gradients[:4] if name.startswith(("region", "align")) else ()
-    for other_outputs, other_gradients in others:
-        assert all(map(torch.equal, other_outputs, outputs))
-        assert all(map(torch.equal, other_gradients[len(maps) :], gradients[len(maps) :]))
-        torch.testing.assert_close(other_gradients, gradients, rtol=1e-4, atol=1e-6)
-    if maps:  # else the test above shows nothing
-        assert any(not torch.equal(*pair) for _, other in others for pair in zip(maps, other))
 
 
 # --- errors --------------------------------------------------------------------------------------------

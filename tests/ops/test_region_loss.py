@@ -250,6 +250,5 @@ def test_more_regions_than_threads_add_them_up(kernel, reduction):
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("dtypes", ["float64", "float32", "bfloat16"])
 def test_deterministic_algorithms(kernel, deterministic, dtypes, layout, reduction):
-    """Where it takes other kernels to make the same gradients."""
     scene = make_scene(19, regions=60, channels=35).to(*DTYPES[dtypes], layout, layout, device=kernel.device)
     assert_losses_match(kernel.ops, scene, reduction=reduction)

@@ -136,7 +136,12 @@ def test_boxes_narrower_than_rounding_errors(kernel):
 @pytest.mark.parametrize("output_size", [1, 7, (3, 16)], ids=str)
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
 def test_deterministic_algorithms(kernel, deterministic, sampling_ratio, output_size, layout):
-    """Where it takes other kernels to make the same gradients; more regions than such a kernel looks at in a turn."""
     scene = make_scene(35, regions=300, channels=9).to(torch.float32, None, layout, device=kernel.device)
     options = dict(scales=scene.student_scales, **LEVEL_RULE, sampling_ratio=sampling_ratio, output_size=output_size)
+    assert_roi_align_matches(kernel.ops, scene.student_features, scene.proposals, **options)
+
+
+def test_more_regions_than_a_kernel_looks_at_in_a_turn(kernel):
+    scene = make_scene(36, regions=1100, channels=3).to(torch.float32, device=kernel.device)
+    options = dict(scales=scene.student_scales, **LEVEL_RULE, sampling_ratio=2, output_size=2)
     assert_roi_align_matches(kernel.ops, scene.student_features, scene.proposals, **options)
