@@ -57,7 +57,7 @@ def test_dtypes_and_layouts(backend, dtypes, layout):
     assert_matches(backend.ops, *make_inputs(1, 40, 16, student, teacher, layout, backend.device))
 
 
-@pytest.mark.parametrize("bins", [1, 2, 17, 33, 100])
+@pytest.mark.parametrize("bins", [1, 2, 17, 33, 100, 300])
 @pytest.mark.parametrize("regions", [1, 3, 130])
 def test_sizes(kernel, regions, bins):
     student, teacher, gates = make_inputs(2, regions, bins, device=kernel.device)

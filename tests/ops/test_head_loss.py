@@ -50,7 +50,7 @@ def test_heads(kernel, activation, background, form):
     assert_losses_match(kernel.ops, scene, heads_alone=True, activation=activation, background=background)
 
 
-@pytest.mark.parametrize("classes", [1, 20, 91])
+@pytest.mark.parametrize("classes", [1, 20, 91, 400])  # a warp takes 128 columns in a turn
 @pytest.mark.parametrize("regions", [1, 200])
 def test_sizes(kernel, regions, classes):
     scene = make_scene(175, regions=regions, classes=classes).to(torch.float32, device=kernel.device)

@@ -109,6 +109,13 @@ def test_many_classes(kernel, classes):
     assert_losses_match(kernel.ops, scene, classification_gate="all")
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("channels", [256, 300])
+def test_many_channels(kernel, channels, reduction):
+    scene = make_scene(9, regions=5, channels=channels, geometry="single").to(torch.float32, device=kernel.device)
+    assert_losses_match(kernel.ops, scene, feature_gate="all", reduction=reduction)
+
+
 @pytest.mark.parametrize("geometry", ["equal", "resolution"])
 @pytest.mark.parametrize("output_size", [1, 7, (3, 5), (14, 2)], ids=str)
 @pytest.mark.parametrize("aligned", [False, True], ids=["legacy", "aligned"])
