@@ -15,8 +15,7 @@ cuda::Target target_of(const py::object& target) {
 template <class T>
 cuda::Scratch<T> scratch_of(const py::object& scratch) {
   const Tensor memory = tensor_unannounced(TARDKD_FIELD(scratch, "memory"));
-  const int64_t begin = py::cast<int64_t>(TARDKD_FIELD(scratch, "begin"));
-  const Tensor done = part(memory, begin, 1), partial = part(memory, begin + 1, memory.shape[0] - begin - 1);
+  const Tensor done = part(memory, 0, 1), partial = part(memory, 1, memory.shape[0] - 1);
   return cuda::Scratch<T>{partial.as<T>(), done.as<int32_t>()};
 }
 

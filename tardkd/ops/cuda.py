@@ -43,8 +43,7 @@ class Target(NamedTuple):
 class Scratch(NamedTuple):
     """Memory in which the blocks of one launch add up what they found."""
 
-    memory: Tensor  # (begin + 1 + partials,)
-    begin: int  # where it begins: with a counter, which is zero
+    memory: Tensor  # (1 + partials,), which begins with a counter
 
 
 class CudaKernels:
@@ -82,7 +81,7 @@ class CudaKernels:
         pooled = first.new_empty((0,), dtype=dtype)
         if wants.features:
             pooled = packed_pooled(call.student_features, count, call.pooling.align.output_size, dtype)
-        scratch = zeros(first.device, dtype, self._module.region_partials(count, channels))
+        scratch = new_scratch(first.device, dtype, self._module.region_partials(count, channels))
         results = region_results(call, wants, pooled)
         self._module.region_distill(
             (call.student_features, call.pooling.student_scales),
@@ -128,7 +127,7 @@ class CudaKernels:
         [student], [teacher] = call.student_features, call.teacher_features
         dtype = accumulation_dtype(student.dtype)
         gradient = gradient_like(student, dtype) if wants.features else student.new_empty((0,), dtype=dtype)
-        scratch = zeros(student.device, dtype, self._module.region_partials(student.shape[0], 1))
+        scratch = new_scratch(student.device, dtype, self._module.region_partials(student.shape[0], 1))
         results = region_results(call, wants, gradient)
         student, teacher = as_bins(student), as_bins(teacher)
         self._module.pooled_distill(
@@ -166,7 +165,7 @@ class CudaKernels:
 
     def head_distill(self, call: RegionCall, wants: Wants, upstream: Tensor | None) -> RegionResults:
         proposals, dtype = call.inputs.proposals, accumulation_dtype(call.inputs.student_logits.dtype)
-        scratch = zeros(proposals.device, dtype, self._module.region_partials(proposals.shape[0], 1))
+        scratch = new_scratch(proposals.device, dtype, self._module.region_partials(proposals.shape[0], 1))
         results = region_results(call, wants, proposals.new_empty((0,), dtype=dtype))
         self._module.head_distill(
             call.inputs,
@@ -237,7 +236,7 @@ class CudaKernels:
         boxes, student = call.gt_boxes, (call.student_features, call.scales)
         loss = boxes.new_empty((), dtype=accumulation_dtype(call.student_features[0].dtype))
         mask_sums = boxes.new_empty((len(call.scales),), dtype=torch.float64)
-        scratch = zeros(boxes.device, torch.float64, self._module.gaussian_partials(student))
+        scratch = new_scratch(boxes.device, torch.float64, self._module.gaussian_partials(student))
         self._module.gaussian_feature_loss(
             student,
             (call.teacher_features, call.scales),
@@ -268,7 +267,7 @@ class CudaKernels:
     def distribution_distill_loss(self, *packed: Any) -> tuple[Tensor, Tensor]:
         call = DistributionCall(*packed)
         loss, factor = distribution_results(call)
-        scratch = zeros(loss.device, loss.dtype, 4 * call.gates.shape[0])
+        scratch = new_scratch(loss.device, loss.dtype, 4 * call.gates.shape[0])
         self._module.distribution_distill_loss(
             *call.tensors(),
             call.temperature,
@@ -319,9 +318,9 @@ def through_norms(results: RegionResults, call: RegionCall, layout: Layout | Non
     return results
 
 
-def zeros(device: torch.device, dtype: torch.dtype, partials: int, before: int = 0) -> Scratch:
-    """Scratch memory behind as many zeros as are to be ``before`` it, so that one launch fills both."""
-    return Scratch(torch.zeros(before + 1 + partials, dtype=dtype, device=device), before)
+def new_scratch(device: torch.device, dtype: torch.dtype, partials: int) -> Scratch:
+    """All zeros."""
+    return Scratch(torch.zeros(1 + partials, dtype=dtype, device=device))
 
 
 def as_bins(pooled: Tensor) -> Tensor:
