@@ -118,7 +118,7 @@ __device__ inline void touched(const AxisPlace& axis, int32_t bins, int32_t& beg
   end = int32_t(fmin(fmax(floor(fmax(axis.roi.start, far)) + 1.0, 0.0), last)) + 1;
 }
 
-// By all threads; ends with a barrier.
+// By all threads.
 template <class A>
 __device__ void plan_axis(const AxisPlan<A>& plan, int32_t region, const AxisPlace& axis, int32_t begin, int32_t end) {
   const int32_t first = plan.first(begin), pixels = round_up(end - first, plan.multiple);
@@ -139,7 +139,6 @@ __device__ void plan_axis(const AxisPlan<A>& plan, int32_t region, const AxisPla
         }
     plan.ranges_of(region)[group] = range;
   }
-  __syncthreads();
 }
 
 template <class A>

@@ -139,7 +139,7 @@ def steps() -> dict[str, Callable[[], Results]]:
     found["region with norms of many pixels"] = step_of(partial(norms, **FINE))
     found["region with norms of unlike sides"] = step_of(norms, geometry="resolution")
     found["gaussian of many boxes"] = step_of(partial(gaussian, boxes=300))
-    found["align of many regions"] = step_of(align, deterministic=True, regions=300, channels=4)
+    found["align of many regions"] = step_of(align, deterministic=True, regions=1100, channels=4)
     return found
 
 
