@@ -190,13 +190,6 @@ def assert_identical(actual: Outcome, expected: Outcome) -> None:
             assert torch.equal(one, other), f"{kind}[{index}] differs in {int((one != other).sum())} elements"
 
 
-def assert_repeated(actual: Outcome, expected: Outcome) -> None:
-    """Of two runs: the same bits, but for gradients, which atomics may add up in another order."""
-    assert_identical(actual._replace(gradients=[]), expected._replace(gradients=[]))
-    for index, (one, other) in enumerate(zip(actual.gradients, expected.gradients, strict=True)):
-        assert_tensors_close(one, other, one.dtype, f"gradients[{index}]")
-
-
 def assert_matches(actual: Outcome, expected: Outcome, dtype: torch.dtype) -> None:
     """``expected`` in float64; ``dtype``: the student's."""
     for index, (one, other) in enumerate(zip(actual.results, expected.results, strict=True)):

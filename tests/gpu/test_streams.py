@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from .cases import STEPS, assert_identical, assert_repeated, make_case, run
+from .cases import STEPS, assert_identical, make_case, run
 
 pytestmark = pytest.mark.gpu
 
@@ -34,7 +34,7 @@ def test_the_callers_stream(name):
         case.copy_(values)
         actual = run(name, case)
     torch.cuda.synchronize()
-    assert_repeated(actual, expected)
+    assert_identical(actual, expected)
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -81,7 +81,7 @@ def test_graphs(name, mode):
             graph.replay()
         torch.cuda.synchronize()
         expected = run(name, other)
-        (assert_identical if mode == "deterministic" else assert_repeated)(captured, expected)
+        assert_identical(captured, expected)
 
 
 def test_many_launches_from_threads_on_streams_of_their_own():
@@ -105,7 +105,7 @@ def test_many_launches_from_threads_on_streams_of_their_own():
         for index, (wrong, actual) in enumerate(pool.map(work, range(4))):
             assert wrong == 0
             for name in STEPS:
-                assert_repeated(actual[name], expected[index][name])
+                assert_identical(actual[name], expected[index][name])
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -119,4 +119,4 @@ def test_a_device_that_is_not_the_current_one(name):
     for tensor in (*actual.results, *actual.gradients):
         assert tensor.device == torch.device("cuda:1")
     here = [[tensor.to("cuda:0") for tensor in part] for part in actual]
-    assert_repeated(actual._make(here), expected)
+    assert_identical(actual._make(here), expected)
