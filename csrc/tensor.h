@@ -48,8 +48,8 @@ struct Tensor {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// Told of every tensor that is read; null: nobody listens. For stand-ins of a device, which
-// hold the kernels to what they were given.
+// Told of every tensor that is read; null: nobody listens. For stand-ins of a device, which hold the kernels to what
+// they were given.
 inline void (*on_tensor)(const Tensor&) = nullptr;
 
 // ---- DLPack ---------------------------------------------------------------------------------------------------------
@@ -128,8 +128,7 @@ inline Tensor from_attributes(const py::handle& object) {
   return t;
 }
 
-// ---- what the bindings call
-// -------------------------------------------------------------------------------------------
+// ---- what the bindings call -----------------------------------------------------------------------------------------
 
 // None becomes a null tensor: an optional input that is absent. A result that is not wanted is empty, thus null too.
 inline Tensor tensor_unannounced(const py::handle& object) {

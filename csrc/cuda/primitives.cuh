@@ -1,6 +1,6 @@
-// What the kernels need of the hardware, in one place: shared memory, conversions, vector accesses, atomics, warp and
-// block reductions, launches. Everything that only a GPU has (vector atomics, architecture-specific instructions) has
-// a plain equivalent here, so that the kernels themselves also compile for csrc/cuda_on_cpu.
+// What the kernels need of the hardware, in one place: shared memory, conversions, vector accesses, a counter of
+// blocks, warp and block reductions, launches. Every instruction that only a GPU has has a plain equivalent here, so
+// that the kernels themselves also compile for csrc/cuda_on_cpu.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -17,8 +17,8 @@ from .late import LateReader
 # with a trained teacher and weights of 1, and 160 with a teacher that was never trained.
 DWARFS = 30.0
 SELDOM = 1024  # steps between two measurements, once a training is under way
-# The pull of a term of weight 1 over that of the detector's losses, by our own choice. In the mean over
-# short trainings of six pairs it gained more than a third of it.
+# The pull of a term of weight 1 over that of the detector's losses, by our own choice. In the mean over short trainings
+# of six pairs it gained more than a third of it.
 SHARE = 1.0
 
 

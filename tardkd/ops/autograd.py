@@ -145,10 +145,12 @@ class _RegionLoss(torch.autograd.Function):
             results.append(factor)
             gradients.append(factors[0])
             given.append(of_term[0])
-        scale_gradients(results, gradients, factors, given, [*terms, -1][: len(results)])
+            terms.append(-1)
+        scale_gradients(results, gradients, factors, given, terms)
         scaled: list[Tensor | None] = [None, None, None]
         for term, result in zip(terms, results):
-            scaled[term] = rounded(result, ctx.student.dtypes[term])
+            if term >= 0:
+                scaled[term] = rounded(result, ctx.student.dtypes[term])
         if ctx.leaves_pixels and factor is not None:
             gates, proposals, levels, *student = saved[3:]
             inputs = ctx.settings.inputs._replace(proposals=proposals, student_levels=levels)

@@ -297,7 +297,7 @@ def fit(
     pyramids: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
     pooled: tuple[Tensor, Tensor] | None = None,
 ) -> bool:
-    """Whether all that a loss over regions is given is known to pass the checks, which take ten times as long.
+    """Whether all that a loss over regions is given is known to pass the checks, which take fifteen times as long.
 
     The compiled module knows it of plain tensors that go together as they nearly always do. False: it does not know.
 

@@ -127,26 +127,23 @@ def steps() -> dict[str, Callable[[], Results]]:
     for name in ("pooled", "align", "gaussian", "region"):
         found[f"{name} channels_last"] = step_of(STEPS[name], "channels_last")
     for layout in ("nchw", "channels_last"):
-        found[f"align deterministic {layout}"] = step_of(STEPS["align"], layout, deterministic=True)
         found[f"region of unlike sides {layout}"] = step_of(STEPS["region"], layout, geometry="resolution")
         found[f"region with norms {layout}"] = step_of(norms, layout)
         found[f"region of many pixels {layout}"] = step_of(partial(region, **FINE), layout)
         found[f"align of many pixels {layout}"] = step_of(partial(align, **FINE), layout)
     found["pooled with norms"] = step_of(partial(pooled, feature_norm="channel"))
-    found["region deterministic"] = step_of(STEPS["region"], deterministic=True)
     found["region of many bins"] = step_of(partial(region, **LARGE))
     found["region of many bins with norms"] = step_of(partial(norms, **LARGE))
     found["region with norms of many pixels"] = step_of(partial(norms, **FINE))
     found["region with norms of unlike sides"] = step_of(norms, geometry="resolution")
     found["gaussian of many boxes"] = step_of(partial(gaussian, boxes=300))
-    found["align of many regions"] = step_of(align, deterministic=True, regions=1100, channels=4)
+    found["align of many regions"] = step_of(align, regions=1100, channels=4)
     return found
 
 
 def step_of(
     make: Callable,
     layout: str = "nchw",
-    deterministic: bool = False,
     geometry: str = "equal",
     regions: int = 14,
     channels: int = 72,
@@ -155,13 +152,9 @@ def step_of(
         scene = make_scene(3, regions=regions, channels=channels, geometry=geometry).to(
             torch.float32, None, layout, layout
         )
-        torch.use_deterministic_algorithms(deterministic)
-        try:
-            forward, leaves = make(scene)
-            outputs = forward()
-            return [*outputs, *torch.autograd.grad(outputs, leaves, list(map(torch.ones_like, outputs)))]
-        finally:
-            torch.use_deterministic_algorithms(False)
+        forward, leaves = make(scene)
+        outputs = forward()
+        return [*outputs, *torch.autograd.grad(outputs, leaves, list(map(torch.ones_like, outputs)))]
 
     return run
 
